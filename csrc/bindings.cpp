@@ -1,0 +1,271 @@
+// radixkv._core: the native core as Python sees it. Only the bindings*.cpp files include Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "bindings_tokens.hpp"
+#include "cache.hpp"
+#include "page_table.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace radixkv {
+
+void bind_attention(nb::module_& m);  // bindings_attention.cpp
+
+namespace {
+
+constexpr std::int64_t kLongWork = 4096;  // tokens; shorter calls are over before another thread could use the GIL
+
+template <typename F>
+auto work(std::int64_t tokens, F&& f) {
+  std::optional<nb::gil_scoped_release> release;
+  if (tokens >= kLongWork) release.emplace();
+  return f();
+}
+
+template <typename T>
+nb::object to_numpy(std::vector<T> values) {
+  auto* kept = new std::vector<T>(std::move(values));
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
+}
+
+// What Python's cache object holds; its leases share it.
+struct Host {
+  std::shared_ptr<Cache> cache;
+  nb::object on_release = nb::none();
+};
+
+class PyCache {
+ public:
+  PyCache(std::int64_t num_pages, std::int64_t page_size) : host(std::make_shared<Host>()) {
+    host->cache = std::make_shared<Cache>(num_pages, page_size);
+  }
+  std::shared_ptr<Host> host;
+};
+
+struct PyLease {
+  std::unique_ptr<Lease> lease;
+  std::shared_ptr<Host> host;
+};
+
+// The observer sees the lease while it can still be read; whatever it does, the lease is released.
+void release(nb::handle self, PyLease& l, bool commit) {
+  if (l.lease->released() || l.host->on_release.is_none()) return l.lease->release(commit);
+  l.lease->num_tokens();  // throws from another thread
+  try {
+    l.host->on_release(self);
+  } catch (...) {
+    l.lease->release(commit);
+    throw;
+  }
+  l.lease->release(commit);
+}
+
+nb::list copies(const PyLease& l) {
+  nb::list out;
+  if (PageCopy c; l.lease->copy(&c)) out.append(nb::make_tuple(c.source, c.target, c.tokens));
+  return out;
+}
+
+nb::object lease_tokens(const PyLease& l) {
+  std::vector<Token> out(l.lease->num_tokens());
+  l.lease->read_tokens(0, l.lease->num_tokens(), out.data());
+  return to_numpy(std::move(out));
+}
+
+std::vector<Lease*> batch(nb::sequence leases) {
+  std::vector<Lease*> out;
+  for (nb::handle item : leases) {
+    PyLease* l = nullptr;
+    if (!nb::try_cast(item, l) || !l) {
+      throw Error(ErrorKind::InvalidArgument,
+                  std::string("a step takes leases; got ") + nb::type_name(item.type()).c_str());
+    }
+    out.push_back(l->lease.get());
+  }
+  return out;
+}
+
+nb::list snapshot(const PyCache& c) {
+  nb::list roots;
+  std::vector<nb::dict> made;
+  for (SnapshotNode& node : c.host->cache->snapshot()) {
+    nb::dict d;
+    if (node.parent < 0) {
+      d["namespace"] = node.name;
+      roots.append(d);
+    } else {
+      d["tokens"] = to_numpy(std::move(node.tokens));
+      d["pages"] = to_numpy(std::move(node.pages));
+      nb::cast<nb::list>(made[node.parent]["children"]).append(d);
+    }
+    d["locks"] = node.locks;
+    d["pins"] = node.pins;
+    d["children"] = nb::list();
+    made.push_back(d);
+  }
+  return roots;
+}
+
+nb::dict stats(const PyCache& c) {
+  const Stats s = c.host->cache->stats();
+  nb::dict d;
+  d["num_pages"] = s.num_pages, d["page_size"] = s.page_size;
+  d["free"] = s.free, d["private"] = s.private_, d["protected"] = s.protected_, d["evictable"] = s.evictable;
+  d["num_nodes"] = s.num_nodes, d["num_leases"] = s.num_leases, d["num_pins"] = s.num_pins, d["pinned"] = s.pinned;
+  d["requests"] = s.requests, d["input_tokens"] = s.input_tokens, d["hit_tokens"] = s.hit_tokens;
+  d["evicted_pages"] = s.evicted_pages, d["committed_tokens"] = s.committed_tokens;
+  return d;
+}
+
+void translate(const std::exception_ptr& p, void*) {
+  const auto raise = [](const char* name, const char* what) {
+    PyErr_SetString(nb::object(nb::module_::import_("radixkv.errors").attr(name)).ptr(), what);
+  };
+  static constexpr const char* names[] = {"PoolExhausted", "LeaseError", "InvalidTokens", "InvalidArgument", "NotCached"};
+  try {
+    std::rethrow_exception(p);
+  } catch (const Error& e) {
+    raise(names[static_cast<int>(e.kind)], e.what());
+  } catch (const std::invalid_argument& e) {
+    raise("InvalidArgument", e.what());
+  } catch (const std::logic_error& e) {
+    PyErr_SetString(PyExc_AssertionError, e.what());
+  }
+}
+
+void bind_cache(nb::module_& m) {
+  nb::class_<PyCache>(m, "Cache", "The native half of radixkv.PrefixCache.")
+      .def(nb::init<std::int64_t, std::int64_t>(), "num_pages"_a, "page_size"_a)
+      .def_prop_ro("num_pages", [](const PyCache& c) { return c.host->cache->num_pages(); }, "Pages of the pool.")
+      .def_prop_ro("page_size", [](const PyCache& c) { return c.host->cache->page_size(); }, "Tokens a page holds.")
+      .def_prop_rw(
+          "on_release", [](const PyCache& c) { return c.host->on_release; },
+          [](PyCache& c, nb::object f) { c.host->on_release = std::move(f); }, nb::arg("f").none(),
+          "None, or a callable that is given each lease just before it is released.")
+      .def(
+          "acquire",
+          [](PyCache& c, nb::handle tokens, std::string_view name) {
+            const Tokens t(tokens);
+            return PyLease{work(t.size(), [&] { return c.host->cache->acquire(t.data(), t.size(), name); }), c.host};
+          },
+          "tokens"_a.none(), "namespace"_a = "")
+      .def(
+          "match",
+          [](PyCache& c, nb::handle tokens, std::string_view name) {
+            const Tokens t(tokens);
+            return work(t.size(), [&] { return c.host->cache->match(t.data(), t.size(), name); });
+          },
+          "tokens"_a.none(), "namespace"_a = "")
+      .def(
+          "pin",
+          [](PyCache& c, nb::handle tokens, std::string_view name) {
+            const Tokens t(tokens);
+            return c.host->cache->pin(t.data(), t.size(), name);
+          },
+          "tokens"_a.none(), "namespace"_a = "")
+      .def("_evict", [](PyCache& c, std::int64_t n) { return work(kLongWork, [&] { return c.host->cache->evict(n); }); })
+      .def("_clear_all", [](PyCache& c) { return work(kLongWork, [&] { return c.host->cache->clear(); }); })
+      .def("_clear", [](PyCache& c, std::string_view s) { return work(kLongWork, [&] { return c.host->cache->clear(s); }); })
+      .def("_stats", &stats)
+      .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.host->cache->refuse_pages(n); })
+      .def("snapshot", &snapshot)
+      .def("check", [](PyCache& c) { work(kLongWork, [&] { c.host->cache->check(); }); })
+      .def("close", [](PyCache& c) { c.host->cache->close(); });
+
+  nb::class_<Pin>(m, "Pin", "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
+      .def_prop_ro("num_tokens", &Pin::num_tokens, "Tokens of the pinned prefix.")
+      .def("unpin", &Pin::unpin, "Let the prefix be evicted again. LeaseError if done already.")
+      .def("__enter__", [](nb::object self) { return self; })
+      .def("__exit__", [](Pin& p, nb::args) { p.unpin(); });
+}
+
+void bind_lease(nb::module_& m) {
+  nb::class_<PyLease>(m, "Lease",
+                      "The claim of one request on its pages. A context manager: leaving normally commits what was "
+                      "advanced and releases, an exception only releases. Belongs to the thread that acquired it.")
+      .def_prop_ro("num_tokens", [](const PyLease& l) { return l.lease->num_tokens(); }, "Tokens it has room for.")
+      .def_prop_ro("num_cached", [](const PyLease& l) { return l.lease->num_cached(); },
+                   "Tokens whose K and V lay in its pages at acquire; less than num_prompt.")
+      .def_prop_ro("num_written", [](const PyLease& l) { return l.lease->num_written(); },
+                   "Tokens whose K and V are written.")
+      .def_prop_ro("num_prompt", [](const PyLease& l) { return l.lease->num_prompt(); }, "Tokens given to acquire().")
+      .def_prop_ro("namespace", [](const PyLease& l) { return l.lease->name(); })
+      .def_prop_ro("released", [](const PyLease& l) { return l.lease->released(); })
+      .def_prop_ro("pages", [](const PyLease& l) { return to_numpy(l.lease->pages()); },
+                   "int32 array (a copy): the page of each run of page_size tokens, in order. commit() may change it.")
+      .def_prop_ro("tokens", &lease_tokens, "int32 array (a copy) of all its tokens. O(num_tokens).")
+      .def_prop_ro("copies", &copies,
+                   "[(source page, target page, tokens)]: copy the K and V of these leading tokens before writing; "
+                   "pending, and the source kept, until the next advance().")
+      .def("extend",
+           [](PyLease& l, nb::handle tokens) {
+             const Tokens t(tokens);
+             work(t.size(), [&] { l.lease->extend(t.data(), t.size()); });
+           },
+           "tokens"_a.none(), "Room for more tokens. PoolExhausted leaves the lease as it was. O(new tokens).")
+      .def("advance", [](PyLease& l, std::optional<std::int64_t> n) {
+             if (n && *n < 0) throw Error(ErrorKind::InvalidArgument, "advance by " + std::to_string(*n) + ": n >= 0");
+             l.lease->advance(n ? *n : -1);
+           },
+           "n"_a = nb::none(), "K and V of the next n tokens (all by default) are written, and pending copies made.")
+      .def("commit", [](PyLease& l) { l.lease->commit(); },
+           "Publish what is written, so that other requests match it. Duplicates of pages that another request "
+           "published first are freed, so `pages` may change. O(tokens since the last commit).")
+      .def("release", [](nb::handle self, bool commit) { release(self, nb::cast<PyLease&>(self), commit); },
+           "commit"_a = true, "Commit (unless told not to), then let go of all pages.")
+      .def("fork", [](PyLease& l) { return PyLease{l.lease->fork(), l.host}; },
+           "A second lease on the same tokens. Commits this one: full pages are shared through the tree, the open page "
+           "is copied on write. LeaseError while tokens are unwritten.")
+      .def("adopt", [](PyLease& l) { l.lease->adopt(); }, "From now on the lease belongs to the calling thread.")
+      .def("__enter__", [](nb::object self) { return self; })
+      .def("__exit__", [](nb::handle self, nb::handle type, nb::handle, nb::handle) {
+             PyLease& l = nb::cast<PyLease&>(self);
+             if (!l.lease->released()) release(self, l, type.is_none());
+           },
+           "type"_a.none(), "value"_a.none(), "traceback"_a.none());
+}
+
+void bind_page_table(nb::module_& m) {
+  nb::class_<PageTable>(m, "PageTable", "The arrays of one step over a batch of leases; each property is a copy.")
+      .def(nb::init<>())
+      .def("assemble", [](PageTable& t, nb::sequence leases) { t.assemble(batch(leases)); }, "leases"_a)
+      .def_prop_ro("qo_indptr", [](const PageTable& t) { return to_numpy(t.qo_indptr); })
+      .def_prop_ro("kv_indptr", [](const PageTable& t) { return to_numpy(t.kv_indptr); })
+      .def_prop_ro("kv_indices", [](const PageTable& t) { return to_numpy(t.kv_indices); })
+      .def_prop_ro("kv_last_page_len", [](const PageTable& t) { return to_numpy(t.kv_last_page_len); })
+      .def_prop_ro("slots", [](const PageTable& t) { return to_numpy(t.slots); })
+      .def_prop_ro("copy_source", [](const PageTable& t) { return to_numpy(t.copy_source); })
+      .def_prop_ro("copy_target", [](const PageTable& t) { return to_numpy(t.copy_target); })
+      .def_prop_ro("input_ids", [](const PageTable& t) { return to_numpy(t.input_ids); })
+      .def_prop_ro("positions", [](const PageTable& t) { return to_numpy(t.positions); })
+      .def_prop_ro("last_rows", [](const PageTable& t) { return to_numpy(t.last_rows); });
+  m.def("advance_all", [](nb::sequence leases) {
+    const std::vector<Lease*> b = batch(leases);
+    if (!b.empty()) b[0]->cache().advance_all(b);
+  }, "leases"_a, "Advance each lease to all of its tokens; all of them or none.");
+}
+
+}  // namespace
+}  // namespace radixkv
+
+NB_MODULE(_core, m) {
+#ifndef RADIXKV_SANITIZE
+  nb::set_leak_warnings(false);  // a cache in a module global is alive at exit; that is no leak
+#endif
+  nb::register_exception_translator(radixkv::translate);
+  radixkv::bind_cache(m);
+  radixkv::bind_lease(m);
+  radixkv::bind_page_table(m);
+  radixkv::bind_attention(m);
+}

@@ -1,0 +1,185 @@
+// The cache: leases and pins over the radix tree, transactions, the accounting identity.
+//
+// A request's pages, from its first token on:
+//
+//   |<------ num_shared: the tree's ------>|<-- tail -->|<--------------- private ------------------>|
+//   root ............................ node   one open      one lease's own; only these are written to
+//   locked through `node`                    page that a
+//                                            commit published
+//
+// Every operation checks first and changes afterwards, so what throws has changed nothing. One mutex guards a cache;
+// a lease belongs to one thread at a time, the one that acquired or adopted it.
+#pragma once
+
+#include <atomic>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "radix_tree.hpp"
+
+namespace radixkv {
+
+class Cache;
+
+// Copy the first `tokens` tokens' K and V of page `source` into page `target`.
+struct PageCopy {
+  PageId source, target;
+  std::int32_t tokens;
+};
+
+class Lease {
+ public:
+  Lease(std::shared_ptr<Cache> cache, std::string_view name);
+  ~Lease();  // a lease that was dropped is released without a commit
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+  // These belong to the lease's thread. Each throws LeaseError after release or from another thread.
+  std::int64_t num_tokens() const { return use()->num_tokens_; }
+  std::int64_t num_written() const { return use()->num_written_; }
+  std::int64_t num_cached() const { return use()->num_cached_; }
+  std::int64_t num_prompt() const { return use()->num_prompt_; }
+  const std::vector<PageId>& pages() const { return use()->pages_; }
+  const std::string& name() const { return use()->name_; }
+  bool copy(PageCopy* out) const;  // the pending copy, if there is one
+  void read_tokens(std::int64_t from, std::int64_t to, Token* out) const;
+
+  void extend(const Token* tokens, std::int64_t n);
+  void advance(std::int64_t n);  // n < 0: all
+  void commit();
+  void release(bool commit);
+  std::unique_ptr<Lease> fork();
+  void adopt();
+
+  bool released() const { return released_.load(std::memory_order_acquire); }
+  Cache& cache() const { return *cache_; }
+  std::uint64_t step_mark = 0;  // the last step that listed this lease (finds duplicates in a batch)
+
+ private:
+  friend class Cache;
+  const Lease* use() const;
+  Lease* use() { return const_cast<Lease*>(static_cast<const Lease*>(this)->use()); }
+  std::int64_t num_private() const {
+    return static_cast<std::int64_t>(pages_.size()) - num_shared_ - (tail_ != kNone ? 1 : 0);
+  }
+
+  std::shared_ptr<Cache> cache_;
+  std::string name_;
+  std::vector<PageId> pages_;
+  NodeId root_ = kNone;    // of its namespace, as it was at acquire
+  NodeId node_ = kNone;    // locked; its end is the end of the shared pages
+  NodeId tail_ = kNone;    // locked; the open page that a commit published, while the lease still has it
+  NodeId source_ = kNone;  // held; the node to copy from
+  PageCopy copy_{kNone, kNone, 0};
+  std::int32_t num_shared_ = 0;
+  std::int64_t num_tokens_ = 0, num_written_ = 0, num_cached_ = 0, num_prompt_ = 0;
+  std::atomic<std::thread::id> thread_;
+  std::atomic<bool> released_{true};
+  Lease *older_ = nullptr, *newer_ = nullptr;  // the cache's list of live leases
+};
+
+// Keeps a cached prefix resident until unpin(). Dropping the object does not unpin.
+class Pin {
+ public:
+  struct Entry {
+    NodeId node;
+  };
+  Pin(std::shared_ptr<Cache> cache, std::int64_t num_tokens, std::list<Entry>::iterator entry)
+      : cache_(std::move(cache)), num_tokens_(num_tokens), entry_(entry) {}
+  Pin(const Pin&) = delete;
+  Pin& operator=(const Pin&) = delete;
+  std::int64_t num_tokens() const { return num_tokens_; }
+  void unpin();
+
+ private:
+  std::shared_ptr<Cache> cache_;
+  const std::int64_t num_tokens_;
+  std::list<Entry>::iterator entry_;
+  bool pinned_ = true;
+};
+
+struct Stats {
+  std::int64_t num_pages, page_size;
+  std::int64_t free, private_, protected_, evictable;  // pages by state: they add up to num_pages
+  std::int64_t num_nodes, num_leases, num_pins, pinned;
+  std::int64_t requests, input_tokens, hit_tokens, evicted_pages, committed_tokens;
+};
+
+// One node of a snapshot, parents before children.
+struct SnapshotNode {
+  std::int32_t parent;  // index into the snapshot; -1: the root of a namespace
+  std::string name;     // namespace of a root
+  std::vector<Token> tokens;
+  std::vector<PageId> pages;
+  std::int32_t locks, pins;
+};
+
+class Cache : public std::enable_shared_from_this<Cache> {
+ public:
+  Cache(std::int64_t num_pages, std::int64_t page_size);
+
+  std::unique_ptr<Lease> acquire(const Token* tokens, std::int64_t n, std::string_view name);
+  std::int64_t match(const Token* tokens, std::int64_t n, std::string_view name);
+  std::unique_ptr<Pin> pin(const Token* tokens, std::int64_t n, std::string_view name);
+  std::int64_t evict(std::int64_t num_pages);
+  std::int64_t clear();
+  std::int64_t clear(std::string_view name);
+  Stats stats();
+  std::vector<SnapshotNode> snapshot();
+  void check();  // recomputes everything; throws std::logic_error
+  void close();
+
+  std::int32_t num_pages() const { return tree_.pages.num_pages(); }
+  std::int32_t page_size() const { return tree_.pages.page_size(); }
+  // Advances each lease to its num_tokens; all or none.
+  void advance_all(const std::vector<Lease*>& leases);
+  std::uint64_t new_step_mark() { return ++step_marks_; }
+  // For tests: the n-th request for pages from now on is refused as if the pool were full (0: the next one).
+  void refuse_pages(std::int64_t n) { refuse_in_ = n; }
+
+ private:
+  friend class Lease;
+  friend class Pin;
+  using Guard = std::lock_guard<std::mutex>;
+
+  std::int32_t pages_for(std::int64_t tokens) const {
+    return static_cast<std::int32_t>((tokens + page_size() - 1) / page_size());
+  }
+  void check_open() const;
+  void check_tokens(const Token* tokens, std::int64_t n, std::int64_t from) const;
+  void check_length(std::int64_t num_tokens) const;
+
+  // All below with the mutex held.
+  void require_pages(std::int64_t need, std::int64_t lost);
+  bool take_pages(Lease& lease, std::int32_t need, PageId source);
+  void write_tokens(Lease& lease, std::int64_t from, const Token* tokens, std::int64_t n);
+  void copy_open_page(Lease& lease, NodeId source, PageId page, std::int32_t tokens, bool in_place);
+  NodeId isolate(NodeId n) { return tree_.nodes[n].num_pages > 1 ? tree_.split(n, 1) : n; }
+  void enlist(Lease& lease);
+  void extend(Lease& lease, const Token* tokens, std::int64_t n);
+  void advance(Lease& lease, std::int64_t n);
+  void commit(Lease& lease, bool closing);
+  void fold(Lease& lease, NodeId child, std::int32_t full);
+  void publish(Lease& lease, std::int32_t full, NodeId shorter);
+  void publish_open(Lease& lease, std::int32_t tokens, bool closing);
+  void move_pins(NodeId from, NodeId to);
+  void release(Lease& lease, bool commit);
+  std::unique_ptr<Lease> fork(Lease& lease);
+
+  std::mutex mutex_;
+  std::atomic<std::uint64_t> step_marks_{0};
+  RadixTree tree_;
+  Lease* newest_ = nullptr;
+  std::list<Pin::Entry> pins_;
+  bool closed_ = false;
+  std::int64_t refuse_in_ = -1;
+  std::int64_t num_leases_ = 0;
+  std::int64_t requests_ = 0, input_tokens_ = 0, hit_tokens_ = 0, evicted_pages_ = 0, committed_tokens_ = 0;
+};
+
+}  // namespace radixkv

@@ -1,0 +1,68 @@
+#include "pages.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace radixkv {
+
+Pages::Pages(std::int32_t num_pages, std::int32_t page_size)
+    : num_pages_(num_pages),
+      page_size_(page_size),
+      num_free_(num_pages),
+      tokens_(static_cast<std::size_t>(num_pages) * page_size),
+      next_(num_pages),
+      prev_(num_pages) {}
+
+PageId Pages::take() {
+  --num_free_;
+  if (free_ == kNone) return fresh_++;
+  const PageId page = free_;
+  free_ = next_[page];
+  return page;
+}
+
+void Pages::take_this(PageId page, std::int32_t within) {
+  PageId* link = &free_;
+  for (; within > 0 && *link != page; --within) link = &next_[*link];
+  if (*link != page) throw std::logic_error("take_this: page is not among those freed last");
+  *link = next_[page];
+  --num_free_;
+}
+
+void Pages::give_back(PageId page) {
+  next_[page] = free_;
+  free_ = page;
+  ++num_free_;
+}
+
+std::int32_t Pages::count_equal(PageId first, std::int32_t limit, const Token* tokens, PageId* out) const {
+  // Pages with ascending ids lie side by side, so their tokens are compared in one sweep.
+  std::int32_t count = 0;
+  PageId page = first;
+  while (count < limit) {
+    std::int32_t stretch = 1;
+    const std::int32_t most = limit - count;
+    while (stretch < most && next_[page + stretch - 1] == page + stretch) ++stretch;
+    const Token* have = this->tokens(page);
+    const Token* want = tokens + static_cast<std::size_t>(count) * page_size_;
+    const std::size_t n = static_cast<std::size_t>(stretch) * page_size_;
+    std::int32_t equal = stretch;
+    if (std::memcmp(have, want, n * sizeof(Token)) != 0) {
+      equal = static_cast<std::int32_t>(std::mismatch(have, have + n, want).first - have) / page_size_;
+    }
+    if (out) {
+      for (std::int32_t i = 0; i < equal; ++i) out[count + i] = page + i;
+    }
+    count += equal;
+    if (equal < stretch || count == limit) break;
+    page = next_[page + stretch - 1];
+  }
+  return count;
+}
+
+std::int32_t Pages::common_prefix(PageId page, const Token* tokens, std::int32_t n) const {
+  const Token* have = this->tokens(page);
+  return static_cast<std::int32_t>(std::mismatch(have, have + n, tokens).first - have);
+}
+
+}  // namespace radixkv

@@ -1,0 +1,58 @@
+"""radixkv: a prefix-sharing KV-cache engine to embed in an LLM inference loop.
+
+`PrefixCache` is the bookkeeping alone (pages and tokens, no tensors); `Engine` adds the page pool and attention and
+imports torch when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from radixkv.cache import Lease, Pin, PrefixCache, Stats
+from radixkv.errors import (
+    BackendUnavailable,
+    InvalidArgument,
+    InvalidTokens,
+    LeaseError,
+    ModelNotFound,
+    NotCached,
+    PoolExhausted,
+    RadixKVError,
+    TraceError,
+)
+
+if TYPE_CHECKING:
+    from radixkv.engine import Engine
+    from radixkv.step import Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Engine",
+    "InvalidArgument",
+    "InvalidTokens",
+    "Lease",
+    "LeaseError",
+    "ModelNotFound",
+    "NotCached",
+    "Pin",
+    "PoolExhausted",
+    "PrefixCache",
+    "RadixKVError",
+    "Stats",
+    "Step",
+    "TraceError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        from radixkv.engine import Engine
+
+        return Engine
+    if name == "Step":
+        from radixkv.step import Step
+
+        return Step
+    raise AttributeError(f"module 'radixkv' has no attribute {name!r}")

@@ -1,0 +1,52 @@
+"""Every error that radixkv raises: one hierarchy, each class with a standard second base.
+
+A message gives the numbers and a remedy. Anything that fails leaves the cache as it was.
+"""
+
+__all__ = [
+    "BackendUnavailable",
+    "InvalidArgument",
+    "InvalidTokens",
+    "LeaseError",
+    "ModelNotFound",
+    "NotCached",
+    "PoolExhausted",
+    "RadixKVError",
+    "TraceError",
+]
+
+
+class RadixKVError(Exception):
+    """Base of every error of this package."""
+
+
+class PoolExhausted(RadixKVError, MemoryError):
+    """The pool has too few free and evictable pages for what was asked."""
+
+
+class LeaseError(RadixKVError, RuntimeError):
+    """A lease or a pin was used against its contract: after release, twice, or by two threads at once."""
+
+
+class InvalidTokens(RadixKVError, ValueError):
+    """Tokens of a wrong type, shape or value."""
+
+
+class InvalidArgument(RadixKVError, ValueError):
+    """A size, dtype, shape or option that cannot work."""
+
+
+class NotCached(RadixKVError, LookupError):
+    """A prefix that must be cached is not, or not wholly."""
+
+
+class TraceError(RadixKVError, ValueError):
+    """A trace file that is truncated, foreign or inconsistent."""
+
+
+class BackendUnavailable(RadixKVError, RuntimeError):
+    """An optional package or a device feature that was asked for is missing."""
+
+
+class ModelNotFound(RadixKVError, FileNotFoundError):
+    """A model path that holds no model this package can load."""

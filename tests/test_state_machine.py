@@ -1,0 +1,203 @@
+"""PrefixCache against the reference model, operation by operation, with a simulated K/V pool under it."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+import radixkv
+from tests.model import Exhausted, Misuse, Model, ModelLease
+
+NAMESPACES = ("", "b")
+TOKENS = st.integers(0, 2)
+
+
+class Machine(RuleBasedStateMachine):
+    leases = Bundle("leases")
+    pins = Bundle("pins")
+
+    @initialize(num_pages=st.integers(4, 12), page_size=st.integers(1, 4))
+    def start(self, num_pages: int, page_size: int) -> None:
+        self.cache = radixkv.PrefixCache(num_pages, page_size)
+        self.model = Model(num_pages, page_size)
+        self.seen: list[tuple[str, list[int]]] = [("", [0]), ("b", [0])]
+        self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds
+        self.live: list[tuple[radixkv.Lease, ModelLease]] = []
+        self.live_pins: list[tuple[radixkv.Pin, list[object]]] = []
+
+    def tokens_like_before(self, data: st.DataObject) -> tuple[str, list[int]]:
+        namespace, old = data.draw(st.sampled_from(self.seen))
+        namespace = data.draw(st.sampled_from([namespace, *NAMESPACES]))
+        keep = data.draw(st.integers(0, len(old)))
+        new = data.draw(st.lists(TOKENS, min_size=0 if keep else 1, max_size=9))
+        return namespace, old[:keep] + new
+
+    def both(self, real, model, *misuse):
+        """Runs both; both succeed, or both refuse."""
+        try:
+            expected = model()
+        except Exhausted:
+            try:
+                real()
+            except radixkv.PoolExhausted:
+                return None
+            raise AssertionError("the model refused for lack of pages, the cache did not") from None
+        except Misuse:
+            try:
+                real()
+            except misuse:
+                return None
+            raise AssertionError("the model refused a misuse, the cache did not") from None
+        return real(), expected
+
+    # --- the K/V pool of a host that copies and writes as late as it may -------------------------------------------
+
+    def slot(self, lease: radixkv.Lease, at: int) -> tuple[int, int]:
+        size = self.cache.page_size
+        return int(lease.pages[at // size]), at % size
+
+    def verify(self, lease: radixkv.Lease, model: ModelLease) -> None:
+        """Every written token's K/V is in the lease's pages, once pending copies are made."""
+        copied = {
+            (target, i): self.slots[source, i] for source, target, n in lease.copies for i in range(n)
+        }
+        for at in range(lease.num_written):
+            where = self.slot(lease, at)
+            assert copied.get(where, self.slots.get(where)) == (model.namespace, tuple(model.tokens[: at + 1]))
+
+    def write(self, lease: radixkv.Lease, model: ModelLease, n: int) -> None:
+        for source, target, count in lease.copies:
+            for i in range(count):
+                self.slots[target, i] = self.slots[source, i]
+        for at in range(lease.num_written, lease.num_written + n):
+            self.slots[self.slot(lease, at)] = (model.namespace, tuple(model.tokens[: at + 1]))
+
+    # --- rules ------------------------------------------------------------------------------------------------------
+
+    @rule(target=leases, data=st.data())
+    def acquire(self, data):
+        namespace, tokens = self.tokens_like_before(data)
+        done = self.both(
+            lambda: self.cache.acquire(tokens, namespace), lambda: self.model.acquire(namespace, tokens)
+        )
+        if done is None:
+            return multiple()
+        self.seen.append((namespace, tokens))
+        self.live.append(done)
+        return done
+
+    @rule(pair=leases, tokens=st.lists(TOKENS, max_size=6))
+    def extend(self, pair, tokens):
+        if pair in self.live:
+            self.both(lambda: pair[0].extend(tokens), lambda: self.model.extend(pair[1], list(tokens)))
+            self.seen.append((pair[1].namespace, list(pair[1].tokens)))
+
+    @rule(pair=leases, data=st.data())
+    def advance(self, pair, data):
+        if pair in self.live:
+            unwritten = len(pair[1].tokens) - pair[1].written
+            n = data.draw(st.sampled_from([unwritten, unwritten, *range(unwritten + 1)]))
+            self.write(*pair, n)
+            pair[0].advance(n)
+            self.model.advance(pair[1], n)
+
+    @rule(pair=leases)
+    def commit(self, pair):
+        if pair in self.live:
+            pair[0].commit()
+            self.model.commit(pair[1])
+
+    @rule(pair=leases, commit=st.booleans())
+    def release(self, pair, commit):
+        if pair in self.live:
+            pair[0].release(commit)
+            self.model.release(pair[1], commit)
+            self.live.remove(pair)
+
+    @rule(target=leases, pair=leases)
+    def fork(self, pair):
+        if pair not in self.live:
+            return multiple()
+        done = self.both(lambda: pair[0].fork(), lambda: self.model.fork(pair[1]), radixkv.LeaseError)
+        if done is None:
+            return multiple()
+        self.live.append(done)
+        return done
+
+    @rule(target=pins, data=st.data())
+    def pin(self, data):
+        namespace, tokens = data.draw(st.sampled_from(self.seen))
+        tokens = tokens[: data.draw(st.integers(1, len(tokens)))]
+        done = self.both(
+            lambda: self.cache.pin(tokens, namespace),
+            lambda: self.model.pin(namespace, tokens),
+            radixkv.NotCached,
+        )
+        if done is None:
+            return multiple()
+        self.live_pins.append(done)
+        return done
+
+    @rule(pair=pins)
+    def unpin(self, pair):
+        if pair in self.live_pins:
+            pair[0].unpin()
+            self.model.unpin(pair[1])
+            self.live_pins.remove(pair)
+
+    @rule(n=st.integers(0, 12))
+    def evict(self, n):
+        assert self.cache.evict(n) == len(self.model.evict(n))
+
+    @rule(namespace=st.sampled_from(NAMESPACES))
+    def clear(self, namespace):
+        free = self.model.free
+        freed = self.cache.clear(namespace)
+        self.model.clear(namespace)
+        assert freed == self.model.free - free
+
+    @rule(data=st.data())
+    def match(self, data):
+        namespace, tokens = self.tokens_like_before(data)
+        path, _, shared = self.model.match(namespace, tokens)
+        assert self.cache.match(tokens, namespace) == len(path) * self.cache.page_size + shared
+
+    # --- what always holds --------------------------------------------------------------------------------------------
+
+    @invariant()
+    def agree(self):
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check()
+        stats = self.cache.stats()
+        states = self.model.states()
+        assert {name: getattr(stats, name) for name in states} == states
+        assert stats.free + stats.private + stats.protected + stats.evictable == stats.num_pages
+        for lease, model in self.live:
+            assert list(lease.tokens) == model.tokens
+            assert (lease.num_written, lease.num_cached) == (model.written, model.cached)
+            assert len(lease.pages) == model.pages
+            self.verify(lease, model)
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        for lease, _ in self.live:
+            lease.release()
+        for pin, _ in self.live_pins:
+            pin.unpin()
+        self.cache.check()
+        self.cache.evict(self.cache.num_pages)
+        self.cache.check()
+        assert self.cache.stats().free == self.cache.num_pages
+        assert self.cache.stats().num_nodes == 0
+        assert self.cache.snapshot() == []
+
+
+TestStateMachine = Machine.TestCase
+TestStateMachine.settings = settings(
+    max_examples=int(os.environ.get("RADIXKV_EXAMPLES", "200")), stateful_step_count=50, deadline=None
+)
