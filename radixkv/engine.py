@@ -1,0 +1,114 @@
+"""Engine: a PrefixCache, the page pool it counts, and attention over the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from radixkv import _core
+from radixkv.attention import Attention
+from radixkv.cache import Lease, PrefixCache
+from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.geometry import Geometry
+from radixkv.pool import KVPool, pages_for_capacity
+from radixkv.step import Step
+
+if TYPE_CHECKING:
+    from radixkv._core import Tokens
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Holds the K and V of cached prefixes and runs attention over them, for one model on one device.
+
+    Args:
+        num_layers, num_qo_heads, num_kv_heads, head_dim: of the model.
+        page_size: tokens a page holds.
+        num_pages: pages of the pool; or
+        capacity: memory of the pool: "4GiB", a number of bytes, or a share (float) of the device's free memory.
+        dtype: of q, k, v and the pool: float32, bfloat16 or float16.
+        device: "cpu".
+
+    Raises:
+        InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        capacity: str | float | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+        self.geometry = Geometry(num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, dtype.itemsize)
+        if (num_pages is None) == (capacity is None):
+            raise InvalidArgument("give either num_pages or capacity: the size of the pool")
+        if capacity is not None:
+            num_pages = pages_for_capacity(capacity, self.geometry, self.device)
+        assert num_pages is not None
+        self.cache = PrefixCache(num_pages, page_size)
+        self.attention = _attention(self.geometry, num_pages, dtype, self.device)
+        self.pool = KVPool(self.geometry, num_pages, dtype, self.device)
+        self.table = _core.PageTable()
+        self.step_open = False
+
+    @property
+    def num_pages(self) -> int:
+        return self.cache.num_pages
+
+    @property
+    def page_size(self) -> int:
+        return self.cache.page_size
+
+    def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
+        """`PrefixCache.acquire`. The next step with this lease makes its pending copies."""
+        return self.cache.acquire(tokens, namespace)
+
+    def step(self, leases: Sequence[Lease]) -> Step:
+        """One forward pass over the unwritten tokens of these leases: prefill, extend and decode rows mixed.
+
+        A context manager; one is open at a time. Leaving it normally advances every lease to all of its tokens, an
+        exception advances none.
+        """
+        return Step(self, leases)
+
+    def close(self) -> None:
+        """Closes the cache. The pool's memory goes with the last reference to it."""
+        self.cache.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Engine({self.geometry}, {self.dtype}, {self.device}, {self.cache!r})"
+
+
+def _attention(geometry: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device) -> Attention:
+    if device.type != "cpu":
+        raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu'")
+    from radixkv.attention.native import NativeAttention
+
+    return NativeAttention(
+        num_qo_heads=geometry.num_qo_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        num_pages=num_pages,
+        page_size=geometry.page_size,
+        dtype=dtype,
+    )

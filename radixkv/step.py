@@ -1,0 +1,115 @@
+"""Step: one forward pass over a batch of leases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from radixkv import _core
+from radixkv.attention import PageTable
+from radixkv.cache import Lease
+from radixkv.errors import InvalidArgument, LeaseError
+
+if TYPE_CHECKING:
+    from radixkv.engine import Engine
+
+__all__ = ["Step"]
+
+
+class Step:
+    """The packed rows of all leases of a batch, and attention over them. Made by `Engine.step`; a context manager.
+
+    A lease's rows are its unwritten tokens, in order. Entering makes the leases' pending page copies and plans
+    attention; leaving normally advances the leases; an exception leaves them as they were.
+
+    Attributes (set on entering):
+        input_ids: int64 [rows], the rows' tokens.
+        positions: int64 [rows], each row's index in its sequence.
+        last_rows: int64 [leases], the last row of each lease: its logits predict the lease's next token.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    last_rows: torch.Tensor
+
+    def __init__(self, engine: Engine, leases: Sequence[Lease]) -> None:
+        self._engine = engine
+        self._leases = list(leases)
+        self._layers_done: set[int] = set()
+        self._open = False
+
+    def __enter__(self) -> Step:
+        engine, table = self._engine, self._engine.table
+        if engine.step_open:
+            raise LeaseError("another step of this engine is open: leave it first")
+        table.assemble(self._leases)
+        engine.pool.copy_pages(table.copy_source, table.copy_target)
+        engine.attention.plan(
+            PageTable(table.qo_indptr, table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.slots)
+        )
+        self.input_ids = torch.from_numpy(table.input_ids).to(engine.device)
+        self.positions = torch.from_numpy(table.positions).to(engine.device)
+        self.last_rows = torch.from_numpy(table.last_rows).to(engine.device)
+        self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
+        self._layers_done.clear()
+        self._open = engine.step_open = True
+        return self
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float = 0.0,
+    ) -> torch.Tensor:
+        """Writes k and v of the rows into their pages, then attends causally to everything up to each row.
+
+        Args:
+            layer: 0 to num_layers - 1; each must be attended once before the step is left.
+            q: [rows, num_qo_heads, head_dim]; k, v: [rows, num_kv_heads, head_dim]; of the engine's dtype, rotary
+                embedding applied, last dimension contiguous (other strides are free: no copy is made).
+            sm_scale: factor on the logits; head_dim ** -0.5 by default.
+            window_left: a query sees at most this many keys before its own; -1: all.
+            logits_soft_cap: c > 0 turns a scaled logit x into c * tanh(x / c).
+
+        Returns:
+            [rows, num_qo_heads, head_dim], contiguous, of the engine's dtype.
+
+        Raises:
+            InvalidArgument: a shape, dtype or stride that does not fit. LeaseError: the step is not open.
+        """
+        if not self._open:
+            raise LeaseError("the step is not open: attend inside `with engine.step(leases) as step`")
+        engine = self._engine
+        if not 0 <= layer < engine.geometry.num_layers:
+            raise InvalidArgument(f"layer {layer}: the engine has layers 0 to {engine.geometry.num_layers - 1}")
+        k_cache, v_cache = engine.pool.k[layer], engine.pool.v[layer]
+        out = torch.empty(self._shape, dtype=engine.dtype, device=engine.device)
+        engine.attention.append(k, v, k_cache, v_cache)
+        engine.attention.run(
+            q, k_cache, v_cache, out, sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap
+        )
+        self._layers_done.add(layer)
+        return out
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._open:
+            return
+        self._open = self._engine.step_open = False
+        if kind is not None:
+            return
+        if len(self._layers_done) < self._engine.geometry.num_layers:
+            raise LeaseError(
+                f"the step attended {len(self._layers_done)} of {self._engine.geometry.num_layers} layers: a page is "
+                "written only when every layer is, so no lease was advanced"
+            )
+        _core.advance_all(self._leases)
