@@ -75,6 +75,18 @@ class Machine(RuleBasedStateMachine):
         for at in range(lease.num_written, lease.num_written + n):
             self.slots[self.slot(lease, at)] = (model.namespace, tuple(model.tokens[: at + 1]))
 
+    def published(self) -> set[tuple[str, tuple[int, ...]]]:
+        """The pages of the tree, each as the model names it."""
+        found = set()
+        open_nodes = [(root["namespace"], (), child) for root in self.cache.snapshot() for child in root["children"]]
+        while open_nodes:
+            namespace, prefix, node = open_nodes.pop()
+            tokens = (*prefix, *node["tokens"].tolist())
+            ends = range(len(prefix) + self.cache.page_size, len(tokens), self.cache.page_size)
+            found |= {(namespace, tokens[:end]) for end in (*ends, len(tokens))}
+            open_nodes += [(namespace, tokens, child) for child in node["children"]]
+        return found
+
     # --- rules ------------------------------------------------------------------------------------------------------
 
     @rule(target=leases, data=st.data())
@@ -176,6 +188,7 @@ class Machine(RuleBasedStateMachine):
         states = self.model.states()
         assert {name: getattr(stats, name) for name in states} == states
         assert stats.free + stats.private + stats.protected + stats.evictable == stats.num_pages
+        assert self.published() == set(self.model.tree)
         for lease, model in self.live:
             assert list(lease.tokens) == model.tokens
             assert (lease.num_written, lease.num_cached) == (model.written, model.cached)
@@ -185,12 +198,16 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cache"):
             return
-        for lease, _ in self.live:
+        for lease, model in self.live:
             lease.release()
-        for pin, _ in self.live_pins:
+            self.model.release(model, True)
+        for pin, pages in self.live_pins:
             pin.unpin()
+            self.model.unpin(pages)
         self.cache.check()
-        self.cache.evict(self.cache.num_pages)
+        while self.cache.evict(1):  # page by page, in the model's order
+            self.model.evict(1)
+            assert self.published() == set(self.model.tree)
         self.cache.check()
         assert self.cache.stats().free == self.cache.num_pages
         assert self.cache.stats().num_nodes == 0

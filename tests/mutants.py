@@ -1,0 +1,128 @@
+"""Seeds one-line bugs into csrc/, one at a time, and runs the core tests: every bug must be caught.
+
+    python -m tests.mutants [number ...]
+
+A mutant that survives, or whose line is no longer in the source, fails the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "mutants"
+TESTS = ["tests/test_state_machine.py", "tests/test_cache.py", "tests/test_refusals.py"]
+
+
+class Mutant(NamedTuple):
+    bug: str
+    file: str
+    line: str
+    instead: str
+
+
+MUTANTS = [
+    Mutant("a split forgets the lock", "radix_tree.cpp", "u.locks = l.locks > 0;", "u.locks = 0;"),
+    Mutant("a split forgets the pin", "radix_tree.cpp", "u.pins = l.pins > 0;", "u.pins = 0;"),
+    Mutant("a split makes its upper part hottest", "radix_tree.cpp",
+           "lru_.insert_hotter_than(n, upper);", "lru_.push_hottest(upper);"),
+    Mutant("the path is touched root first", "cache.cpp",
+           "if (lease.tail_ != kNone) tree_.unlock(lease.tail_);\n  tree_.unlock(lease.node_);",
+           "tree_.lock(lease.node_), tree_.unlock(lease.node_), tree_.unlock(lease.node_);\n"
+           "  if (lease.tail_ != kNone) tree_.unlock(lease.tail_);"),
+    Mutant("pages are rounded up once too often", "cache.hpp",
+           "(tokens + page_size() - 1) / page_size()", "(tokens + page_size()) / page_size()"),
+    Mutant("the namespace is ignored", "radix_tree.cpp",
+           "const auto it = roots_.find(name);", "const auto it = roots_.begin(); (void)name;"),
+    Mutant("no token is left to compute", "cache.cpp",
+           "tree_.match(known, tokens, n - 1, lease->pages_.data())", "tree_.match(known, tokens, n, lease->pages_.data())"),
+    Mutant("a page is evicted while it waits to be copied", "radix_tree.cpp", "if (node.holds > 0) {", "if (false) {"),
+    Mutant("a dropped hold leaves its page protected", "radix_tree.cpp",
+           "if (!node.detached) return expose(node);", "if (!node.detached) return;"),
+    Mutant("duplicates are not freed", "cache.cpp", "    tree_.pages.give_back(own[k]);\n", ""),
+    Mutant("a page is published before its copy is made", "cache.cpp", "if (lease.source_ != kNone) return;  ", "  "),
+    Mutant("a lease publishes into a cleared namespace", "cache.cpp",
+           "if (tree_.nodes[lease.root_].detached) return;  ", "  "),
+    Mutant("an open page is published while tokens in it are unwritten", "cache.cpp",
+           "(closing || lease.num_written_ == lease.num_tokens_)", "true"),
+    Mutant("pages about to be locked count as evictable", "cache.cpp",
+           "known != kNone ? tree_.evictable_on_path(m) : 0", "0"),
+    Mutant("a node grows under another lease", "radix_tree.cpp", "node.locks == 1 &&", "node.locks >= 1 &&"),
+    Mutant("a pin stays on the page that was replaced", "cache.cpp",
+           "if (pinned) move_pins(shorter, lease.tail_);", ""),
+    Mutant("the copied page forgets its tokens", "cache.cpp",
+           "std::memcpy(tree_.pages.tokens(target), tree_.pages.tokens(page), tokens * sizeof(Token));", "(void)0;"),
+    Mutant("a fork does not lock", "cache.cpp", "  tree_.lock(child->node_);\n", ""),
+    Mutant("eviction takes one page too many", "radix_tree.cpp", "while (out.pages < count &&", "while (out.pages <= count &&"),
+    Mutant("a partly matched page is one token short", "radix_tree.cpp",
+           "m.partial = pages.common_prefix(next, tokens + end, most);",
+           "m.partial = std::max(0, pages.common_prefix(next, tokens + end, most) - 1);"),
+]  # fmt: skip
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def prepare() -> None:
+    shutil.rmtree(BUILD, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", BUILD / "csrc")
+    shutil.copytree(ROOT / "tests", BUILD / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "radixkv", BUILD / "radixkv", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(ROOT / "pyproject.toml", BUILD)
+    nanobind = run([sys.executable, "-m", "nanobind", "--cmake_dir"], check=True).stdout.strip()
+    run(
+        ["cmake", "-S", "csrc", "-B", "out", f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={nanobind}",
+         f"-DCMAKE_PREFIX_PATH={sysconfig.get_path('purelib')}", f"-DRADIXKV_OUTPUT={BUILD / 'radixkv'}"],
+        cwd=BUILD, check=True,
+    )  # fmt: skip
+
+
+def build_and_test() -> str:
+    """"passed", or how the build and tests ended."""
+    if run(["cmake", "--build", "out"], cwd=BUILD).returncode:
+        return "did not compile"
+    environment = os.environ | {"PYTHONPATH": str(BUILD), "RADIXKV_EXAMPLES": "300"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    try:
+        done = run(command, cwd=BUILD, env=environment, timeout=90)
+    except subprocess.TimeoutExpired:
+        return "hung"
+    if done.returncode == 0:
+        return "passed"
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return failed[0].split(" - ")[0] if failed else f"crashed ({done.returncode})"
+
+
+def main() -> int:
+    chosen = [int(a) for a in sys.argv[1:]] or list(range(1, len(MUTANTS) + 1))
+    prepare()
+    if (end := build_and_test()) != "passed":
+        print(f"the code as it stands does not pass: {end}")
+        return 1
+    survivors = 0
+    for number in chosen:
+        mutant = MUTANTS[number - 1]
+        path = BUILD / "csrc" / mutant.file
+        source = (ROOT / "csrc" / mutant.file).read_text()
+        if source.count(mutant.line) != 1:
+            end = f"its line is in {mutant.file} {source.count(mutant.line)} times"
+        else:
+            path.write_text(source.replace(mutant.line, mutant.instead))
+            end = build_and_test()
+            path.write_text(source)
+        killed = end not in ("passed", "did not compile") and not end.startswith("its line")
+        survivors += not killed
+        print(f"{number:2d} {'killed  ' if killed else 'SURVIVED'}  {mutant.bug}: {end}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,401 @@
+"""PrefixCache: what each call gives, and that every misuse is a clear error that changes nothing."""
+
+from __future__ import annotations
+
+import array
+import gc
+
+import numpy as np
+import pytest
+
+import radixkv
+
+
+@pytest.fixture
+def cache():
+    cache = radixkv.PrefixCache(num_pages=16, page_size=4)
+    yield cache
+    cache.check()
+
+
+def serve(cache, tokens, namespace=""):
+    with cache.acquire(tokens, namespace) as lease:
+        lease.advance()
+        return lease.num_cached
+
+
+def state(cache):
+    def plain(node):
+        out = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in node.items() if k != "children"}
+        return out | {"children": [plain(c) for c in node["children"]]}
+
+    return cache.stats(), [plain(n) for n in cache.snapshot()]
+
+
+# --- hits ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4, 16, 64])
+def test_reuse_is_exact_to_the_token(page_size):
+    cache = radixkv.PrefixCache(128, page_size)
+    serve(cache, list(range(50)))
+    for shared in range(50):
+        tokens = list(range(shared)) + [99, 98]
+        assert cache.match(tokens) == shared
+        with cache.acquire(tokens) as lease:
+            assert lease.num_cached == shared
+            partial = shared % page_size
+            assert [n for _, _, n in lease.copies] == ([partial] if partial else [])
+    cache.check()
+
+
+def test_one_token_is_always_left_to_compute(cache):
+    serve(cache, [1, 2, 3, 4, 5, 6, 7, 8])
+    assert cache.match([1, 2, 3, 4, 5, 6, 7, 8]) == 8
+    with cache.acquire([1, 2, 3, 4, 5, 6, 7, 8]) as lease:
+        assert lease.num_cached == 7
+    with cache.acquire([1]) as lease:
+        assert lease.num_cached == 0
+
+
+def test_match_changes_nothing(cache):
+    serve(cache, [1, 2, 3, 4, 5, 6])
+    serve(cache, [7, 8, 9, 10])
+    before = state(cache)
+    cache.match([1, 2, 3])
+    assert state(cache) == before
+    cache.evict(2)  # the colder prefix goes first, though it was matched last
+    assert cache.match([1, 2, 3, 4, 5, 6]) == 0
+    assert cache.match([7, 8, 9, 10]) == 4
+
+
+def test_a_fuller_page_replaces_a_partly_filled_one(cache):
+    serve(cache, [1, 2])
+    serve(cache, [1, 2, 3])
+    assert cache.stats().evictable == 1
+    serve(cache, [1, 2, 9])  # not a continuation: a page of its own
+    assert cache.stats().evictable == 2
+
+
+def test_eviction_takes_the_coldest_page_from_the_tail(cache):
+    serve(cache, list(range(12)))
+    serve(cache, [50, 51, 52, 53])
+    assert cache.evict(1) == 1
+    assert cache.match(list(range(12))) == 8
+    assert cache.match([50, 51, 52, 53]) == 4
+    serve(cache, list(range(8)) + [0])  # touches the older prefix
+    assert cache.evict(1) == 1
+    assert cache.match([50, 51, 52, 53]) == 0
+
+
+def test_duplicates_are_folded_onto_the_published_pages(cache):
+    a, b = cache.acquire([1, 2, 3, 4, 5]), cache.acquire([1, 2, 3, 4, 6])
+    assert a.pages[0] != b.pages[0]
+    for lease in (a, b):
+        lease.advance()
+        lease.commit()
+    assert a.pages[0] == b.pages[0]
+    a.release()
+    b.release()
+    assert cache.stats().evictable == 3
+
+
+def test_commit_makes_the_open_page_findable_and_the_lease_goes_on_in_a_copy(cache):
+    lease = cache.acquire([1, 2, 3, 4, 5, 6])
+    lease.advance()
+    lease.commit()
+    assert cache.match([1, 2, 3, 4, 5, 6]) == 6
+    published = int(lease.pages[1])
+    lease.extend([7])
+    assert lease.copies == [(published, int(lease.pages[1]), 2)]
+    lease.advance()
+    lease.release()
+    assert cache.match([1, 2, 3, 4, 5, 6, 7]) == 7
+    assert cache.stats().evictable == 2
+
+
+def test_an_exception_releases_without_commit(cache):
+    with pytest.raises(KeyError), cache.acquire([1, 2, 3, 4]) as lease:
+        lease.advance()
+        raise KeyError
+    assert lease.released
+    assert cache.match([1, 2, 3, 4]) == 0
+    assert cache.stats().free == 16
+
+
+def test_a_dropped_lease_is_released(cache):
+    lease = cache.acquire([1, 2, 3])
+    assert cache.stats().private == 1
+    del lease
+    gc.collect()
+    assert cache.stats().free == 16
+
+
+def test_namespaces_are_walls(cache):
+    serve(cache, [1, 2, 3, 4], "a")
+    assert cache.match([1, 2, 3, 4], "a") == 4
+    assert cache.match([1, 2, 3, 4], "b") == cache.match([1, 2, 3, 4]) == 0
+    assert serve(cache, [1, 2, 3, 4, 5], "b") == 0
+    assert [root["namespace"] for root in cache.snapshot()] == ["a", "b"]
+
+
+def test_clear_forgets_even_what_leases_use(cache):
+    serve(cache, [1, 2, 3, 4], "a")
+    serve(cache, [1, 2, 3, 4], "b")
+    lease = cache.acquire([1, 2, 3, 4, 5], "a")
+    assert lease.num_cached == 4
+    cache.clear("a")
+    assert cache.match([1, 2, 3, 4], "a") == 0
+    assert cache.match([1, 2, 3, 4], "b") == 4
+    lease.advance()
+    lease.release()  # computed with what was to be forgotten: not published
+    assert cache.match([1, 2, 3, 4], "a") == 0
+    assert cache.clear() == 1
+    assert cache.stats().free == 16
+
+
+def test_pins_keep_a_prefix_and_may_not_starve_the_pool(cache):
+    serve(cache, list(range(16)))
+    pin = cache.pin(list(range(10)))
+    assert (pin.num_tokens, cache.stats().pinned, cache.stats().protected) == (10, 3, 3)
+    cache.evict(16)
+    assert cache.match(list(range(16))) == 12
+    with pytest.raises(radixkv.NotCached, match="12 of 16 tokens are cached: run the prompt once"):
+        cache.pin(list(range(16)))
+    serve(cache, list(range(100, 148)))
+    before = state(cache)
+    with pytest.raises(radixkv.PoolExhausted, match="pinning 12 pages besides 3 pinned ones .* at most 14 of 16"):
+        cache.pin(list(range(100, 148)))
+    assert state(cache) == before
+    pin.unpin()
+    with pytest.raises(radixkv.LeaseError, match="undone already"):
+        pin.unpin()
+    assert cache.stats().pinned == 0
+    with cache.pin(list(range(100, 148))):
+        assert cache.stats().pinned == 12
+    assert cache.stats().pinned == 0
+
+
+def test_a_pin_outlives_its_object_and_a_fuller_page(cache):
+    serve(cache, [1, 2])
+    cache.pin([1, 2])
+    gc.collect()
+    serve(cache, [1, 2, 3])
+    cache.evict(16)
+    assert cache.match([1, 2, 3]) == 3
+    assert cache.stats().pinned == 1
+
+
+def test_forks_share_written_pages_and_copy_the_open_one(cache):
+    lease = cache.acquire([1, 2, 3, 4, 5, 6])
+    lease.advance()
+    forks = [lease.fork() for _ in range(3)]
+    for fork in forks:
+        assert fork.pages[0] == lease.pages[0]
+        assert fork.copies == [(int(lease.pages[1]), int(fork.pages[1]), 2)]
+        assert fork.num_written == 6
+    for i, each in enumerate([lease, *forks]):
+        each.extend([10 + i])
+        each.advance()
+        each.release()
+    assert all(cache.match([1, 2, 3, 4, 5, 6, 10 + i]) == 7 for i in range(4))
+    assert cache.stats().evictable == 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        tuple,
+        lambda t: np.array(t, np.int32),
+        lambda t: np.array(t, np.int64),
+        lambda t: np.repeat(np.array(t, np.int32), 2)[::2],
+        lambda t: np.repeat(np.array(t, np.int64), 2)[::2],
+        lambda t: array.array("i", t),
+        lambda t: memoryview(np.array(t, np.int32)),
+    ],
+    ids=["list", "tuple", "int32", "int64", "strided int32", "strided int64", "array", "memoryview"],
+)
+def test_tokens_may_come_as(cache, make):
+    with cache.acquire(make([5, 6, 7])) as lease:
+        assert lease.tokens.tolist() == [5, 6, 7]
+        lease.extend(make([8]))
+        assert lease.tokens.tolist() == [5, 6, 7, 8]
+
+
+def test_on_release_sees_the_lease_and_cannot_keep_it(cache):
+    seen = []
+    cache.on_release = lambda lease: seen.append((lease.tokens.tolist(), lease.num_prompt, lease.released))
+    with cache.acquire([1, 2, 3]) as lease:
+        lease.extend([4])
+        lease.advance()
+    assert seen == [([1, 2, 3, 4], 3, False)]
+    cache.on_release = lambda lease: 1 / 0
+    lease = cache.acquire([9])
+    with pytest.raises(ZeroDivisionError):
+        lease.release()
+    assert lease.released
+
+
+def test_the_same_calls_give_the_same_state():
+    def run():
+        rng = np.random.default_rng(0)
+        cache = radixkv.PrefixCache(24, 2)
+        for _ in range(300):
+            serve(cache, rng.integers(0, 3, rng.integers(1, 12)).tolist(), str(rng.integers(2)))
+        return state(cache)
+
+    assert run() == run()
+
+
+# --- misuse --------------------------------------------------------------------------------------------------------------
+
+BAD_TOKENS = {
+    "empty": [],
+    "negative": [1, -5],
+    "too large": [2**31],
+    "much too large": [2**80],
+    "float in a list": [1.5],
+    "text in a list": ["a"],
+    "text": "abc",
+    "bytes": b"abc",
+    "none": None,
+    "a number": 5,
+    "2-D": np.zeros((2, 2), np.int32),
+    "float array": np.zeros(3, np.float32),
+    "int16 array": np.zeros(3, np.int16),
+    "negative array": np.array([3, -1], np.int32),
+    "negative int64 array": np.array([3, -1], np.int64),
+    "large int64 array": np.array([2**31], np.int64),
+}
+
+
+@pytest.mark.parametrize("tokens", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_bad_tokens(cache, tokens):
+    serve(cache, [1, 2, 3, 4, 5])
+    before = state(cache)
+    with pytest.raises(radixkv.InvalidTokens, match="token"):
+        cache.acquire(tokens)
+    assert state(cache) == before
+    lease = cache.acquire([1, 2, 3])
+    before = state(cache)
+    if tokens is not BAD_TOKENS["empty"]:
+        with pytest.raises(radixkv.InvalidTokens):
+            lease.extend(tokens)
+        with pytest.raises(radixkv.InvalidTokens):
+            cache.match(tokens)
+    assert state(cache) == before
+    assert lease.tokens.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "page_size"), [(0, 16), (-1, 16), (16, 0), (2.5, 16), ("8", 16), (True, 16), (2**27, 16), (None, 1)]
+)
+def test_bad_sizes(num_pages, page_size):
+    with pytest.raises(radixkv.InvalidArgument, match="num_pages|page_size"):
+        radixkv.PrefixCache(num_pages, page_size)
+
+
+def test_a_prompt_longer_than_the_pool(cache):
+    before = state(cache)
+    with pytest.raises(radixkv.PoolExhausted, match="need 17 pages for 65 tokens; the whole pool has 16 pages of 4"):
+        cache.acquire(range(65))
+    assert state(cache) == before
+    lease = cache.acquire([1])
+    with pytest.raises(radixkv.PoolExhausted, match="shorten the request or raise num_pages"):
+        lease.extend(range(64))
+    assert lease.num_tokens == 1
+
+
+def test_exhaustion_names_the_numbers(cache):
+    held = cache.acquire(range(44))
+    serve(cache, [100, 101, 102, 103])
+    before = state(cache)
+    with pytest.raises(radixkv.PoolExhausted, match="need 6 pages; 4 free, 1 evictable, 11 leased or pinned: release"):
+        cache.acquire(range(200, 224))
+    assert state(cache) == before
+    with pytest.raises(MemoryError):
+        cache.acquire(range(200, 224))
+    held.release()
+    cache.acquire(range(200, 224)).release()
+
+
+def test_use_after_release(cache):
+    lease = cache.acquire([1, 2, 3])
+    lease.release()
+    before = state(cache)
+    uses = [
+        lambda: lease.release(),
+        lambda: lease.extend([1]),
+        lambda: lease.advance(),
+        lambda: lease.commit(),
+        lambda: lease.fork(),
+        lambda: lease.adopt(),
+        lambda: lease.pages,
+        lambda: lease.tokens,
+        lambda: lease.copies,
+        lambda: lease.num_tokens,
+        lambda: radixkv._core.PageTable().assemble([lease]),
+        lambda: radixkv._core.advance_all([lease]),
+    ]
+    for use in uses:
+        with pytest.raises(radixkv.LeaseError, match="released"):
+            use()
+    assert state(cache) == before
+
+
+def test_advance_and_fork_against_the_contract(cache):
+    lease = cache.acquire([1, 2, 3])
+    with pytest.raises(radixkv.InvalidArgument, match="advance by 4: only 3 of 3 tokens are unwritten"):
+        lease.advance(4)
+    with pytest.raises(radixkv.InvalidArgument, match="advance by -1"):
+        lease.advance(-1)
+    with pytest.raises(radixkv.LeaseError, match="0 of 3 are written"):
+        lease.fork()
+    lease.advance(1)
+    assert lease.num_written == 1
+
+
+def test_a_closed_cache_takes_nothing_new():
+    with radixkv.PrefixCache(4, 4) as cache:
+        lease = cache.acquire([1, 2])
+    for use in (lambda: cache.acquire([1]), lambda: cache.match([1]), lambda: lease.extend([3]), cache.clear):
+        with pytest.raises(radixkv.LeaseError, match="closed"):
+            use()
+    lease.release()
+    cache.check()
+
+
+def test_page_table_misuse(cache):
+    table = radixkv._core.PageTable()
+    lease, other = cache.acquire([1, 2, 3]), radixkv.PrefixCache(4, 4).acquire([1])
+    written = cache.acquire([9])
+    written.advance()
+    for leases, message in (
+        ([], "at least one lease"),
+        ([lease, lease], "listed twice"),
+        ([lease, other], "another cache"),
+        ([written], "nothing to compute"),
+        ([None], "takes leases"),
+    ):
+        with pytest.raises(radixkv.InvalidArgument, match=message):
+            table.assemble(leases)
+    table.assemble([lease])
+    assert table.positions.tolist() == [0, 1, 2]
+
+
+def test_page_table_of_a_mixed_batch(cache):
+    serve(cache, list(range(8)))
+    extend, decode, prefill = cache.acquire(list(range(8)) + [50, 51]), cache.acquire([20, 21, 22]), cache.acquire([30])
+    decode.advance(2)
+    table = radixkv._core.PageTable()
+    table.assemble([extend, decode, prefill])
+    assert table.qo_indptr.tolist() == [0, 2, 3, 4]
+    assert table.kv_indptr.tolist() == [0, 3, 4, 5]
+    assert table.kv_indices.tolist() == [*extend.pages, *decode.pages, *prefill.pages]
+    assert table.kv_last_page_len.tolist() == [2, 3, 1]
+    assert table.input_ids.tolist() == [50, 51, 22, 30]
+    assert table.positions.tolist() == [8, 9, 2, 0]
+    assert table.last_rows.tolist() == [1, 2, 3]
+    pages = [extend.pages[2], extend.pages[2], decode.pages[0], prefill.pages[0]]
+    assert table.slots.tolist() == [int(p) * 4 + o for p, o in zip(pages, (0, 1, 2, 0), strict=True)]

@@ -1,0 +1,220 @@
+"""Engine and Step: answers against a dense oracle, bit-identity of hit and miss, transactions, misuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import radixkv  # noqa: E402
+from radixkv.geometry import Geometry, parse_bytes  # noqa: E402
+
+LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 3, 4, 2, 16, 50
+torch.manual_seed(0)
+EMBEDDING = torch.randn(VOCAB, HEADS, DIM)
+WEIGHT = torch.randn(LAYERS, 3, HEADS, DIM)
+
+
+def make_engine(num_pages=64, page_size=4, dtype=torch.float32, **options):
+    return radixkv.Engine(
+        num_layers=LAYERS, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM,
+        page_size=page_size, num_pages=num_pages, dtype=dtype, **options,
+    )  # fmt: skip
+
+
+def qkv(x, layer):
+    """A toy model whose rows do not see each other outside of attention, in arithmetic that is exact per element."""
+    q, k, v = (x * WEIGHT[layer, i].to(x.dtype) for i in range(3))
+    return q, k[:, :KV_HEADS], v[:, :KV_HEADS]
+
+
+def embed(tokens, positions, dtype):
+    return (EMBEDDING[tokens] * (1 + positions[:, None, None] / 64)).to(dtype)
+
+
+def forward(step, dtype=torch.float32):
+    x = embed(step.input_ids, step.positions, dtype)
+    for layer in range(LAYERS):
+        x = x + step.attend(layer, *qkv(x, layer))
+    return x
+
+
+def oracle(tokens):
+    """The toy model over the whole sequence, dense, in float64."""
+    x = embed(torch.tensor(tokens), torch.arange(len(tokens)), torch.float64)
+    for layer in range(LAYERS):
+        q, k, v = qkv(x, layer)
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (k, v))
+        logits = torch.einsum("nhd,mhd->hnm", q, k) * DIM**-0.5
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), float("-inf"))
+        x = x + torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v)
+    return x
+
+
+def random_tokens(rng, n):
+    return rng.integers(0, VOCAB, n).tolist()
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_answers_match_a_dense_oracle_in_mixed_batches(page_size):
+    engine = make_engine(num_pages=600 // page_size, page_size=page_size)
+    rng = np.random.default_rng(page_size)
+    shared = random_tokens(rng, 37)
+    leases = []
+    for turn in range(6):
+        leases.append(engine.acquire(shared[: rng.integers(1, 38)] + random_tokens(rng, int(rng.integers(1, 30)))))
+        with engine.step(leases) as step:
+            out = forward(step)
+        for lease, last in zip(leases, step.last_rows, strict=True):
+            expected = oracle(lease.tokens.tolist())[-1]
+            assert (out[last].double() - expected).abs().max() < 2e-5 * max(1, expected.abs().max())
+            lease.extend(random_tokens(rng, int(rng.integers(1, 4))))
+        if turn % 2:
+            leases.pop(0).release()
+        engine.cache.check()
+    assert engine.cache.stats().hit_tokens > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_hit_never_changes_the_answer(dtype):
+    """Bit-identical last rows: fresh engine, warm engine with any cached part, thrashing engine, any batch."""
+    rng = np.random.default_rng(1)
+    base = random_tokens(rng, 90)
+
+    def answer(engine, tokens, company=()):
+        leases = [engine.acquire(t) for t in (*company, tokens)]
+        with engine.step(leases) as step:
+            out = forward(step, dtype)
+        row = out[step.last_rows[-1]].clone()
+        cached = leases[-1].num_cached
+        for lease in leases:
+            lease.release()
+        return row, cached
+
+    warm = make_engine(num_pages=400, page_size=8, dtype=dtype)
+    thrashing = make_engine(num_pages=20, page_size=8, dtype=dtype)
+    hits = 0
+    for _ in range(40):
+        tokens = base[: rng.integers(0, 90)] + random_tokens(rng, int(rng.integers(1, 40)))
+        cold, cached = answer(make_engine(page_size=int(rng.integers(1, 20)), num_pages=200, dtype=dtype), tokens)
+        assert cached == 0
+        company = [base[: rng.integers(1, 30)] + [1] for _ in range(rng.integers(0, 3))]
+        for engine, others in ((warm, company), (thrashing, ())):
+            row, cached = answer(engine, tokens, others)
+            hits += cached
+            assert torch.equal(row, cold)
+    assert hits > 500
+
+
+def test_a_page_copy_and_a_fork_carry_the_values():
+    engine = make_engine()
+    with engine.acquire([1, 2, 3, 4, 5, 6]) as lease:
+        with engine.step([lease]) as step:
+            forward(step)
+        forks = [lease.fork() for _ in range(2)]
+        for i, fork in enumerate(forks):
+            fork.extend([10 + i])
+        with engine.step(forks) as step:
+            out = forward(step)
+        for fork, last in zip(forks, step.last_rows, strict=True):
+            assert (out[last].double() - oracle(fork.tokens.tolist())[-1]).abs().max() < 1e-4
+            fork.release()
+
+
+def test_a_step_that_fails_advances_nothing():
+    engine = make_engine()
+    lease = engine.acquire([1, 2, 3])
+    with pytest.raises(KeyError), engine.step([lease]) as step:
+        forward(step)
+        raise KeyError
+    assert lease.num_written == 0
+    with pytest.raises(radixkv.LeaseError, match="attended 1 of 3 layers"), engine.step([lease]) as step:
+        x = embed(step.input_ids, step.positions, torch.float32)
+        step.attend(0, *qkv(x, 0))
+    assert lease.num_written == 0
+    with engine.step([lease]) as step:
+        forward(step)
+    assert lease.num_written == 3
+    lease.release()
+    assert engine.cache.match([1, 2, 3]) == 3
+
+
+def test_steps_one_at_a_time_and_only_while_open():
+    engine = make_engine()
+    a, b = engine.acquire([1, 2]), engine.acquire([3])
+    with engine.step([a]) as step:
+        with pytest.raises(radixkv.LeaseError, match="another step"), engine.step([b]):
+            pass
+        forward(step)
+        x = embed(step.input_ids, step.positions, torch.float32)
+    with pytest.raises(radixkv.LeaseError, match="not open"):
+        step.attend(0, *qkv(x, 0))
+    with pytest.raises(radixkv.InvalidArgument, match="nothing to compute"), engine.step([a]):
+        pass
+    with engine.step([b]) as step, pytest.raises(radixkv.InvalidArgument, match="layers 0 to 2"):
+        x = embed(step.input_ids, step.positions, torch.float32)
+        try:
+            step.attend(3, *qkv(x, 0))
+        finally:
+            forward(step)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q.double(), k, v), "dtype|float64"),
+        (lambda q, k, v: (q[:1], k, v), "shape|rows"),
+        (lambda q, k, v: (q, k[:, :1], v), "shape|heads"),
+        (lambda q, k, v: (q, k, v[..., :8]), "shape"),
+        (lambda q, k, v: (q.transpose(1, 2).contiguous().transpose(1, 2), k, v), "contiguous|stride"),
+    ],
+)
+def test_tensors_that_do_not_fit(change, message):
+    engine = make_engine()
+    lease = engine.acquire([1, 2])
+    with pytest.raises(radixkv.InvalidArgument, match=message), engine.step([lease]) as step:
+        x = embed(step.input_ids, step.positions, torch.float32)
+        step.attend(0, *change(*qkv(x, 0)))
+    assert lease.num_written == 0
+    engine.cache.check()
+
+
+def test_bad_engines():
+    for options, message in (
+        ({"num_pages": None}, "either num_pages or capacity"),
+        ({"capacity": "1GiB"}, "either num_pages or capacity"),
+        ({"num_pages": None, "capacity": 0}, "capacity must be"),
+        ({"num_pages": None, "capacity": 1.5}, "capacity must be"),
+        ({"num_pages": None, "capacity": "12 parsecs"}, "amount of memory"),
+        ({"num_pages": None, "capacity": "1KiB"}, "hold no page: one takes 3072 bytes"),
+        ({"num_pages": 0}, "num_pages must be"),
+        ({"page_size": 0}, "page_size must be"),
+        ({"dtype": torch.int8}, "dtype"),
+    ):
+        with pytest.raises(radixkv.InvalidArgument, match=message):
+            make_engine(**options)
+    with pytest.raises(radixkv.InvalidArgument, match="multiple of num_kv_heads"):
+        radixkv.Engine(num_layers=1, num_qo_heads=5, num_kv_heads=2, head_dim=16, num_pages=4)
+    with pytest.raises(radixkv.BackendUnavailable, match="device"):
+        make_engine(device="meta")
+
+
+def test_capacity_in_bytes_and_as_a_share():
+    assert make_engine(num_pages=None, capacity="1MiB").num_pages == 2**20 // 3072
+    assert make_engine(num_pages=None, capacity=2**20).num_pages == 2**20 // 3072
+    assert make_engine(num_pages=None, capacity=1e-6).num_pages > 0
+    assert [parse_bytes(t) for t in ("4GiB", "1.5 MiB", "2MB", "77")] == [2**32, 3 * 2**19, 2_000_000, 77]
+
+
+def test_known_sizes_of_a_token():
+    llama_3_8b = Geometry(32, 32, 8, 128, 16, 2)
+    smollm2 = Geometry(30, 9, 3, 64, 16, 2)
+    assert (llama_3_8b.bytes_per_token, smollm2.bytes_per_token) == (131_072, 23_040)
+    assert llama_3_8b.bytes_per_page * 256 == 512 * 2**20
+
+
+def test_the_pool_is_one_allocation_of_strided_views():
+    pool = make_engine().pool
+    assert pool.k[0].shape == (64, 4, KV_HEADS, DIM)
+    assert {t.untyped_storage().data_ptr() for t in (*pool.k, *pool.v)} == {pool.storage.untyped_storage().data_ptr()}
