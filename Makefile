@@ -86,7 +86,10 @@ bench: build  ## bench/operations.py, bench/attention.py
 	$(PY) -m bench.operations
 	$(PY) -m bench.attention
 
+pictures: build  ## draw the pictures of README and docs
+	$(PY) -c 'import runpy; runpy.run_path("docs/pictures.py", run_name="__main__")'
+
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help build demo test lint format test-deep mutants asan tsan bench clean
+.PHONY: help pictures build demo test lint format test-deep mutants asan tsan bench clean

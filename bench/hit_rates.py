@@ -20,11 +20,11 @@ from pathlib import Path
 
 from npz_traces import read_npz, traces_folder
 
-from radixkv.curve import capacity_curve
-from radixkv.curve_clairvoyant import clairvoyant_hit_rates
-from radixkv.curve_points import CapacityCurve
-from radixkv.replay import replay
-from radixkv.trace import Request
+from radixkv.traces.curve import capacity_curve
+from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
+from radixkv.traces.curve_points import CapacityCurve
+from radixkv.traces.replay import replay
+from radixkv.traces.trace import Request
 
 TOLERANCE = 0.1
 SHARES = (1, 2, 5, 10, 20, 50)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from radixkv.trace import Blocks, Request, Tokens
+from radixkv.traces.trace import Blocks, Request, Tokens
 
 _FIRST_TAIL = 3 * 2**29  # above every id: the partly filled last block of request i consists of this value + i
 

@@ -28,96 +28,98 @@ constexpr int kMaxHeadDim = 256;
 // One layer's K or V cache: [num_pages, page_size, num_kv_heads, head_dim], the last dimension contiguous.
 // Strides are in elements and the same for K and V.
 struct KvLayout {
-    DType dtype;
-    std::int32_t num_pages;
-    std::int32_t page_size;
-    std::int32_t num_kv_heads;
-    std::int32_t head_dim;
-    std::int64_t page_stride;
-    std::int64_t slot_stride;
-    std::int64_t head_stride;
+  DType dtype;
+  std::int32_t num_pages;
+  std::int32_t page_size;
+  std::int32_t num_kv_heads;
+  std::int32_t head_dim;
+  std::int64_t page_stride;
+  std::int64_t slot_stride;
+  std::int64_t head_stride;
 };
 
 // The CSR arrays of one step: request b has the rows qo_indptr[b]..qo_indptr[b + 1] and the pages
 // kv_indices[kv_indptr[b]..kv_indptr[b + 1]], the last of which holds kv_last_page_len[b] keys, new rows included.
 struct PageTableView {
-    std::int32_t batch_size;
-    const std::int32_t* qo_indptr;         // [batch_size + 1]
-    const std::int32_t* kv_indptr;         // [batch_size + 1]
-    const std::int32_t* kv_indices;        // [kv_indptr[batch_size]]
-    const std::int32_t* kv_last_page_len;  // [batch_size]
+  std::int32_t batch_size;
+  const std::int32_t* qo_indptr;         // [batch_size + 1]
+  const std::int32_t* kv_indptr;         // [batch_size + 1]
+  const std::int32_t* kv_indices;        // [kv_indptr[batch_size]]
+  const std::int32_t* kv_last_page_len;  // [batch_size]
 
-    std::int32_t num_rows(std::int32_t b) const { return qo_indptr[b + 1] - qo_indptr[b]; }
-    std::int64_t kv_len(std::int32_t b, std::int32_t page_size) const {
-        const std::int64_t pages = kv_indptr[b + 1] - kv_indptr[b];
-        return pages == 0 ? 0 : (pages - 1) * page_size + kv_last_page_len[b];
-    }
+  std::int32_t num_rows(std::int32_t b) const { return qo_indptr[b + 1] - qo_indptr[b]; }
+  std::int64_t kv_len(std::int32_t b, std::int32_t page_size) const {
+    const std::int64_t pages = kv_indptr[b + 1] - kv_indptr[b];
+    return pages == 0 ? 0 : (pages - 1) * page_size + kv_last_page_len[b];
+  }
 };
 
 struct AttentionParams {
-    float sm_scale;
-    std::int32_t window_left = -1;  // keys seen before the query's own; -1: all
-    float logits_soft_cap = 0.0f;   // 0: off; else cap * tanh(logit / cap)
+  float sm_scale;
+  std::int32_t window_left = -1;  // keys seen before the query's own; -1: all
+  float logits_soft_cap = 0.0f;   // 0: off; else cap * tanh(logit / cap)
 };
 
 // Rows of q, k or v: [rows, heads, head_dim], the last dimension contiguous, strides in elements.
 struct Rows {
-    const void* data;
-    std::int64_t row_stride;
-    std::int64_t head_stride;
+  const void* data;
+  std::int64_t row_stride;
+  std::int64_t head_stride;
 };
 
 // Copies row r of k and v into slot slots[r] = page * page_size + offset, for every r in [begin, end).
 void append_kv(const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
                const std::int32_t* slots, std::int64_t begin, std::int64_t end);
 
-// Query rows [row_begin, row_end) of one request, counted within the request, with all query heads of one kv head.
+// Query rows [row_begin, row_end) of one request, counted within the request, with all query heads of the kv heads
+// [head_begin, head_end).
 struct Block {
-    std::int32_t request;
-    std::int32_t kv_head;
-    std::int32_t row_begin;
-    std::int32_t row_end;
+  std::int32_t request;
+  std::int32_t head_begin;
+  std::int32_t head_end;
+  std::int32_t row_begin;
+  std::int32_t row_end;
 };
 
-// The running softmax of the R = rows * group query vectors of a block, ordered (row, head). A query vector that has
-// met no key has sum 0. Between chunks this is all there is to carry: a caller may stop a block after any chunk
-// and go on with the next one elsewhere.
+// The running softmax of the R = heads * rows * group query vectors of a block, ordered (kv head, row, query head). A
+// query vector that has met no key has sum 0. Between chunks this is all there is to carry: a caller may stop a block
+// after any chunk and go on with the next one elsewhere.
 struct RowState {
-    float* max;  // [R], in units of log2
-    float* sum;  // [R]
-    float* acc;  // [R, padded_dim(head_dim)]
+  float* max;  // [R], in units of log2
+  float* sum;  // [R]
+  float* acc;  // [R, padded_dim(head_dim)]
 };
 
 constexpr std::int64_t padded_dim(std::int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 constexpr std::int64_t state_floats(std::int64_t rows, std::int64_t head_dim) {
-    return rows * padded_dim(head_dim) + (2 * rows + 15) / 16 * 16;
+  return rows * padded_dim(head_dim) + (2 * rows + 15) / 16 * 16;
 }
 RowState state_at(float* memory, std::int64_t rows, std::int64_t head_dim);
 
 // Everything that the blocks of one call have in common.
 struct Batch {
-    KvLayout layout;
-    PageTableView table;
-    AttentionParams params;
-    std::int32_t group;  // query heads per kv head
-    const void* k_cache;
-    const void* v_cache;
-    Rows q;
-    void* out;  // [rows, num_kv_heads * group, head_dim], contiguous, in the layout's dtype
+  KvLayout layout;
+  PageTableView table;
+  AttentionParams params;
+  std::int32_t group;  // query heads per kv head
+  const void* k_cache;
+  const void* v_cache;
+  Rows q;
+  void* out;  // [rows, num_kv_heads * group, head_dim], contiguous, in the layout's dtype
 };
 
 // The kernel, compiled once per instruction set.
 struct Kernel {
-    const char* isa;
-    // Bytes of scratch memory (64-byte aligned) that attend needs for blocks of up to `rows` query vectors.
-    std::size_t (*scratch_bytes)(std::int64_t rows, std::int64_t head_dim);
-    // Carries the block's state over the keys of chunks [chunk_begin, chunk_end).
-    void (*attend)(const Batch& batch, const Block& block, std::int64_t chunk_begin, std::int64_t chunk_end,
-                   const RowState& state, void* scratch);
-    // Merges the state of a later chunk into the state of the chunks before it.
-    void (*merge)(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state);
-    // Writes acc / sum to the block's rows of batch.out.
-    void (*finish)(const Batch& batch, const Block& block, const RowState& state);
+  const char* isa;
+  // Bytes of scratch memory (64-byte aligned) that attend needs for blocks of up to `rows` query vectors.
+  std::size_t (*scratch_bytes)(std::int64_t rows, std::int64_t head_dim);
+  // Carries the block's state over the keys of chunks [chunk_begin, chunk_end).
+  void (*attend)(const Batch& batch, const Block& block, std::int64_t chunk_begin, std::int64_t chunk_end,
+                 const RowState& state, void* scratch);
+  // Merges the state of a later chunk into the state of the chunks before it.
+  void (*merge)(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state);
+  // Writes acc / sum to the block's rows of batch.out.
+  void (*finish)(const Batch& batch, const Block& block, const RowState& state);
 };
 
 // The best kernel that this machine runs, or the one named by the environment variable RADIXKV_ISA. `isa` null or

@@ -23,6 +23,36 @@ void bind_attention(nb::module_& m);  // bindings_attention.cpp
 
 namespace {
 
+constexpr const char* kAcquireDoc =
+    R"(Match the longest cached prefix, lock it, and take pages for the rest of the tokens.
+
+At least one token is always left to compute, so lease.num_cached < len(tokens). Reuse is exact to the token: where the
+match ends inside a page, lease.copies says what to copy before writing.
+
+Args:
+    tokens: list of ints, or 1-D int32 or int64 array or tensor on the CPU; 0 <= token < 2**31; not empty. An int32
+        array is read in place.
+    namespace: prefixes are found again in the same namespace only (tenant, LoRA adapter, model revision).
+
+Raises:
+    PoolExhausted: free and evictable pages do not suffice; nothing has changed.
+    InvalidTokens: empty, of a wrong type or out of range.
+
+Cost: O(tokens) comparisons of memory, O(1) a page evicted.)";
+
+constexpr const char* kMatchDoc =
+    "Tokens of the longest cached prefix, up to len(tokens). Changes nothing, recency included. O(tokens matched).";
+
+constexpr const char* kPinDoc =
+    R"(Keep a cached prefix (a system prompt, few-shot examples) resident until unpin() is called on the result.
+
+The pin is on the tokens: it stays although the object is dropped, and moves to the fuller page where one replaces the
+prefix's last, partly filled page. Its pages count as protected.
+
+Raises:
+    NotCached: not all of the tokens are cached.
+    PoolExhausted: pins would hold more than 7/8 of the pool.)";
+
 constexpr std::int64_t kLongWork = 4096;  // tokens; shorter calls are over before another thread could use the GIL
 
 template <typename F>
@@ -159,29 +189,33 @@ void bind_cache(nb::module_& m) {
             const Tokens t(tokens);
             return PyLease{work(t.size(), [&] { return c.host->cache->acquire(t.data(), t.size(), name); }), c.host};
           },
-          "tokens"_a.none(), "namespace"_a = "")
+          "tokens"_a.none(), "namespace"_a = "", kAcquireDoc)
       .def(
           "match",
           [](PyCache& c, nb::handle tokens, std::string_view name) {
             const Tokens t(tokens);
             return work(t.size(), [&] { return c.host->cache->match(t.data(), t.size(), name); });
           },
-          "tokens"_a.none(), "namespace"_a = "")
+          "tokens"_a.none(), "namespace"_a = "", kMatchDoc)
       .def(
           "pin",
           [](PyCache& c, nb::handle tokens, std::string_view name) {
             const Tokens t(tokens);
             return c.host->cache->pin(t.data(), t.size(), name);
           },
-          "tokens"_a.none(), "namespace"_a = "")
+          "tokens"_a.none(), "namespace"_a = "", kPinDoc)
       .def("_evict", [](PyCache& c, std::int64_t n) { return work(kLongWork, [&] { return c.host->cache->evict(n); }); })
       .def("_clear_all", [](PyCache& c) { return work(kLongWork, [&] { return c.host->cache->clear(); }); })
       .def("_clear", [](PyCache& c, std::string_view s) { return work(kLongWork, [&] { return c.host->cache->clear(s); }); })
       .def("_stats", &stats)
       .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.host->cache->refuse_pages(n); })
-      .def("snapshot", &snapshot)
-      .def("check", [](PyCache& c) { work(kLongWork, [&] { c.host->cache->check(); }); })
-      .def("close", [](PyCache& c) { c.host->cache->close(); });
+      .def("snapshot", &snapshot,
+           "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "
+           "is {tokens, pages, locks, pins, children}. O(cached tokens).")
+      .def("check", [](PyCache& c) { work(kLongWork, [&] { c.host->cache->check(); }); },
+           "Recompute every count, link and state from scratch; AssertionError if any is wrong. O(pages).")
+      .def("close", [](PyCache& c) { c.host->cache->close(); },
+           "Take nothing new from now on; live leases can still be released.");
 
   nb::class_<Pin>(m, "Pin", "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
       .def_prop_ro("num_tokens", &Pin::num_tokens, "Tokens of the pinned prefix.")

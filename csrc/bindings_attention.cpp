@@ -30,103 +30,103 @@ using attention::Rows;
 using Int32Array = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 DType dtype_named(const std::string& name) {
-    if (name == "float32") return DType::f32;
-    if (name == "bfloat16") return DType::bf16;
-    if (name == "float16") return DType::f16;
-    throw std::invalid_argument("dtype is " + name + ": it must be float32, bfloat16 or float16");
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw std::invalid_argument("dtype is " + name + ": it must be float32, bfloat16 or float16");
 }
 
 // An AttentionPlan and what its layout has beside strides.
 class Plan {
-  public:
-    Plan(std::int32_t num_qo_heads, std::int32_t num_kv_heads, std::int32_t head_dim, std::int32_t num_pages,
-         std::int32_t page_size, const std::string& dtype, int num_threads, const std::string& isa)
-        : layout_{dtype_named(dtype), num_pages, page_size, num_kv_heads, head_dim, 0, 0, 0},
-          plan_(num_qo_heads, layout_, num_threads, isa.c_str()) {}
+ public:
+  Plan(std::int32_t num_qo_heads, std::int32_t num_kv_heads, std::int32_t head_dim, std::int32_t num_pages,
+       std::int32_t page_size, const std::string& dtype, int num_threads, const std::string& isa)
+      : layout_{dtype_named(dtype), num_pages, page_size, num_kv_heads, head_dim, 0, 0, 0},
+        plan_(num_qo_heads, layout_, num_threads, isa.c_str()) {}
 
-    void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
-              const Int32Array& kv_last_page_len, const Int32Array& slots) {
-        const std::size_t batch_size = kv_last_page_len.shape(0);
-        expect_length("qo_indptr", qo_indptr.shape(0), batch_size + 1);
-        expect_length("kv_indptr", kv_indptr.shape(0), batch_size + 1);
-        const std::int64_t num_pages = kv_indptr.data()[batch_size];
-        expect_length("kv_indices", kv_indices.shape(0), static_cast<std::size_t>(num_pages < 0 ? 0 : num_pages));
-        const PageTableView view{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(),
-                                 kv_indices.data(), kv_last_page_len.data()};
-        const nb::gil_scoped_release release;
-        plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
-    }
+  void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
+            const Int32Array& kv_last_page_len, const Int32Array& slots) {
+    const std::size_t batch_size = kv_last_page_len.shape(0);
+    expect_length("qo_indptr", qo_indptr.shape(0), batch_size + 1);
+    expect_length("kv_indptr", kv_indptr.shape(0), batch_size + 1);
+    const std::int64_t num_pages = kv_indptr.data()[batch_size];
+    expect_length("kv_indices", kv_indices.shape(0), static_cast<std::size_t>(num_pages < 0 ? 0 : num_pages));
+    const PageTableView view{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(),
+                             kv_indices.data(), kv_last_page_len.data()};
+    const nb::gil_scoped_release release;
+    plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
+  }
 
-    void append(std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
-                std::int64_t v_head, std::uintptr_t k_cache, std::uintptr_t v_cache, std::int64_t page_stride,
-                std::int64_t slot_stride, std::int64_t head_stride) {
-        const nb::gil_scoped_release release;
-        plan_.append(strided(page_stride, slot_stride, head_stride), reinterpret_cast<void*>(k_cache),
-                     reinterpret_cast<void*>(v_cache), Rows{reinterpret_cast<const void*>(k), k_row, k_head},
-                     Rows{reinterpret_cast<const void*>(v), v_row, v_head});
-    }
+  void append(std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
+              std::int64_t v_head, std::uintptr_t k_cache, std::uintptr_t v_cache, std::int64_t page_stride,
+              std::int64_t slot_stride, std::int64_t head_stride) {
+    const nb::gil_scoped_release release;
+    plan_.append(strided(page_stride, slot_stride, head_stride), reinterpret_cast<void*>(k_cache),
+                 reinterpret_cast<void*>(v_cache), Rows{reinterpret_cast<const void*>(k), k_row, k_head},
+                 Rows{reinterpret_cast<const void*>(v), v_row, v_head});
+  }
 
-    void run(std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t k_cache, std::uintptr_t v_cache,
-             std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride, std::uintptr_t out,
-             float sm_scale, std::int32_t window_left, float logits_soft_cap) {
-        const nb::gil_scoped_release release;
-        plan_.run(strided(page_stride, slot_stride, head_stride), reinterpret_cast<const void*>(k_cache),
-                  reinterpret_cast<const void*>(v_cache), Rows{reinterpret_cast<const void*>(q), q_row, q_head},
-                  reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap});
-    }
+  void run(std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t k_cache, std::uintptr_t v_cache,
+           std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride, std::uintptr_t out,
+           float sm_scale, std::int32_t window_left, float logits_soft_cap) {
+    const nb::gil_scoped_release release;
+    plan_.run(strided(page_stride, slot_stride, head_stride), reinterpret_cast<const void*>(k_cache),
+              reinterpret_cast<const void*>(v_cache), Rows{reinterpret_cast<const void*>(q), q_row, q_head},
+              reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap});
+  }
 
-    std::int64_t num_rows() const { return plan_.num_rows(); }
-    std::string isa() const { return plan_.isa(); }
-    int num_threads() const { return plan_.num_threads(); }
-    void set_num_threads(int num_threads) {
-        const nb::gil_scoped_release release;
-        plan_.set_num_threads(num_threads);
-    }
+  std::int64_t num_rows() const { return plan_.num_rows(); }
+  std::string isa() const { return plan_.isa(); }
+  int num_threads() const { return plan_.num_threads(); }
+  void set_num_threads(int num_threads) {
+    const nb::gil_scoped_release release;
+    plan_.set_num_threads(num_threads);
+  }
 
-  private:
-    static void expect_length(const char* name, std::size_t have, std::size_t want) {
-        if (have == want) return;
-        throw std::invalid_argument(std::string(name) + " has " + std::to_string(have) + " entries: it must have " +
-                                    std::to_string(want));
-    }
+ private:
+  static void expect_length(const char* name, std::size_t have, std::size_t want) {
+    if (have == want) return;
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(have) + " entries: it must have " +
+                                std::to_string(want));
+  }
 
-    KvLayout strided(std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride) const {
-        KvLayout layout = layout_;
-        layout.page_stride = page_stride;
-        layout.slot_stride = slot_stride;
-        layout.head_stride = head_stride;
-        return layout;
-    }
+  KvLayout strided(std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride) const {
+    KvLayout layout = layout_;
+    layout.page_stride = page_stride;
+    layout.slot_stride = slot_stride;
+    layout.head_stride = head_stride;
+    return layout;
+  }
 
-    KvLayout layout_;
-    AttentionPlan plan_;
+  KvLayout layout_;
+  AttentionPlan plan_;
 };
 
 std::vector<std::string> isas() {
-    const char* names[8];
-    const int count = attention::supported_isas(names, 8);
-    return std::vector<std::string>(names, names + (count < 8 ? count : 8));
+  const char* names[8];
+  const int count = attention::supported_isas(names, 8);
+  return std::vector<std::string>(names, names + (count < 8 ? count : 8));
 }
 
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-    m.def(
-        "isa", [] { return std::string(attention::kernel().isa); },
-        "The instruction set that attention uses: the machine's best, or the environment's RADIXKV_ISA.");
-    m.def("isas", &isas, "The instruction sets that this machine supports, best first.");
+  m.def(
+      "isa", [] { return std::string(attention::kernel().isa); },
+      "The instruction set that attention uses: the machine's best, or the environment's RADIXKV_ISA.");
+  m.def("isas", &isas, "The instruction sets that this machine supports, best first.");
 
-    nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
-        .def(nb::init<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t, const std::string&, int,
-                      const std::string&>(),
-             "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a,
-             "num_threads"_a, "isa"_a = "")
-        .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
-        .def("append", &Plan::append)
-        .def("run", &Plan::run)
-        .def_prop_ro("num_rows", &Plan::num_rows)
-        .def_prop_ro("isa", &Plan::isa)
-        .def_prop_rw("num_threads", &Plan::num_threads, &Plan::set_num_threads);
+  nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
+      .def(nb::init<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t, const std::string&, int,
+                    const std::string&>(),
+           "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a, "num_threads"_a,
+           "isa"_a = "")
+      .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
+      .def("append", &Plan::append)
+      .def("run", &Plan::run)
+      .def_prop_ro("num_rows", &Plan::num_rows)
+      .def_prop_ro("isa", &Plan::isa)
+      .def_prop_rw("num_threads", &Plan::num_threads, &Plan::set_num_threads);
 }
 
 }  // namespace radixkv

@@ -23,24 +23,23 @@ RADIXKV_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 RADIXKV_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 
 RADIXKV_INLINE F load_f32(const void* p, int n) {
-    return n == kLanes ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first_lanes(n), p);
+  return n == kLanes ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 
 RADIXKV_INLINE __m256i load_halves(const void* p, int n) {
-    return n == kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p))
-                       : _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return n == kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first_lanes(n), p);
 }
 
 RADIXKV_INLINE void store_halves(void* p, __m256i x, int n) {
-    if (n == kLanes) {
-        _mm256_storeu_si256(static_cast<__m256i*>(p), x);
-    } else {
-        _mm256_mask_storeu_epi16(p, first_lanes(n), x);
-    }
+  if (n == kLanes) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), x);
+  } else {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), x);
+  }
 }
 
 RADIXKV_INLINE F load_bf16(const void* p, int n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p, n)), 16));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p, n)), 16));
 }
 
 RADIXKV_INLINE F load_f16(const void* p, int n) { return _mm512_cvtph_ps(load_halves(p, n)); }
@@ -48,16 +47,16 @@ RADIXKV_INLINE F load_f16(const void* p, int n) { return _mm512_cvtph_ps(load_ha
 RADIXKV_INLINE void store_f32(void* p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 
 RADIXKV_INLINE void store_bf16(void* p, F x, int n) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    store_halves(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)), n);
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  store_halves(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)), n);
 }
 
 RADIXKV_INLINE void store_f16(void* p, F x, int n) {
-    store_halves(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+  store_halves(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
 }
 
 RADIXKV_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -70,51 +69,51 @@ RADIXKV_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 RADIXKV_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 RADIXKV_INLINE F pow2(F x) {
-    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
 }
 
 RADIXKV_INLINE F select(F x, int lo, int hi, F other) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __mmask16 from = _mm512_cmp_epi32_mask(lane, _mm512_set1_epi32(lo), _MM_CMPINT_NLT);
-    const __mmask16 inside = _mm512_mask_cmp_epi32_mask(from, lane, _mm512_set1_epi32(hi), _MM_CMPINT_LT);
-    return _mm512_mask_mov_ps(other, inside, x);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 from = _mm512_cmp_epi32_mask(lane, _mm512_set1_epi32(lo), _MM_CMPINT_NLT);
+  const __mmask16 inside = _mm512_mask_cmp_epi32_mask(from, lane, _mm512_set1_epi32(hi), _MM_CMPINT_LT);
+  return _mm512_mask_mov_ps(other, inside, x);
 }
 
 RADIXKV_INLINE F select_less(F a, F b, F x, F y) {
-    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
 }
 
 RADIXKV_INLINE float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 RADIXKV_INLINE float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
 
 RADIXKV_INLINE void transpose(F (&r)[kLanes]) {
-    const auto d = [](F x) __attribute__((always_inline)) { return _mm512_castps_pd(x); };
-    const auto s = [](__m512d x) __attribute__((always_inline)) { return _mm512_castpd_ps(x); };
-    F t[16], u[16];
+  const auto d = [](F x) __attribute__((always_inline)) { return _mm512_castps_pd(x); };
+  const auto s = [](__m512d x) __attribute__((always_inline)) { return _mm512_castpd_ps(x); };
+  F t[16], u[16];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-    }
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        u[i] = s(_mm512_unpacklo_pd(d(t[i]), d(t[i + 2])));
-        u[i + 1] = s(_mm512_unpackhi_pd(d(t[i]), d(t[i + 2])));
-        u[i + 2] = s(_mm512_unpacklo_pd(d(t[i + 1]), d(t[i + 3])));
-        u[i + 3] = s(_mm512_unpackhi_pd(d(t[i + 1]), d(t[i + 3])));
-    }
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = s(_mm512_unpacklo_pd(d(t[i]), d(t[i + 2])));
+    u[i + 1] = s(_mm512_unpackhi_pd(d(t[i]), d(t[i + 2])));
+    u[i + 2] = s(_mm512_unpacklo_pd(d(t[i + 1]), d(t[i + 3])));
+    u[i + 3] = s(_mm512_unpackhi_pd(d(t[i + 1]), d(t[i + 3])));
+  }
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-        const F even_low = _mm512_shuffle_f32x4(u[k], u[k + 4], 0x88);
-        const F odd_low = _mm512_shuffle_f32x4(u[k], u[k + 4], 0xdd);
-        const F even_high = _mm512_shuffle_f32x4(u[k + 8], u[k + 12], 0x88);
-        const F odd_high = _mm512_shuffle_f32x4(u[k + 8], u[k + 12], 0xdd);
-        r[k] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-        r[k + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-        r[k + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-        r[k + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
-    }
+  for (int k = 0; k < 4; ++k) {
+    const F even_low = _mm512_shuffle_f32x4(u[k], u[k + 4], 0x88);
+    const F odd_low = _mm512_shuffle_f32x4(u[k], u[k + 4], 0xdd);
+    const F even_high = _mm512_shuffle_f32x4(u[k + 8], u[k + 12], 0x88);
+    const F odd_high = _mm512_shuffle_f32x4(u[k + 8], u[k + 12], 0xdd);
+    r[k] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    r[k + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    r[k + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    r[k + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
 }
 
 #if defined(RADIXKV_SIMD_PAIRS)
@@ -122,34 +121,34 @@ RADIXKV_INLINE void transpose(F (&r)[kLanes]) {
 
 // c + a.first * b.first + a.second * b.second, with the instruction's own fixed rounding.
 RADIXKV_INLINE F dot_pairs(F a, F b, F c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
 }
 
 // Rounds x to bf16, stores the 16 results at p and returns their values.
 RADIXKV_INLINE F store_rounded(float* p, F x) {
-    const __m256i halves = (__m256i)_mm512_cvtneps_pbh(x);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  const __m256i halves = (__m256i)_mm512_cvtneps_pbh(x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 // Pairs (a[i], b[i]) of n <= 32 elements, into n fp32 lanes at out, rounded up to whole vectors.
 RADIXKV_INLINE void interleave(const void* a, const void* b, int n, float* out) {
-    const __mmask32 mask = static_cast<__mmask32>((std::uint64_t{1} << n) - 1u);
-    const __m512i x = _mm512_maskz_loadu_epi16(mask, a);
-    const __m512i y = _mm512_maskz_loadu_epi16(mask, b);
-    // Lane i of the result takes x[i] as its low half and y[i], element 32 + i of the pair (x, y), as its high half.
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i first = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)),
-                                           _mm512_set1_epi32(32 << 16));
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
-    _mm512_storeu_ps(out, _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, first, y)));
-    if (n > 16) _mm512_storeu_ps(out + 16, _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, second, y)));
+  const __mmask32 mask = static_cast<__mmask32>((std::uint64_t{1} << n) - 1u);
+  const __m512i x = _mm512_maskz_loadu_epi16(mask, a);
+  const __m512i y = _mm512_maskz_loadu_epi16(mask, b);
+  // Lane i of the result takes x[i] as its low half and y[i], element 32 + i of the pair (x, y), as its high half.
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i first =
+      _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), _mm512_set1_epi32(32 << 16));
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
+  _mm512_storeu_ps(out, _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, first, y)));
+  if (n > 16) _mm512_storeu_ps(out + 16, _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, second, y)));
 }
 
 // Keeps the first or the second number of each of n pairs and zeroes the other.
 RADIXKV_INLINE F keep_half(F x, bool second) {
-    const __m512i mask = _mm512_set1_epi32(second ? static_cast<int>(0xffff0000u) : 0x0000ffff);
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), mask));
+  const __m512i mask = _mm512_set1_epi32(second ? static_cast<int>(0xffff0000u) : 0x0000ffff);
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), mask));
 }
 #endif
 

@@ -22,77 +22,77 @@ constexpr int kBlockVectors = 2;
 RADIXKV_INLINE F set1(float x) { return F{x, x, x, x}; }
 RADIXKV_INLINE F zero() { return set1(0.0f); }
 RADIXKV_INLINE F load(const float* p) {
-    F x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
+  F x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
 }
 RADIXKV_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
 
 RADIXKV_INLINE float bits_to_float(std::uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 RADIXKV_INLINE std::uint32_t float_to_bits(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 RADIXKV_INLINE std::uint16_t half_at(const void* p, int i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, static_cast<const char*>(p) + 2 * i, sizeof bits);
-    return bits;
+  std::uint16_t bits;
+  std::memcpy(&bits, static_cast<const char*>(p) + 2 * i, sizeof bits);
+  return bits;
 }
 
 RADIXKV_INLINE float f16_to_float(std::uint16_t half) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-    const std::uint32_t rest = half & 0x7fffu;
-    if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-    // Shifted into place the exponent is off by 127 - 15; scaling by 2^112 repairs it, for subnormals too.
-    return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+  const std::uint32_t rest = half & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // Shifted into place the exponent is off by 127 - 15; scaling by 2^112 repairs it, for subnormals too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
 
 RADIXKV_INLINE std::uint16_t float_to_f16(float x) {
-    const std::uint32_t bits = float_to_bits(x);
-    const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
-    const std::uint32_t rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-    if (rest >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to infinity
-    if (rest < 0x38800000u) {  // below the smallest normal: adding 0.5 aligns the last bit with 2^-24
-        const std::uint32_t aligned = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
-        return static_cast<std::uint16_t>(sign | aligned);
-    }
-    const std::uint32_t rounded = rest + 0x0fffu + ((rest >> 13) & 1u);
-    return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+  const std::uint32_t bits = float_to_bits(x);
+  const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+  const std::uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (rest >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (rest < 0x38800000u) {  // below the smallest normal: adding 0.5 aligns the last bit with 2^-24
+    const std::uint32_t aligned = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
+    return static_cast<std::uint16_t>(sign | aligned);
+  }
+  const std::uint32_t rounded = rest + 0x0fffu + ((rest >> 13) & 1u);
+  return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
 RADIXKV_INLINE std::uint16_t float_to_bf16(float x) {
-    const std::uint32_t bits = float_to_bits(x);
-    if (x != x) return 0x7fc0u;
-    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const std::uint32_t bits = float_to_bits(x);
+  if (x != x) return 0x7fc0u;
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 RADIXKV_INLINE F load_f32(const void* p, int) { return load(static_cast<const float*>(p)); }
 RADIXKV_INLINE F load_bf16(const void* p, int) {
-    float x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = bits_to_float(static_cast<std::uint32_t>(half_at(p, i)) << 16);
-    return load(x);
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = bits_to_float(static_cast<std::uint32_t>(half_at(p, i)) << 16);
+  return load(x);
 }
 RADIXKV_INLINE F load_f16(const void* p, int) {
-    float x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = f16_to_float(half_at(p, i));
-    return load(x);
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = f16_to_float(half_at(p, i));
+  return load(x);
 }
 RADIXKV_INLINE void store_f32(void* p, F x, int) { store(static_cast<float*>(p), x); }
 RADIXKV_INLINE void store_bf16(void* p, F x, int) {
-    std::uint16_t halves[kLanes];
-    for (int i = 0; i < kLanes; ++i) halves[i] = float_to_bf16(x[i]);
-    std::memcpy(p, halves, sizeof halves);
+  std::uint16_t halves[kLanes];
+  for (int i = 0; i < kLanes; ++i) halves[i] = float_to_bf16(x[i]);
+  std::memcpy(p, halves, sizeof halves);
 }
 RADIXKV_INLINE void store_f16(void* p, F x, int) {
-    std::uint16_t halves[kLanes];
-    for (int i = 0; i < kLanes; ++i) halves[i] = float_to_f16(x[i]);
-    std::memcpy(p, halves, sizeof halves);
+  std::uint16_t halves[kLanes];
+  for (int i = 0; i < kLanes; ++i) halves[i] = float_to_f16(x[i]);
+  std::memcpy(p, halves, sizeof halves);
 }
 
 RADIXKV_INLINE F add(F a, F b) { return a + b; }
@@ -100,48 +100,48 @@ RADIXKV_INLINE F sub(F a, F b) { return a - b; }
 RADIXKV_INLINE F mul(F a, F b) { return a * b; }
 RADIXKV_INLINE F div(F a, F b) { return a / b; }
 RADIXKV_INLINE F select_less(F a, F b, F x, F y) {
-    F result;
-    for (int i = 0; i < kLanes; ++i) result[i] = a[i] < b[i] ? x[i] : y[i];
-    return result;
+  F result;
+  for (int i = 0; i < kLanes; ++i) result[i] = a[i] < b[i] ? x[i] : y[i];
+  return result;
 }
 RADIXKV_INLINE F min(F a, F b) { return select_less(a, b, a, b); }
 RADIXKV_INLINE F max(F a, F b) { return select_less(b, a, a, b); }
 RADIXKV_INLINE F fma(F a, F b, F c) {
 #if defined(__aarch64__)
-    return vfmaq_f32(c, a, b);
+  return vfmaq_f32(c, a, b);
 #else
-    return a * b + c;
+  return a * b + c;
 #endif
 }
 RADIXKV_INLINE F round(F x) {  // |x| < 2^22: adding 1.5 * 2^23 leaves no bit for the fraction
-    const F magic = set1(12582912.0f);
-    return (x + magic) - magic;
+  const F magic = set1(12582912.0f);
+  return (x + magic) - magic;
 }
 RADIXKV_INLINE F pow2(F x) {
-    F result;
-    for (int i = 0; i < kLanes; ++i) {
-        // A NaN has no exponent to build; the polynomial beside it carries it on.
-        const float bounded = x[i] >= -127.0f ? x[i] : -127.0f;
-        result[i] = bits_to_float(static_cast<std::uint32_t>(static_cast<std::int32_t>(bounded) + 127) << 23);
-    }
-    return result;
+  F result;
+  for (int i = 0; i < kLanes; ++i) {
+    // A NaN has no exponent to build; the polynomial beside it carries it on.
+    const float bounded = x[i] >= -127.0f ? x[i] : -127.0f;
+    result[i] = bits_to_float(static_cast<std::uint32_t>(static_cast<std::int32_t>(bounded) + 127) << 23);
+  }
+  return result;
 }
 RADIXKV_INLINE F select(F x, int lo, int hi, F other) {
-    F result;
-    for (int i = 0; i < kLanes; ++i) result[i] = i >= lo && i < hi ? x[i] : other[i];
-    return result;
+  F result;
+  for (int i = 0; i < kLanes; ++i) result[i] = i >= lo && i < hi ? x[i] : other[i];
+  return result;
 }
 RADIXKV_INLINE float reduce_max(F x) {
-    const float a = x[0] > x[2] ? x[0] : x[2];
-    const float b = x[1] > x[3] ? x[1] : x[3];
-    return a > b ? a : b;
+  const float a = x[0] > x[2] ? x[0] : x[2];
+  const float b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
 }
 RADIXKV_INLINE float reduce_add(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 RADIXKV_INLINE void transpose(F (&r)[kLanes]) {
-    F t[kLanes];
-    for (int i = 0; i < kLanes; ++i) t[i] = F{r[0][i], r[1][i], r[2][i], r[3][i]};
-    for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+  F t[kLanes];
+  for (int i = 0; i < kLanes; ++i) t[i] = F{r[0][i], r[1][i], r[2][i], r[3][i]};
+  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

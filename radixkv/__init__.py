@@ -47,12 +47,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Engine":
-        from radixkv.engine import Engine
-
-        return Engine
-    if name == "Step":
-        from radixkv.step import Step
-
-        return Step
-    raise AttributeError(f"module 'radixkv' has no attribute {name!r}")
+    """`Engine` and `Step` on first use: they need torch, and nothing else here does."""
+    if name not in ("Engine", "Step"):
+        raise AttributeError(f"module 'radixkv' has no attribute {name!r}")
+    try:
+        from radixkv import engine, step
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise BackendUnavailable(f"radixkv.{name} needs torch: pip install 'radixkv[engine]'") from error
+    return engine.Engine if name == "Engine" else step.Step

@@ -91,3 +91,34 @@ class PageTable:
     def last_rows(self) -> npt.NDArray[np.int64]: ...
 
 def advance_all(leases: Sequence[Lease]) -> None: ...
+
+class AttentionPlan:
+    def __init__(
+        self,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: str,
+        num_threads: int,
+        isa: str = "",
+    ) -> None: ...
+    def plan(
+        self,
+        qo_indptr: npt.NDArray[np.int32],
+        kv_indptr: npt.NDArray[np.int32],
+        kv_indices: npt.NDArray[np.int32],
+        kv_last_page_len: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+    ) -> None: ...
+    def append(self, *addresses_and_strides: int) -> None: ...
+    def run(self, *addresses_and_options: float) -> None: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    num_threads: int
+
+def isa() -> str: ...
+def isas() -> list[str]: ...

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
 from radixkv.errors import InvalidArgument
-
-if TYPE_CHECKING:
-    from radixkv._core import Tokens
 
 __all__ = ["Lease", "Pin", "PrefixCache", "Stats"]
 
@@ -70,41 +66,6 @@ class PrefixCache(_core.Cache):
                 f"num_pages * page_size must be below 2**31; got {num_pages} * {page_size}: use several caches"
             )
         super().__init__(num_pages, page_size)
-
-    def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
-        """Match the longest cached prefix, lock it, and take pages for the rest of the tokens.
-
-        At least one token is always left to compute, so ``lease.num_cached < len(tokens)``. Reuse is exact to the
-        token: where the match ends inside a page, ``lease.copies`` says what to copy before writing.
-
-        Args:
-            tokens: list of ints, or 1-D int32 or int64 array or tensor on the CPU; ``0 <= token < 2**31``; not empty.
-                An int32 array is read in place.
-            namespace: prefixes are found again in the same namespace only (tenant, LoRA adapter, model revision).
-
-        Raises:
-            PoolExhausted: free and evictable pages do not suffice.
-            InvalidTokens: empty, of a wrong type or out of range.
-
-        Cost: O(tokens) comparisons of memory, O(1) a page evicted.
-        """
-        return super().acquire(tokens, namespace)
-
-    def match(self, tokens: Tokens, namespace: str = "") -> int:
-        """Tokens of the longest cached prefix, up to ``len(tokens)``. Changes nothing, recency included."""
-        return super().match(tokens, namespace)
-
-    def pin(self, tokens: Tokens, namespace: str = "") -> Pin:
-        """Keep a cached prefix (a system prompt, few-shot examples) resident until ``unpin()`` is called on the result.
-
-        The pin is on the tokens: it stays although the object is dropped, and moves to the fuller page where one
-        replaces the prefix's last, partly filled page. Its pages count as protected.
-
-        Raises:
-            NotCached: not all of the tokens are cached.
-            PoolExhausted: pins would hold more than 7/8 of the pool.
-        """
-        return super().pin(tokens, namespace)
 
     def evict(self, num_pages: int) -> int:
         """Take back up to `num_pages` evictable pages now, coldest first; returns how many. O(1) a page."""

@@ -17,7 +17,7 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of the K and V of one model: per layer ``[num_pages, page_size, num_kv_heads, head_dim]`` for each of both."""
+    """Shape of a model's K and V: each ``[num_pages, page_size, num_kv_heads, head_dim]``, per layer."""
 
     num_layers: int
     num_qo_heads: int

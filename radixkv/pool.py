@@ -31,7 +31,8 @@ class KVPool:
             self.storage = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as error:
             raise InvalidArgument(
-                f"cannot allocate {num_pages} pages of {g.bytes_per_page} bytes on {device}: lower num_pages or capacity"
+                f"cannot allocate {num_pages} pages of {g.bytes_per_page} bytes on {device}: "
+                "lower num_pages or capacity"
             ) from error
         self.k = [self.storage[layer, 0] for layer in range(g.num_layers)]
         self.v = [self.storage[layer, 1] for layer in range(g.num_layers)]

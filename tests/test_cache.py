@@ -32,7 +32,7 @@ def state(cache):
     return cache.stats(), [plain(n) for n in cache.snapshot()]
 
 
-# --- hits ----------------------------------------------------------------------------------------------------------------
+# --- hits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4, 16, 64])
@@ -40,7 +40,7 @@ def test_reuse_is_exact_to_the_token(page_size):
     cache = radixkv.PrefixCache(128, page_size)
     serve(cache, list(range(50)))
     for shared in range(50):
-        tokens = list(range(shared)) + [99, 98]
+        tokens = [*list(range(shared)), 99, 98]
         assert cache.match(tokens) == shared
         with cache.acquire(tokens) as lease:
             assert lease.num_cached == shared
@@ -83,7 +83,7 @@ def test_eviction_takes_the_coldest_page_from_the_tail(cache):
     assert cache.evict(1) == 1
     assert cache.match(list(range(12))) == 8
     assert cache.match([50, 51, 52, 53]) == 4
-    serve(cache, list(range(8)) + [0])  # touches the older prefix
+    serve(cache, [*list(range(8)), 0])  # touches the older prefix
     assert cache.evict(1) == 1
     assert cache.match([50, 51, 52, 53]) == 0
 
@@ -248,7 +248,7 @@ def test_the_same_calls_give_the_same_state():
     assert run() == run()
 
 
-# --- misuse --------------------------------------------------------------------------------------------------------------
+# --- misuse ---------------------------------------------------------------------------------------------------------
 
 BAD_TOKENS = {
     "empty": [],
@@ -386,7 +386,7 @@ def test_page_table_misuse(cache):
 
 def test_page_table_of_a_mixed_batch(cache):
     serve(cache, list(range(8)))
-    extend, decode, prefill = cache.acquire(list(range(8)) + [50, 51]), cache.acquire([20, 21, 22]), cache.acquire([30])
+    extend, decode, prefill = cache.acquire([*list(range(8)), 50, 51]), cache.acquire([20, 21, 22]), cache.acquire([30])
     decode.advance(2)
     table = radixkv._core.PageTable()
     table.assemble([extend, decode, prefill])

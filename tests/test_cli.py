@@ -12,10 +12,10 @@ import pytest
 
 import radixkv
 from radixkv.cli import main
-from radixkv.curve import capacity_curve
-from radixkv.replay import replay
-from radixkv.trace import read_trace
-from radixkv.workload import generate
+from radixkv.traces.curve import capacity_curve
+from radixkv.traces.replay import replay
+from radixkv.traces.trace import read_trace
+from radixkv.traces.workload import generate
 
 COMMANDS = ["replay", "curve", "generate", "record", "info"]
 
@@ -242,7 +242,7 @@ def test_info_names_versions_and_the_backend(capsys):
 
 
 def test_info_without_torch(capsys, monkeypatch):
-    monkeypatch.setattr("radixkv.cli_info._version", lambda package: None)
+    monkeypatch.setattr("radixkv.cli.info._version", lambda package: None)
     out = run_json(capsys, "info")
     assert out["attention"]["backend"] is None
     assert "radixkv[engine]" in out["attention"]["why"]

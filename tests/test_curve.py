@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import InvalidArgument
-from radixkv.curve import capacity_curve
-from radixkv.curve_clairvoyant import clairvoyant_hit_rates
-from radixkv.curve_tree import page_keys
-from radixkv.replay import replay
-from radixkv.trace import Blocks, Request
-from radixkv.workload import generate
+from radixkv.traces.curve import capacity_curve
+from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
+from radixkv.traces.curve_tree import page_keys
+from radixkv.traces.replay import replay
+from radixkv.traces.trace import Blocks, Request
+from radixkv.traces.workload import generate
 from tests.page_lru import PageLru
 from tests.trace_strategies import traces
 

@@ -99,7 +99,7 @@ def test_a_hit_never_changes_the_answer(dtype):
         tokens = base[: rng.integers(0, 90)] + random_tokens(rng, int(rng.integers(1, 40)))
         cold, cached = answer(make_engine(page_size=int(rng.integers(1, 20)), num_pages=200, dtype=dtype), tokens)
         assert cached == 0
-        company = [base[: rng.integers(1, 30)] + [1] for _ in range(rng.integers(0, 3))]
+        company = [[*base[: rng.integers(1, 30)], 1] for _ in range(rng.integers(0, 3))]
         for engine, others in ((warm, company), (thrashing, ())):
             row, cached = answer(engine, tokens, others)
             hits += cached

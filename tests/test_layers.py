@@ -18,7 +18,7 @@ LAYERS = [
     {"engine", "step"},
     {"attention"},
     {"pool"},
-    {"trace", "recorder", "replay", "curve", "workload", "view", "metrics"},
+    {"traces", "view"},
     {"cache"},
     {"_core"},
     {"geometry", "errors"},
@@ -102,5 +102,5 @@ assert not heavy, heavy
 
 def test_files_are_of_readable_size():
     paths = [*(ROOT / "radixkv").rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py")]
-    long = {p.name: n for p in paths if p.suffix in {".py", ".cpp", ".hpp"} and (n := len(p.read_text().splitlines())) > 520}
-    assert not long
+    lines = {p.name: len(p.read_text().splitlines()) for p in paths if p.suffix in {".py", ".cpp", ".hpp"}}
+    assert {name: n for name, n in lines.items() if n > 500} == {}

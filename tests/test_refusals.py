@@ -10,10 +10,8 @@ from tests.test_cache import state
 
 
 def lease_state(lease):
-    return (
-        (lease.num_tokens, lease.num_written, lease.num_cached, lease.num_prompt, lease.copies)
-        + (lease.pages.tolist(), lease.tokens.tolist())
-    )
+    lengths = (lease.num_tokens, lease.num_written, lease.num_cached, lease.num_prompt)
+    return *lengths, lease.copies, lease.pages.tolist(), lease.tokens.tolist()
 
 
 def script(page_size):

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import InvalidArgument, PrefixCache
-from radixkv.replay import replay
-from radixkv.trace import Blocks, Request
-from radixkv.workload import generate
+from radixkv.traces.replay import replay
+from radixkv.traces.trace import Blocks, Request
+from radixkv.traces.workload import generate
 from tests.page_lru import PageLru
 from tests.trace_strategies import traces
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from radixkv.curve import capacity_curve
-from radixkv.curve_clairvoyant import clairvoyant_hit_rates
-from radixkv.replay import replay
-from radixkv.trace import read_trace
+from radixkv.traces.curve import capacity_curve
+from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
+from radixkv.traces.replay import replay
+from radixkv.traces.trace import read_trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import hit_rates

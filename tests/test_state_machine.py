@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import hypothesis.strategies as st
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 import radixkv
@@ -19,7 +19,7 @@ class Machine(RuleBasedStateMachine):
     leases = Bundle("leases")
     pins = Bundle("pins")
 
-    @initialize(num_pages=st.integers(4, 12), page_size=st.integers(1, 4))
+    @initialize(num_pages=st.integers(4, 20), page_size=st.integers(1, 4))
     def start(self, num_pages: int, page_size: int) -> None:
         self.cache = radixkv.PrefixCache(num_pages, page_size)
         self.model = Model(num_pages, page_size)
@@ -32,7 +32,7 @@ class Machine(RuleBasedStateMachine):
         namespace, old = data.draw(st.sampled_from(self.seen))
         namespace = data.draw(st.sampled_from([namespace, *NAMESPACES]))
         keep = data.draw(st.integers(0, len(old)))
-        new = data.draw(st.lists(TOKENS, min_size=0 if keep else 1, max_size=9))
+        new = data.draw(st.lists(TOKENS, min_size=0 if keep else 1, max_size=12))
         return namespace, old[:keep] + new
 
     def both(self, real, model, *misuse):
@@ -61,9 +61,7 @@ class Machine(RuleBasedStateMachine):
 
     def verify(self, lease: radixkv.Lease, model: ModelLease) -> None:
         """Every written token's K/V is in the lease's pages, once pending copies are made."""
-        copied = {
-            (target, i): self.slots[source, i] for source, target, n in lease.copies for i in range(n)
-        }
+        copied = {(target, i): self.slots[source, i] for source, target, n in lease.copies for i in range(n)}
         for at in range(lease.num_written):
             where = self.slot(lease, at)
             assert copied.get(where, self.slots.get(where)) == (model.namespace, tuple(model.tokens[: at + 1]))
@@ -89,12 +87,30 @@ class Machine(RuleBasedStateMachine):
 
     # --- rules ------------------------------------------------------------------------------------------------------
 
+    @rule(data=st.data(), times=st.integers(1, 3))
+    def serve(self, data, times):
+        """Whole requests, one after the other: what makes trees grow."""
+        for _ in range(times):
+            namespace, tokens = self.tokens_like_before(data)
+            done = self.both(
+                lambda n=namespace, t=tokens: self.cache.acquire(t, n),
+                lambda n=namespace, t=tokens: self.model.acquire(n, t),
+            )
+            if done is None:
+                continue
+            self.seen.append((namespace, tokens))
+            lease, model = done
+            unwritten = len(model.tokens) - model.written
+            self.write(lease, model, unwritten)
+            lease.advance()
+            self.model.advance(model, unwritten)
+            lease.release()
+            self.model.release(model, True)
+
     @rule(target=leases, data=st.data())
     def acquire(self, data):
         namespace, tokens = self.tokens_like_before(data)
-        done = self.both(
-            lambda: self.cache.acquire(tokens, namespace), lambda: self.model.acquire(namespace, tokens)
-        )
+        done = self.both(lambda: self.cache.acquire(tokens, namespace), lambda: self.model.acquire(namespace, tokens))
         if done is None:
             return multiple()
         self.seen.append((namespace, tokens))
@@ -216,5 +232,8 @@ class Machine(RuleBasedStateMachine):
 
 TestStateMachine = Machine.TestCase
 TestStateMachine.settings = settings(
-    max_examples=int(os.environ.get("RADIXKV_EXAMPLES", "200")), stateful_step_count=50, deadline=None
+    max_examples=int(os.environ.get("RADIXKV_EXAMPLES", "200")),
+    stateful_step_count=50,
+    deadline=None,
+    phases=[p for p in Phase if p is not Phase.shrink or os.environ.get("RADIXKV_SHRINK") != "0"],
 )

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import InvalidArgument, InvalidTokens, TraceError
-from radixkv.trace import Blocks, Request, read_trace
-from radixkv.trace_json import JsonWriter
-from radixkv.trace_msgpack import MsgpackWriter
+from radixkv.traces.trace import Blocks, Request, read_trace
+from radixkv.traces.trace_json import JsonWriter
+from radixkv.traces.trace_msgpack import MsgpackWriter
 
 MAX_TOKEN = 2**31 - 1
 

@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from radixkv import InvalidArgument, PrefixCache, TraceError
-from radixkv.recorder import Recorder
-from radixkv.trace import read_trace
-from radixkv.workload import generate
+from radixkv.traces.recorder import Recorder
+from radixkv.traces.trace import read_trace
+from radixkv.traces.workload import generate
 
 
 def serve(cache, request, namespace=""):

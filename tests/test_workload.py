@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from radixkv import InvalidArgument
-from radixkv.curve import capacity_curve
-from radixkv.workload import VOCABULARY, WORKLOADS, generate
+from radixkv.traces.curve import capacity_curve
+from radixkv.traces.workload import VOCABULARY, WORKLOADS, generate
 
 KINDS = sorted(WORKLOADS)
 

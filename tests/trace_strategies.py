@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from radixkv.trace import Request
+from radixkv.traces.trace import Request
 
 
 @st.composite

@@ -166,7 +166,9 @@ class NativeAttention:
         caches = {"k_cache": (k_cache, self._cache_shape), "v_cache": (v_cache, self._cache_shape)}
         for name, (tensor, shape) in (rows | caches).items():
             if tuple(tensor.shape) != shape:
-                what = "one row for each row of the plan" if name in rows else "[page, slot, head, dim] of the whole pool"
+                what = (
+                    "one row for each row of the plan" if name in rows else "[page, slot, head, dim] of the whole pool"
+                )
                 raise InvalidArgument(f"{name} has shape {tuple(tensor.shape)}: it must be {shape}, {what}")
             if tensor.dtype != self._dtype:
                 raise InvalidArgument(f"{name} is {tensor.dtype}: convert it to {self._dtype}, the pool's dtype")
@@ -177,7 +179,9 @@ class NativeAttention:
                     f"{name} has strides {tensor.stride()}: the last must be 1, pass {name}.contiguous()"
                 )
             if name == "out" and not tensor.is_contiguous():
-                raise InvalidArgument(f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})")
+                raise InvalidArgument(
+                    f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})"
+                )
         raise InvalidArgument(
             f"k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}: they must be equal, "
             "take both from one pool"

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from radixkv.errors import InvalidArgument
-from radixkv.trace import Request, Tokens
+from radixkv.traces.trace import Request, Tokens
 
 __all__ = ["PageTree", "Run", "page_keys"]
 

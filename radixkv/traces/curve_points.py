@@ -81,6 +81,6 @@ class CapacityCurve:
 
     def to_svg(self, stream: TextIO, title: str = "") -> None:
         """Write the curve as an SVG picture: hit rate over the logarithm of the capacity in tokens."""
-        from radixkv.curve_svg import curve_svg
+        from radixkv.traces.curve_svg import curve_svg
 
         stream.write(curve_svg(self, title))

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 
 from radixkv.errors import TraceError
-from radixkv.trace import Blocks, Request, Tokens
+from radixkv.traces.trace import Blocks, Request, Tokens
 
 __all__ = ["MsgpackWriter", "is_msgpack", "read_msgpack"]
 

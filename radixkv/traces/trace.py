@@ -5,7 +5,7 @@ Three file formats are read, told apart by their content (never by their name):
 * **Mooncake JSON lines**: ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``, one id for each
   block of the input (512 tokens unless ``block_size`` says otherwise; the last block may be partly filled).
 * **JSON lines**: ``ids`` with ``unit`` tokens per id and ``input_length``, or the lists ``input`` and ``output``.
-* **radixkv msgpack** (see :mod:`radixkv.trace_msgpack`): what :class:`radixkv.recorder.Recorder` writes.
+* **radixkv msgpack** (see :mod:`radixkv.traces.trace_msgpack`): what :class:`radixkv.traces.recorder.Recorder` writes.
 
 An id of more than one token stands for the whole prefix up to its block: equal ids mean equal prefixes. Such a block
 expands to ``unit`` equal tokens, the id itself, so two blocks with different ids differ from their first token on and
@@ -163,8 +163,8 @@ def read_trace(source: str | BinaryIO, block_size: int = MOONCAKE_BLOCK) -> Iter
 
 
 def _read_stream(stream: BinaryIO, name: str, block_size: int) -> Iterator[Request]:
-    from radixkv.trace_json import read_json
-    from radixkv.trace_msgpack import is_msgpack, read_msgpack
+    from radixkv.traces.trace_json import read_json
+    from radixkv.traces.trace_msgpack import is_msgpack, read_msgpack
 
     head = stream.read(_HEAD_BYTES)
     if is_msgpack(head):

@@ -7,7 +7,7 @@ from math import log10
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from radixkv.curve_points import CapacityCurve
+    from radixkv.traces.curve_points import CapacityCurve
 
 __all__ = ["curve_svg"]
 

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import radixkv
-from radixkv.cli_io import ProgressLine, binary_output, text_output
-from radixkv.curve import CapacityCurve, capacity_curve
+from radixkv.cli.io import ProgressLine, binary_output, text_output
 from radixkv.errors import BackendUnavailable, InvalidArgument, RadixKVError
-from radixkv.replay import ReplayResult, replay
-from radixkv.trace import MOONCAKE_BLOCK, Request, read_trace
-from radixkv.trace_json import JsonWriter
-from radixkv.trace_msgpack import MsgpackWriter
-from radixkv.workload import WORKLOADS, generate
+from radixkv.traces.curve import CapacityCurve, capacity_curve
+from radixkv.traces.replay import ReplayResult, replay
+from radixkv.traces.trace import MOONCAKE_BLOCK, Request, read_trace
+from radixkv.traces.trace_json import JsonWriter
+from radixkv.traces.trace_msgpack import MsgpackWriter
+from radixkv.traces.workload import WORKLOADS, generate
 
 __all__ = ["main"]
 
@@ -210,7 +210,7 @@ def _share_rows(curve: CapacityCurve, requests: list[Request] | None) -> list[di
         for share, pages in zip(_SHARES, capacities, strict=True)
     ]
     if requests is not None:
-        from radixkv.curve_clairvoyant import clairvoyant_hit_rates
+        from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
 
         bounds = clairvoyant_hit_rates(requests, curve.page_size, capacities)
         for row, bound in zip(rows, bounds, strict=True):
@@ -268,7 +268,7 @@ def _add_record(commands: Any) -> None:
         "record",
         "convert a trace of any format to radixkv's msgpack format",
         "radixkv record conversation_trace.jsonl conversation.msgpack",
-        "To record a live cache, use radixkv.recorder.Recorder in the program that owns it. " + _TRACE_HELP,
+        "To record a live cache, use radixkv.traces.Recorder in the program that owns it. " + _TRACE_HELP,
     )
     _add_trace(parser)
     parser.add_argument("output", metavar="OUT", help="the msgpack trace to write; - is standard output")
@@ -290,7 +290,7 @@ def _run_record(args: argparse.Namespace) -> int:
 
 
 def _run_info(args: argparse.Namespace) -> int:
-    from radixkv.cli_info import describe, print_description
+    from radixkv.cli.info import describe, print_description
 
     description = describe()
     if args.json:

@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 from sortedcontainers import SortedList
 
-from radixkv.curve_points import CapacityCurve
-from radixkv.curve_tree import PageTree, Run, page_keys
 from radixkv.errors import InvalidArgument
-from radixkv.replay import Progress
-from radixkv.trace import Request
+from radixkv.traces.curve_points import CapacityCurve
+from radixkv.traces.curve_tree import PageTree, Run, page_keys
+from radixkv.traces.replay import Progress
+from radixkv.traces.trace import Request
 
 __all__ = ["CapacityCurve", "capacity_curve"]
 

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from radixkv.errors import InvalidArgument, TraceError
-from radixkv.trace import Request
-from radixkv.trace_msgpack import MsgpackWriter
+from radixkv.traces.trace import Request
+from radixkv.traces.trace_msgpack import MsgpackWriter
 
 if TYPE_CHECKING:
     from radixkv.cache import Lease, PrefixCache

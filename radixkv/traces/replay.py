@@ -7,7 +7,7 @@ Two ways to count:
 
 * **token-exact** (the default): what the cache does. Hits are ``lease.num_cached``.
 * **page-aligned**: what a cache of whole pages would do, comparable with published figures and with
-  :func:`radixkv.curve.capacity_curve`. Only full pages of input + output are inserted, and hits are full pages.
+  :func:`radixkv.traces.curve.capacity_curve`. Only full pages of input + output are inserted, and hits are full pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from radixkv.errors import InvalidArgument
-from radixkv.trace import Request
+from radixkv.traces.trace import Request
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache

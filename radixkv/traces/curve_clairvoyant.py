@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 from sortedcontainers import SortedList
 
-from radixkv.curve_tree import PageTree, page_keys
 from radixkv.errors import InvalidArgument
-from radixkv.trace import Request
+from radixkv.traces.curve_tree import PageTree, page_keys
+from radixkv.traces.trace import Request
 
 __all__ = ["clairvoyant_hit_rates"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radixkv.errors import TraceError
-from radixkv.trace import MAX_TOKEN, Blocks, Request, Tokens
+from radixkv.traces.trace import MAX_TOKEN, Blocks, Request, Tokens
 
 __all__ = ["JsonWriter", "read_json"]
 

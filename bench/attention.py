@@ -1,0 +1,211 @@
+"""Speed of the native attention: decode against memory bandwidth, prefill against torch's SDPA.
+
+    python bench/attention.py [--threads N] [--quick] [--json]
+
+Decode reads every key and value once, so its yardstick is a plain streaming read of as many bytes by as many threads,
+out of cache; beside it stands what one would write without paged kernels: gather the pages, then SDPA. Prefill is
+measured against SDPA on contiguous K and V, which needs no gather. Times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from radixkv.attention import PageTable
+from radixkv.attention.native import NativeAttention
+
+OUT_OF_CACHE_BYTES = 384 << 20
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Heads:
+    qo: int
+    kv: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.qo}/{self.kv} d{self.dim}"
+
+
+GQA = (Heads(9, 3, 64), Heads(32, 4, 128))
+
+
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def stream_rate(repeats: int) -> float:
+    """GB/s of the fastest plain reduction over memory out of cache, with torch's threads."""
+    data = torch.ones(OUT_OF_CACHE_BYTES // 4)
+    reductions: list[Callable[[], object]] = [data.sum, data.amax, lambda: torch.dot(data, data)]
+    return OUT_OF_CACHE_BYTES / min(median_seconds(r, repeats) for r in reductions) / 1e9
+
+
+def table_of(batch: int, length: int, rows: int, seed: int = 0) -> tuple[PageTable, int]:
+    """A table of `batch` requests of one length whose pages lie scattered in the pool; and the pool's pages."""
+    pages = -(-length // PAGE_SIZE)
+    indices = np.random.default_rng(seed).permutation(batch * pages).astype(np.int32)
+    position = np.arange(length - rows, length)
+    slots = [indices[b * pages + position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for b in range(batch)]
+    table = PageTable(
+        np.arange(0, batch * rows + 1, rows, dtype=np.int32),
+        np.arange(0, batch * pages + 1, pages, dtype=np.int32),
+        indices,
+        np.full(batch, (length - 1) % PAGE_SIZE + 1, dtype=np.int32),
+        np.concatenate(slots).astype(np.int32),
+    )
+    return table, batch * pages
+
+
+def backend_for(heads: Heads, num_pages: int, dtype: torch.dtype, threads: int) -> NativeAttention:
+    return NativeAttention(
+        num_qo_heads=heads.qo,
+        num_kv_heads=heads.kv,
+        head_dim=heads.dim,
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        dtype=dtype,
+        num_threads=threads,
+    )
+
+
+class Layers:
+    """So many layers of caches that going round them always reads memory that has left the cache."""
+
+    def __init__(self, num_pages: int, heads: Heads, dtype: torch.dtype, minimum_bytes: int) -> None:
+        shape = (num_pages, PAGE_SIZE, heads.kv, heads.dim)
+        self.bytes = 2 * int(np.prod(shape)) * dtype.itemsize
+        count = max(1, -(-minimum_bytes // self.bytes))
+        pool = torch.empty((count, 2, *shape), dtype=dtype)
+        pool.view(torch.int16).random_(0x3C00, 0x3F80)  # positive bf16 numbers below 1
+        self.k, self.v = pool[:, 0], pool[:, 1]
+        self.at = 0
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.at = (self.at + 1) % len(self.k)
+        return self.k[self.at], self.v[self.at]
+
+
+def gather(cache: torch.Tensor, pages: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """[batch, kv_heads, length, head_dim], the way SDPA wants it."""
+    rows = cache.index_select(0, pages).reshape(batch, -1, cache.shape[2], cache.shape[3])
+    return rows[:, :length].transpose(1, 2)
+
+
+def decode(heads: Heads, batch: int, context: int, threads: int, stream: float, repeats: int) -> dict[str, object]:
+    dtype = torch.bfloat16
+    table, num_pages = table_of(batch, context, 1)
+    layers = Layers(num_pages, heads, dtype, OUT_OF_CACHE_BYTES)
+    backend = backend_for(heads, num_pages, dtype, threads)
+    backend.plan(table)
+    q = torch.randn(batch, heads.qo, heads.dim).to(dtype)
+    out = torch.empty_like(q)
+    pages = torch.from_numpy(table.kv_indices)
+
+    def ours() -> None:
+        backend.run(q, *layers.next(), out)
+
+    def gather_and_sdpa() -> torch.Tensor:
+        k, v = (gather(cache, pages, batch, context) for cache in layers.next())
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+    rounds = max(5, repeats * min(40, len(layers.k)))
+    seconds = median_seconds(ours, rounds)
+    peer = median_seconds(gather_and_sdpa, max(3, repeats))
+    rate = layers.bytes / seconds / 1e9
+    return {
+        "case": "decode", "heads": str(heads), "batch": batch, "context": context, "us": seconds * 1e6,
+        "GB/s": rate, "of_stream": rate / stream, "gather+sdpa_us": peer * 1e6, "speedup": peer / seconds,
+    }  # fmt: skip
+
+
+def prefill(heads: Heads, rows: int, cached: int, dtype: torch.dtype, threads: int, repeats: int) -> dict[str, object]:
+    length = cached + rows
+    table, num_pages = table_of(1, length, rows)
+    k_cache, v_cache = torch.randn(2, num_pages, PAGE_SIZE, heads.kv, heads.dim).to(dtype)
+    backend = backend_for(heads, num_pages, dtype, threads)
+    backend.plan(table)
+    q = torch.randn(rows, heads.qo, heads.dim).to(dtype)
+    out = torch.empty_like(q)
+    q_sdpa = q.transpose(0, 1)[None].contiguous()
+    group = heads.qo // heads.kv
+    pages = torch.from_numpy(table.kv_indices)
+    k, v = (gather(c, pages, 1, length).repeat_interleave(group, 1).contiguous() for c in (k_cache, v_cache))
+    mask = None if cached == 0 else torch.ones(rows, length, dtype=torch.bool).tril(cached)
+
+    def sdpa() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q_sdpa, k, v, attn_mask=mask, is_causal=mask is None)
+
+    seconds = median_seconds(lambda: backend.run(q, k_cache, v_cache, out), repeats)
+    peer = median_seconds(sdpa, repeats)
+    difference = (out - sdpa()[0].transpose(0, 1)).abs().max().item()
+    assert difference < 0.05, f"differs from SDPA by {difference}"
+    operations = 4 * heads.qo * heads.dim * (rows * cached + rows * (rows + 1) // 2)
+    return {
+        "case": "prefill", "heads": str(heads), "dtype": str(dtype).removeprefix("torch."), "rows": rows,
+        "cached": cached, "ms": seconds * 1e3, "GFLOP/s": operations / seconds / 1e9, "sdpa_ms": peer * 1e3,
+        "speedup": peer / seconds,
+    }  # fmt: skip
+
+
+def show(result: dict[str, object]) -> None:
+    print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    repeats = 3 if options.quick else 9
+    contexts = (1024, 4096) if options.quick else (1024, 4096, 16384)
+    extents = ((512, 0), (512, 4096)) if options.quick else ((512, 0), (2048, 0), (512, 4096), (2048, 4096))
+    dtypes = (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float32)
+    stream = stream_rate(repeats)
+    isa = backend_for(GQA[0], 1, torch.bfloat16, 1).isa
+    machine = {"isa": isa, "threads": options.threads, "cpu": platform.processor() or platform.machine()}
+    results: list[dict[str, object]] = []
+
+    def record(result: dict[str, object]) -> None:
+        results.append(result)
+        if not options.json:
+            show(result)
+
+    if not options.json:
+        show({**machine, "streaming read GB/s": stream})
+    for heads in GQA:
+        for batch in (1, 8):
+            for context in contexts:
+                record(decode(heads, batch, context, options.threads, stream, repeats))
+    for dtype in dtypes:
+        for heads in GQA:
+            for rows, cached in extents:
+                record(prefill(heads, rows, cached, dtype, options.threads, max(3, repeats // 2)))
+    if options.json:
+        json.dump({**machine, "stream_GB/s": stream, "results": results}, sys.stdout, indent=1)
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Sequences, pools and a float64 oracle for the tests of attention."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from radixkv import _core
+from radixkv.attention import PageTable
+from radixkv.attention.native import NativeAttention
+
+FORCED_ISA = os.environ.get("RADIXKV_ISA")
+ISAS = [FORCED_ISA] if FORCED_ISA else list(_core.isas())
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """The oracle's small operations are many times faster on one thread of a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key heads and their size."""
+
+    qo: int = 6
+    kv: int = 2
+    dim: int = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """What run() takes beside tensors."""
+
+    sm_scale: float | None = None
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+
+
+PLAIN = Options()
+
+
+class Tokens(NamedTuple):
+    """q [n, qo, dim], k and v [n, kv, dim] of a whole sequence."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class Request(NamedTuple):
+    """The first `length` tokens of a sequence, of which the last `rows` are new."""
+
+    sequence: Tokens
+    length: int
+    rows: int
+
+
+def random_sequence(generator: torch.Generator, length: int, heads: Heads, dtype: torch.dtype) -> Tokens:
+    def randn(n: int) -> torch.Tensor:
+        return torch.randn(length, n, heads.dim, generator=generator).to(dtype)
+
+    return Tokens(randn(heads.qo), randn(heads.kv), randn(heads.kv))
+
+
+def dense(request: Request, options: Options = PLAIN) -> torch.Tensor:
+    """What the rows must be: [rows, qo, dim] in float64, from a dense matrix of scores."""
+    sequence, length, rows = request
+    q = sequence.q[length - rows : length].double()
+    group = q.shape[1] // sequence.k.shape[1]
+    k = sequence.k[:length].double().repeat_interleave(group, 1)
+    v = sequence.v[:length].double().repeat_interleave(group, 1)
+    scale = q.shape[2] ** -0.5 if options.sm_scale is None else options.sm_scale
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if options.logits_soft_cap > 0:
+        scores = options.logits_soft_cap * torch.tanh(scores / options.logits_soft_cap)
+    position = torch.arange(length - rows, length)[:, None]
+    key = torch.arange(length)[None, :]
+    hidden = key > position
+    if options.window_left >= 0:
+        hidden |= key < position - options.window_left
+    scores.masked_fill_(hidden, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+@dataclass
+class Pool:
+    """One layer's caches, every slot NaN until it is written, and a backend over them."""
+
+    heads: Heads = Heads()
+    dtype: torch.dtype = torch.float32
+    num_pages: int = 64
+    page_size: int = 16
+    num_threads: int = 1
+    isa: str | None = None
+    backend: NativeAttention = field(init=False)
+
+    def __post_init__(self) -> None:
+        # K and V as every layer's are: strided views of one allocation.
+        shape = (self.num_pages, 2, self.page_size, self.heads.kv, self.heads.dim)
+        both = torch.full(shape, torch.nan, dtype=self.dtype)
+        self.k, self.v = both[:, 0], both[:, 1]
+        self.backend = NativeAttention(
+            num_qo_heads=self.heads.qo,
+            num_kv_heads=self.heads.kv,
+            head_dim=self.heads.dim,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            dtype=self.dtype,
+            num_threads=self.num_threads,
+            isa=self.isa,
+        )
+
+    def load(self, requests: Sequence[Request], rng: np.random.Generator) -> PageTable:
+        """Give every request random pages, write its cached tokens, leave NaN everywhere else; returns the table."""
+        self.k.fill_(torch.nan)
+        self.v.fill_(torch.nan)
+        counts = [-(-r.length // self.page_size) for r in requests]
+        pages = rng.permutation(self.num_pages)[: sum(counts)].astype(np.int32)
+        kv_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        slots = []
+        for i, r in enumerate(requests):
+            position = np.arange(r.length)
+            mine = pages[kv_indptr[i] : kv_indptr[i + 1]]
+            slot = mine[position // self.page_size] * self.page_size + position % self.page_size
+            cached = r.length - r.rows
+            page, offset = torch.from_numpy(slot[:cached] // self.page_size), torch.from_numpy(position[:cached])
+            self.k[page, offset % self.page_size] = r.sequence.k[:cached]
+            self.v[page, offset % self.page_size] = r.sequence.v[:cached]
+            slots.append(slot[cached:])
+        return PageTable(
+            np.concatenate([[0], np.cumsum([r.rows for r in requests])]).astype(np.int32),
+            kv_indptr,
+            pages,
+            np.array([(r.length - 1) % self.page_size + 1 for r in requests], dtype=np.int32),
+            np.concatenate(slots).astype(np.int32),
+        )
+
+    def attend(
+        self, requests: Sequence[Request], rng: np.random.Generator, options: Options = PLAIN
+    ) -> list[torch.Tensor]:
+        """Plan, append and run one step; returns each request's rows."""
+        self.backend.plan(self.load(requests, rng))
+        q, k, v = (
+            packed([getattr(r.sequence, name)[r.length - r.rows : r.length] for r in requests]) for name in "qkv"
+        )
+        self.backend.append(k, v, self.k, self.v)
+        out = torch.full(q.shape, torch.nan, dtype=self.dtype)
+        self.backend.run(
+            q,
+            self.k,
+            self.v,
+            out,
+            sm_scale=options.sm_scale,
+            window_left=options.window_left,
+            logits_soft_cap=options.logits_soft_cap,
+        )
+        return list(out.split([r.rows for r in requests]))
+
+
+def packed(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The rows one after the other, laid out as [1, heads, rows, dim] transposed, the way a model hands them over."""
+    return torch.cat(parts).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def error(got: Sequence[torch.Tensor], requests: Sequence[Request], options: Options = PLAIN) -> float:
+    """Largest absolute difference from the oracle; infinite if anything is NaN."""
+    worst = 0.0
+    for rows, request in zip(got, requests, strict=True):
+        difference = (rows.double() - dense(request, options)).abs().max().item()
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
