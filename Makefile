@@ -61,7 +61,7 @@ mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must 
 	$(PY) -m tests.mutants
 
 # Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
-CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_threads.py tests/test_attention.py
+CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_threads.py tests/test_engine.py $(wildcard tests/test_attention*.py)
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan

@@ -11,35 +11,6 @@
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-// Storage formats. kStep: keys (in P V) or dimensions (in Q K^T) per step of a product.
-struct FormatF32 {
-  using Op = Fma;
-  static constexpr int kBytes = 4, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f32(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_f32(p, x, n); }
-};
-struct FormatBF16 {
-  using Op = Fma;
-  static constexpr int kBytes = 2, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_bf16(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_bf16(p, x, n); }
-};
-struct FormatF16 {
-  using Op = Fma;
-  static constexpr int kBytes = 2, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f16(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_f16(p, x, n); }
-};
-#if defined(RADIXKV_SIMD_PAIRS)
-// bf16 kept as pairs: products of bf16 accumulated in fp32, probabilities rounded to bf16.
-struct FormatPairs {
-  using Op = DotPairs;
-  static constexpr int kBytes = 2, kStep = 2;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f32(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_bf16(p, x, n); }
-};
-#endif
-
 RADIXKV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
 RADIXKV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
 RADIXKV_INLINE std::int64_t min_int64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }

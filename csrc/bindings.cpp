@@ -162,7 +162,8 @@ void translate(const std::exception_ptr& p, void*) {
   const auto raise = [](const char* name, const char* what) {
     PyErr_SetString(nb::object(nb::module_::import_("radixkv.errors").attr(name)).ptr(), what);
   };
-  static constexpr const char* names[] = {"PoolExhausted", "LeaseError", "InvalidTokens", "InvalidArgument", "NotCached"};
+  static constexpr const char* names[] = {"PoolExhausted", "LeaseError", "InvalidTokens", "InvalidArgument",
+                                          "NotCached"};
   try {
     std::rethrow_exception(p);
   } catch (const Error& e) {
@@ -177,8 +178,10 @@ void translate(const std::exception_ptr& p, void*) {
 void bind_cache(nb::module_& m) {
   nb::class_<PyCache>(m, "Cache", "The native half of radixkv.PrefixCache.")
       .def(nb::init<std::int64_t, std::int64_t>(), "num_pages"_a, "page_size"_a)
-      .def_prop_ro("num_pages", [](const PyCache& c) { return c.host->cache->num_pages(); }, "Pages of the pool.")
-      .def_prop_ro("page_size", [](const PyCache& c) { return c.host->cache->page_size(); }, "Tokens a page holds.")
+      .def_prop_ro(
+          "num_pages", [](const PyCache& c) { return c.host->cache->num_pages(); }, "Pages of the pool.")
+      .def_prop_ro(
+          "page_size", [](const PyCache& c) { return c.host->cache->page_size(); }, "Tokens a page holds.")
       .def_prop_rw(
           "on_release", [](const PyCache& c) { return c.host->on_release; },
           [](PyCache& c, nb::object f) { c.host->on_release = std::move(f); }, nb::arg("f").none(),
@@ -204,18 +207,22 @@ void bind_cache(nb::module_& m) {
             return c.host->cache->pin(t.data(), t.size(), name);
           },
           "tokens"_a.none(), "namespace"_a = "", kPinDoc)
-      .def("_evict", [](PyCache& c, std::int64_t n) { return work(kLongWork, [&] { return c.host->cache->evict(n); }); })
+      .def("_evict",
+           [](PyCache& c, std::int64_t n) { return work(kLongWork, [&] { return c.host->cache->evict(n); }); })
       .def("_clear_all", [](PyCache& c) { return work(kLongWork, [&] { return c.host->cache->clear(); }); })
-      .def("_clear", [](PyCache& c, std::string_view s) { return work(kLongWork, [&] { return c.host->cache->clear(s); }); })
+      .def("_clear",
+           [](PyCache& c, std::string_view s) { return work(kLongWork, [&] { return c.host->cache->clear(s); }); })
       .def("_stats", &stats)
       .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.host->cache->refuse_pages(n); })
       .def("snapshot", &snapshot,
            "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "
            "is {tokens, pages, locks, pins, children}. O(cached tokens).")
-      .def("check", [](PyCache& c) { work(kLongWork, [&] { c.host->cache->check(); }); },
-           "Recompute every count, link and state from scratch; AssertionError if any is wrong. O(pages).")
-      .def("close", [](PyCache& c) { c.host->cache->close(); },
-           "Take nothing new from now on; live leases can still be released.");
+      .def(
+          "check", [](PyCache& c) { work(kLongWork, [&] { c.host->cache->check(); }); },
+          "Recompute every count, link and state from scratch; AssertionError if any is wrong. O(pages).")
+      .def(
+          "close", [](PyCache& c) { c.host->cache->close(); },
+          "Take nothing new from now on; live leases can still be released.");
 
   nb::class_<Pin>(m, "Pin", "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
       .def_prop_ro("num_tokens", &Pin::num_tokens, "Tokens of the pinned prefix.")
@@ -228,52 +235,66 @@ void bind_lease(nb::module_& m) {
   nb::class_<PyLease>(m, "Lease",
                       "The claim of one request on its pages. A context manager: leaving normally commits what was "
                       "advanced and releases, an exception only releases. Belongs to the thread that acquired it.")
-      .def_prop_ro("num_tokens", [](const PyLease& l) { return l.lease->num_tokens(); }, "Tokens it has room for.")
-      .def_prop_ro("num_cached", [](const PyLease& l) { return l.lease->num_cached(); },
-                   "Tokens whose K and V lay in its pages at acquire; less than num_prompt.")
-      .def_prop_ro("num_written", [](const PyLease& l) { return l.lease->num_written(); },
-                   "Tokens whose K and V are written.")
-      .def_prop_ro("num_prompt", [](const PyLease& l) { return l.lease->num_prompt(); }, "Tokens given to acquire().")
+      .def_prop_ro(
+          "num_tokens", [](const PyLease& l) { return l.lease->num_tokens(); }, "Tokens it has room for.")
+      .def_prop_ro(
+          "num_cached", [](const PyLease& l) { return l.lease->num_cached(); },
+          "Tokens whose K and V lay in its pages at acquire; less than num_prompt.")
+      .def_prop_ro(
+          "num_written", [](const PyLease& l) { return l.lease->num_written(); }, "Tokens whose K and V are written.")
+      .def_prop_ro(
+          "num_prompt", [](const PyLease& l) { return l.lease->num_prompt(); }, "Tokens given to acquire().")
       .def_prop_ro("namespace", [](const PyLease& l) { return l.lease->name(); })
       .def_prop_ro("released", [](const PyLease& l) { return l.lease->released(); })
-      .def_prop_ro("pages", [](const PyLease& l) { return to_numpy(l.lease->pages()); },
-                   "int32 array (a copy): the page of each run of page_size tokens, in order. commit() may change it.")
+      .def_prop_ro(
+          "pages", [](const PyLease& l) { return to_numpy(l.lease->pages()); },
+          "int32 array (a copy): the page of each run of page_size tokens, in order. commit() may change it.")
       .def_prop_ro("tokens", &lease_tokens, "int32 array (a copy) of all its tokens. O(num_tokens).")
       .def_prop_ro("copies", &copies,
                    "[(source page, target page, tokens)]: copy the K and V of these leading tokens before writing; "
                    "pending, and the source kept, until the next advance().")
-      .def("extend",
-           [](PyLease& l, nb::handle tokens) {
-             const Tokens t(tokens);
-             work(t.size(), [&] { l.lease->extend(t.data(), t.size()); });
-           },
-           "tokens"_a.none(), "Room for more tokens. PoolExhausted leaves the lease as it was. O(new tokens).")
-      .def("advance", [](PyLease& l, std::optional<std::int64_t> n) {
-             if (n && *n < 0) throw Error(ErrorKind::InvalidArgument, "advance by " + std::to_string(*n) + ": n >= 0");
-             l.lease->advance(n ? *n : -1);
-           },
-           "n"_a = nb::none(), "K and V of the next n tokens (all by default) are written, and pending copies made.")
-      .def("commit", [](PyLease& l) { l.lease->commit(); },
-           "Publish what is written, so that other requests match it. Duplicates of pages that another request "
-           "published first are freed, so `pages` may change. O(tokens since the last commit).")
-      .def("release", [](nb::handle self, bool commit) { release(self, nb::cast<PyLease&>(self), commit); },
-           "commit"_a = true, "Commit (unless told not to), then let go of all pages.")
-      .def("fork", [](PyLease& l) { return PyLease{l.lease->fork(), l.host}; },
-           "A second lease on the same tokens. Commits this one: full pages are shared through the tree, the open page "
-           "is copied on write. LeaseError while tokens are unwritten.")
-      .def("adopt", [](PyLease& l) { l.lease->adopt(); }, "From now on the lease belongs to the calling thread.")
+      .def(
+          "extend",
+          [](PyLease& l, nb::handle tokens) {
+            const Tokens t(tokens);
+            work(t.size(), [&] { l.lease->extend(t.data(), t.size()); });
+          },
+          "tokens"_a.none(), "Room for more tokens. PoolExhausted leaves the lease as it was. O(new tokens).")
+      .def(
+          "advance",
+          [](PyLease& l, std::optional<std::int64_t> n) {
+            if (n && *n < 0) throw Error(ErrorKind::InvalidArgument, "advance by " + std::to_string(*n) + ": n >= 0");
+            l.lease->advance(n ? *n : -1);
+          },
+          "n"_a = nb::none(), "K and V of the next n tokens (all by default) are written, and pending copies made.")
+      .def(
+          "commit", [](PyLease& l) { l.lease->commit(); },
+          "Publish what is written, so that other requests match it. Duplicates of pages that another request "
+          "published first are freed, so `pages` may change. O(tokens since the last commit).")
+      .def(
+          "release", [](nb::handle self, bool commit) { release(self, nb::cast<PyLease&>(self), commit); },
+          "commit"_a = true, "Commit (unless told not to), then let go of all pages.")
+      .def(
+          "fork", [](PyLease& l) { return PyLease{l.lease->fork(), l.host}; },
+          "A second lease on the same tokens. Commits this one: full pages are shared through the tree, the open page "
+          "is copied on write. LeaseError while tokens are unwritten.")
+      .def(
+          "adopt", [](PyLease& l) { l.lease->adopt(); }, "From now on the lease belongs to the calling thread.")
       .def("__enter__", [](nb::object self) { return self; })
-      .def("__exit__", [](nb::handle self, nb::handle type, nb::handle, nb::handle) {
-             PyLease& l = nb::cast<PyLease&>(self);
-             if (!l.lease->released()) release(self, l, type.is_none());
-           },
-           "type"_a.none(), "value"_a.none(), "traceback"_a.none());
+      .def(
+          "__exit__",
+          [](nb::handle self, nb::handle type, nb::handle, nb::handle) {
+            PyLease& l = nb::cast<PyLease&>(self);
+            if (!l.lease->released()) release(self, l, type.is_none());
+          },
+          "type"_a.none(), "value"_a.none(), "traceback"_a.none());
 }
 
 void bind_page_table(nb::module_& m) {
   nb::class_<PageTable>(m, "PageTable", "The arrays of one step over a batch of leases; each property is a copy.")
       .def(nb::init<>())
-      .def("assemble", [](PageTable& t, nb::sequence leases) { t.assemble(batch(leases)); }, "leases"_a)
+      .def(
+          "assemble", [](PageTable& t, nb::sequence leases) { t.assemble(batch(leases)); }, "leases"_a)
       .def_prop_ro("qo_indptr", [](const PageTable& t) { return to_numpy(t.qo_indptr); })
       .def_prop_ro("kv_indptr", [](const PageTable& t) { return to_numpy(t.kv_indptr); })
       .def_prop_ro("kv_indices", [](const PageTable& t) { return to_numpy(t.kv_indices); })
@@ -284,10 +305,13 @@ void bind_page_table(nb::module_& m) {
       .def_prop_ro("input_ids", [](const PageTable& t) { return to_numpy(t.input_ids); })
       .def_prop_ro("positions", [](const PageTable& t) { return to_numpy(t.positions); })
       .def_prop_ro("last_rows", [](const PageTable& t) { return to_numpy(t.last_rows); });
-  m.def("advance_all", [](nb::sequence leases) {
-    const std::vector<Lease*> b = batch(leases);
-    if (!b.empty()) b[0]->cache().advance_all(b);
-  }, "leases"_a, "Advance each lease to all of its tokens; all of them or none.");
+  m.def(
+      "advance_all",
+      [](nb::sequence leases) {
+        const std::vector<Lease*> b = batch(leases);
+        if (!b.empty()) b[0]->cache().advance_all(b);
+      },
+      "leases"_a, "Advance each lease to all of its tokens; all of them or none.");
 }
 
 }  // namespace

@@ -48,7 +48,8 @@ Tokens::Tokens(nb::handle source) {
     size_ = static_cast<std::int64_t>(borrowed_.shape(0));
   } else if (nb::try_cast(source, strided, false)) {
     owned_.resize(strided.shape(0));
-    for (std::size_t i = 0; i < owned_.size(); ++i) owned_[i] = strided.data()[strided.stride(0) * static_cast<std::int64_t>(i)];
+    for (std::size_t i = 0; i < owned_.size(); ++i)
+      owned_[i] = strided.data()[strided.stride(0) * static_cast<std::int64_t>(i)];
     own();
   } else if (nb::try_cast(source, wide, false)) {
     from_int64(wide.data(), static_cast<std::int64_t>(wide.shape(0)), wide.stride(0));

@@ -15,7 +15,8 @@ std::string str(std::int64_t n) { return std::to_string(n); }
 Cache::Cache(std::int64_t num_pages, std::int64_t page_size)
     : tree_(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size)) {}
 
-// --- checks: everything that can fail, before anything changes ----------------------------------------------------------
+// --- checks: everything that can fail, before anything changes
+// ----------------------------------------------------------
 
 void Cache::check_open() const {
   if (closed_) throw Error(ErrorKind::LeaseError, "the cache is closed: make a new PrefixCache");
@@ -48,7 +49,8 @@ void Cache::require_pages(std::int64_t need, std::int64_t lost) {
                                             " leased or pinned: release a lease or raise num_pages");
 }
 
-// --- acquire ------------------------------------------------------------------------------------------------------------
+// --- acquire
+// ------------------------------------------------------------------------------------------------------------
 
 std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::string_view name) {
   Guard guard(mutex_);
@@ -132,7 +134,8 @@ void Cache::enlist(Lease& lease) {
   lease.released_.store(false, std::memory_order_release);
 }
 
-// --- a lease grows ------------------------------------------------------------------------------------------------------
+// --- a lease grows
+// ------------------------------------------------------------------------------------------------------
 
 void Cache::extend(Lease& lease, const Token* tokens, std::int64_t n) {
   if (n == 0) return;
@@ -174,12 +177,13 @@ void Cache::advance_all(const std::vector<Lease*>& leases) {
   for (Lease* lease : leases) advance(*lease, -1);
 }
 
-// --- commit: from the lease's own place in the tree, O(new pages) -------------------------------------------------------
+// --- commit: from the lease's own place in the tree, O(new pages)
+// -------------------------------------------------------
 
 void Cache::commit(Lease& lease, bool closing) {
   if (tree_.nodes[lease.root_].detached) return;  // its namespace was cleared: these tokens are not to be found again
   if (lease.tail_ != kNone) return;               // an earlier commit published the open page, and nothing came after
-  if (lease.source_ != kNone) return;             // nobody has said that the open page's copy is made; the rest is shared
+  if (lease.source_ != kNone) return;  // nobody has said that the open page's copy is made; the rest is shared
   const auto full = static_cast<std::int32_t>(lease.num_written_ / page_size());
   const auto rest = static_cast<std::int32_t>(lease.num_written_ % page_size());
   while (lease.num_shared_ < full) {
@@ -262,7 +266,8 @@ void Cache::move_pins(NodeId from, NodeId to) {
   }
 }
 
-// --- release and fork ---------------------------------------------------------------------------------------------------
+// --- release and fork
+// ---------------------------------------------------------------------------------------------------
 
 void Cache::release(Lease& lease, bool commit) {
   if (commit) this->commit(lease, true);
@@ -282,9 +287,9 @@ void Cache::release(Lease& lease, bool commit) {
 std::unique_ptr<Lease> Cache::fork(Lease& lease) {
   check_open();
   if (lease.num_written_ != lease.num_tokens_ || lease.source_ != kNone) {
-    throw Error(ErrorKind::LeaseError, "fork needs every token written and every copy made: " +
-                                           str(lease.num_written_) + " of " + str(lease.num_tokens_) +
-                                           " are written; run the step or advance() first");
+    throw Error(ErrorKind::LeaseError,
+                "fork needs every token written and every copy made: " + str(lease.num_written_) + " of " +
+                    str(lease.num_tokens_) + " are written; run the step or advance() first");
   }
   if (tree_.nodes[lease.root_].detached) {
     throw Error(ErrorKind::LeaseError, "cannot fork: the namespace was cleared; acquire the tokens again");
@@ -315,7 +320,8 @@ std::unique_ptr<Lease> Cache::fork(Lease& lease) {
   return child;
 }
 
-// --- match, pin, evict, clear -------------------------------------------------------------------------------------------
+// --- match, pin, evict, clear
+// -------------------------------------------------------------------------------------------
 
 std::int64_t Cache::match(const Token* tokens, std::int64_t n, std::string_view name) {
   Guard guard(mutex_);
@@ -341,7 +347,8 @@ std::unique_ptr<Pin> Cache::pin(const Token* tokens, std::int64_t n, std::string
   if (root != kNone) m = tree_.match(root, tokens, n, nullptr);
   const std::int64_t cached = static_cast<std::int64_t>(m.pages) * page_size() + m.partial;
   if (cached < n) {
-    throw Error(ErrorKind::NotCached, str(cached) + " of " + str(n) + " tokens are cached: run the prompt once, then pin it");
+    throw Error(ErrorKind::NotCached,
+                str(cached) + " of " + str(n) + " tokens are cached: run the prompt once, then pin it");
   }
   const std::int64_t pinned = tree_.num_pinned(), more = tree_.unpinned_on_path(m), most = most_pinned(num_pages());
   if (pinned + more > most) {

@@ -123,7 +123,8 @@ void ChildIndex::check(NodeId parent) const {
     const std::int32_t least = std::min(n, key_tokens(children[i - 1]));
     const std::int32_t shared = pages_.common_prefix(nodes_[children[i - 1]].first, key, least);
     if (shared == least) throw std::logic_error("one sibling is a prefix of another");
-    if (pages_.tokens(nodes_[children[i - 1]].first)[shared] > key[shared]) throw std::logic_error("siblings disordered");
+    if (pages_.tokens(nodes_[children[i - 1]].first)[shared] > key[shared])
+      throw std::logic_error("siblings disordered");
   }
 }
 

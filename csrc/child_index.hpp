@@ -28,10 +28,10 @@ class ChildIndex {
   };
   Best find(NodeId parent, const Token* tokens, std::int64_t n) const;
 
-  void insert(NodeId child);                  // under nodes[child].parent
-  void remove(NodeId child);                  // O(1)
-  void replace(NodeId child, NodeId by);      // `by` takes its place; their keys agree in every bit asked above it
-  void clear(NodeId parent);                  // forgets the children, keeps the nodes. O(children)
+  void insert(NodeId child);                      // under nodes[child].parent
+  void remove(NodeId child);                      // O(1)
+  void replace(NodeId child, NodeId by);          // `by` takes its place; their keys agree in every bit asked above it
+  void clear(NodeId parent);                      // forgets the children, keeps the nodes. O(children)
   std::vector<NodeId> list(NodeId parent) const;  // in lexicographic order of their tokens
 
   std::int32_t key_tokens(NodeId node) const;  // tokens of its first page

@@ -16,8 +16,8 @@
 namespace radixkv {
 
 struct Node {
-  NodeId parent;          // kNone in a root; links the free nodes
-  PageId first, last;     // its run of pages, linked by Pages::next and prev; kNone in a root
+  NodeId parent;       // kNone in a root; links the free nodes
+  PageId first, last;  // its run of pages, linked by Pages::next and prev; kNone in a root
   std::int32_t num_pages;
   std::int32_t last_len;  // tokens in its last page: page_size, or fewer in a node that is one open page
   std::int32_t children;  // ChildIndex reference to its children
@@ -27,7 +27,7 @@ struct Node {
   std::int32_t pins;      // pins that end here, plus children with pins
   std::int32_t holds;     // leases that have yet to copy from its (only) page
   bool root;
-  bool detached;          // out of the tree, alive until the last lock and hold go
+  bool detached;  // out of the tree, alive until the last lock and hold go
 };
 
 }  // namespace radixkv

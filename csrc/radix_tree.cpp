@@ -7,7 +7,8 @@ namespace radixkv {
 RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size)
     : pages(num_pages, page_size), nodes(2 * static_cast<std::size_t>(num_pages) + 1), index(nodes, pages) {}
 
-// --- roots ------------------------------------------------------------------------------------------------------------
+// --- roots
+// ------------------------------------------------------------------------------------------------------------
 
 NodeId RadixTree::find_root(std::string_view name) const {
   const auto it = roots_.find(name);
@@ -40,7 +41,8 @@ void RadixTree::drop_root_if_bare(NodeId root) {
   free_node(root);
 }
 
-// --- matching -----------------------------------------------------------------------------------------------------------
+// --- matching
+// -----------------------------------------------------------------------------------------------------------
 
 Match RadixTree::match(NodeId root, const Token* tokens, std::int64_t n, PageId* out) const {
   const std::int32_t page_size = pages.page_size();
@@ -85,7 +87,8 @@ std::int64_t RadixTree::unpinned_on_path(const Match& m) const {
   return count;
 }
 
-// --- shape --------------------------------------------------------------------------------------------------------------
+// --- shape
+// --------------------------------------------------------------------------------------------------------------
 
 NodeId RadixTree::new_node(NodeId parent) {
   const NodeId n = free_ != kNone ? free_ : fresh_++;
@@ -172,7 +175,8 @@ std::int32_t RadixTree::free_pages(NodeId n) {
   return nodes[n].num_pages;
 }
 
-// --- locks, pins and holds ----------------------------------------------------------------------------------------------
+// --- locks, pins and holds
+// ----------------------------------------------------------------------------------------------
 
 void RadixTree::protect(const Node& n) {
   evictable_ -= n.num_pages;
@@ -231,7 +235,8 @@ void RadixTree::drop_hold(NodeId n) {
   free_node(n);
 }
 
-// --- eviction -----------------------------------------------------------------------------------------------------------
+// --- eviction
+// -----------------------------------------------------------------------------------------------------------
 
 RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
   Evicted out{0, false};
