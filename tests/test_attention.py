@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_helpers import (
+from tests.attention_helpers import (
     ISAS,
     PLAIN,
     Heads,
@@ -16,7 +16,7 @@ from attention_helpers import (
     error,
     random_sequence,
 )
-from attention_helpers import one_torch_thread as one_torch_thread
+from tests.attention_helpers import one_torch_thread as one_torch_thread
 
 # Largest error allowed for inputs of unit variance. The outputs are averages of values, so of order one.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

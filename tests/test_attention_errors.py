@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_helpers import Heads, Options, Pool, Request, error, random_sequence
+from tests.attention_helpers import Heads, Options, Pool, Request, error, random_sequence
 
 from radixkv import _core
 from radixkv.attention import PageTable

@@ -11,8 +11,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from attention_helpers import ISAS, Heads, Options, Pool, Request, Tokens, random_sequence
-from attention_helpers import one_torch_thread as one_torch_thread
+from tests.attention_helpers import ISAS, Heads, Options, Pool, Request, Tokens, random_sequence
+from tests.attention_helpers import one_torch_thread as one_torch_thread
 
 HEADS = Heads(4, 2, 16)
 LENGTH = 600  # beyond the first chunk of 512 keys
