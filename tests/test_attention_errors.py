@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.attention_helpers import Heads, Options, Pool, Request, error, random_sequence
 
 from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.native import NativeAttention
 from radixkv.errors import InvalidArgument
+from tests.attention_helpers import Heads, Options, Pool, Request, error, random_sequence
 
 GEOMETRY: dict[str, Any] = {
     "num_qo_heads": 6,

@@ -11,6 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
+
 from tests.attention_helpers import ISAS, Heads, Options, Pool, Request, Tokens, random_sequence
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 

@@ -1,0 +1,12 @@
+"""Hugging Face Transformers on the engine: an adapter for any model, a generation loop, and a `Cache` object.
+
+Needs the extra `radixkv[hf]` (transformers 5.23 or later).
+"""
+
+from radixkv.hf.adapter import attach, engine_for, forward
+from radixkv.hf.cache import EngineCache
+from radixkv.hf.generate import Generator
+from radixkv.hf.request import Request, RequestStats
+from radixkv.hf.sampling import Sampling
+
+__all__ = ["EngineCache", "Generator", "Request", "RequestStats", "Sampling", "attach", "engine_for", "forward"]

@@ -1,0 +1,156 @@
+"""A transformers `Cache` over the engine's pages, for `model.generate` on one sequence with the model's own attention.
+
+A convenience with a price: the model's stock attention wants K and V in one piece, so every layer of every step
+gathers the whole sequence out of its pages, O(tokens) memory traffic that the paged attention of `Generator` does not
+have. It saves the prefill of a cached prefix, and nothing else.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from radixkv.errors import InvalidArgument, InvalidTokens
+from radixkv.hf.adapter import ATTENTION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from radixkv.engine import Engine
+
+__all__ = ["EngineCache"]
+
+
+class EngineCache(Cache):  # type: ignore[misc]
+    """K and V of one sequence, kept in the pages of `engine` and shared with every other request over them.
+
+        with EngineCache(engine, model, input_ids) as past:
+            output = model.generate(input_ids, past_key_values=past, max_new_tokens=20)
+
+    `input_ids` is the whole prompt, `[1, tokens]`; pass it whole to `generate` too, which skips what
+    `get_seq_length()` says is cached. Leaving the block normally publishes what was computed, generated tokens
+    included, so that the next prompt that continues it finds it; leaving it by an exception only releases. The cache
+    learns the generated tokens from a hook on the model's forward, which leaving the block removes.
+
+    One sequence: batches, beams and cropping (assisted generation) are refused. Raises PoolExhausted where the
+    sequence outgrows the pool, and InvalidArgument for a model that is switched to the engine's own attention.
+    """
+
+    def __init__(self, engine: Engine, model: PreTrainedModel, input_ids: torch.Tensor, *, namespace: str = "") -> None:
+        if model.config._attn_implementation == ATTENTION:
+            raise InvalidArgument(
+                "the model is switched to the engine's attention, which generate() does not drive: use "
+                'radixkv.hf.Generator, or call model.set_attn_implementation("eager") first'
+            )
+        if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+            raise InvalidArgument(
+                f"input_ids have shape {tuple(input_ids.shape)}: one sequence, [1, tokens], is needed"
+            )
+        super().__init__(layers=[_Layer(self, index) for index in range(engine.geometry.num_layers)])
+        self.engine = engine
+        self.lease = engine.acquire(input_ids[0].cpu(), namespace)
+        self.num_cached = self.lease.num_cached
+        """Tokens of the prompt that were found in the pages."""
+        self._rows = torch.empty(0, dtype=torch.int64)
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def __enter__(self) -> EngineCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(commit=kind is None)
+
+    def close(self, *, commit: bool = True) -> None:
+        """Publish what was written (unless `commit` is False), release the pages and remove the hook."""
+        self._hook.remove()
+        if not self.lease.released:
+            self.lease.release(commit=commit)
+
+    def _before_forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make room for the rows of the coming forward pass, and learn their tokens."""
+        if kwargs.get("past_key_values") is not self:
+            return
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is None or input_ids.shape[0] != 1:
+            raise InvalidArgument("EngineCache holds one sequence: give input_ids of shape [1, tokens], and no beams")
+        lease, new = self.lease, input_ids[0].tolist()
+        start, end = lease.num_written, lease.num_written + len(new)
+        known = lease.tokens[start:end].tolist()
+        if known != new[: len(known)]:
+            raise InvalidTokens(
+                f"tokens {start} to {end} differ from the prompt this cache was made for: pass generate() the same "
+                "input_ids as EngineCache"
+            )
+        if end > lease.num_tokens:
+            lease.extend(new[len(known) :])
+        self._copy_shared_pages()
+        size = self.engine.page_size
+        pages = torch.from_numpy(lease.pages.astype("int64"))
+        position = torch.arange(end)
+        self._slots = (pages[position // size] * size + position % size).to(self.engine.pool.k[0].device)
+        self._rows = self._slots[start:]
+
+    def _copy_shared_pages(self) -> None:
+        """Do the copies that the lease asks for before anything is written to its pages."""
+        for source, target, count in self.lease.copies:
+            for tensors in (self.engine.pool.k, self.engine.pool.v):
+                for tensor in tensors:
+                    tensor[target, :count] = tensor[source, :count]
+
+    def _update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new K and V, `[1, num_kv_heads, rows, head_dim]`, and return those of the whole sequence."""
+        pages, offsets = self._slots // self.engine.page_size, self._slots % self.engine.page_size
+        new = len(self._rows)
+        gathered = []
+        for pool, rows in ((self.engine.pool.k[layer], keys), (self.engine.pool.v[layer], values)):
+            pool[pages[-new:], offsets[-new:]] = rows[0].transpose(0, 1)
+            gathered.append(pool[pages, offsets].transpose(0, 1).unsqueeze(0))
+        if layer == len(self.layers) - 1:
+            self.lease.advance(new)
+        return gathered[0], gathered[1]
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """What transformers asks of the cache of one layer. A sliding layer keeps all its keys; the mask hides the old."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: EngineCache, index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._index = index
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to allocate: the pool exists."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cache._update(self._index, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return int(self._cache.lease.num_written)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise InvalidArgument("EngineCache cannot be cropped: assisted generation needs another cache")
+
+    def reset(self) -> None:
+        raise InvalidArgument("EngineCache cannot be reset: close it and make another for the next prompt")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        raise InvalidArgument("EngineCache holds one sequence: beam search needs another cache")

@@ -1,0 +1,163 @@
+"""The adapter: other people's models, unchanged, give the same answers on the engine."""
+
+import pytest
+import torch
+
+from radixkv import InvalidArgument
+from radixkv.hf import Generator, attach, engine_for, forward
+from radixkv.hf.adapter import length_limit, probe
+from tests.hf_helpers import (
+    ARCHITECTURES,
+    SIZES,
+    assert_drains,
+    build,
+    one_thread,
+    random_model,
+    random_prompts,
+    stock_tokens,
+    tiny,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_threaded():
+    with one_thread():
+        yield
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_equal_stock_cold_and_warm(architecture):
+    model = tiny(architecture)
+    prompts = random_prompts(33, 1, 18, 5)
+    prompts.append(prompts[0][:21] + prompts[2])
+    expected = [stock_tokens(model, prompt, 12) for prompt in prompts]
+    engine = engine_for(model, num_pages=128, page_size=4)
+    with Generator(model, engine) as generator:
+        for _ in ("cold", "warm"):
+            requests = [generator.submit(prompt, max_new_tokens=12) for prompt in prompts]
+            generator.run()
+            assert [request.tokens for request in requests] == expected
+    assert requests[0].stats.cached_tokens >= 32
+    assert_drains(engine)
+
+
+def test_logits_of_a_ragged_batch_equal_the_stock_forward():
+    model = tiny()
+    prompts = random_prompts(1, 40, 17)
+    with torch.inference_mode():
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+        engine = engine_for(model, num_pages=64, page_size=8)
+        with engine.acquire(prompts[1][:30]) as lease, engine.step([lease]) as step:
+            forward(model, step)
+        leases = [engine.acquire(prompt) for prompt in prompts]
+        assert leases[1].num_cached == 30
+        with engine.step(leases) as step:
+            logits = forward(model, step)
+    assert logits.shape == (3, SIZES["vocab_size"])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for lease in leases:
+        lease.release()
+    assert_drains(engine)
+
+
+def test_sliding_window_is_counted_as_transformers_counts_it():
+    model = build("MistralConfig", "MistralForCausalLM", {"sliding_window": 4})
+    prompt = random_prompts(9)[0]
+    with torch.inference_mode():
+        windowed = model(torch.tensor([prompt])).logits[0, -1]
+        engine = engine_for(model, num_pages=8, page_size=4)
+        with engine.acquire(prompt) as lease, engine.step([lease]) as step:
+            logits = forward(model, step)[0]
+        model.set_attn_implementation("eager")
+        model.config.sliding_window = 5
+        wider = model(torch.tensor([prompt])).logits[0, -1]
+    assert (windowed - wider).abs().max() > 1e-2, "the prompt must tell the windows apart"
+    torch.testing.assert_close(logits, windowed, rtol=1e-4, atol=1e-4)
+
+
+def test_probe_reads_the_geometry_and_restores_the_attention():
+    model = tiny()
+    shape = probe(model)
+    assert (shape.num_layers, shape.num_qo_heads, shape.num_kv_heads, shape.head_dim) == (3, 4, 2, 16)
+    assert shape.dtype == torch.float32
+    assert model.config._attn_implementation == "eager"
+    engine = engine_for(model.to(torch.bfloat16), num_pages=8)
+    assert engine.dtype == torch.bfloat16
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(InvalidArgument, match=r"torch.float32, not torch.bfloat16"):
+        engine_for(tiny(), num_pages=8, dtype=torch.bfloat16)
+
+
+def test_an_attached_model_without_a_step_says_what_to_do():
+    model = tiny()
+    attach(model)
+    with pytest.raises(InvalidArgument, match=r"without an open step.*set_attn_implementation"):
+        model(torch.tensor([[1, 2, 3]]))
+    model.set_attn_implementation("eager")
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, SIZES["vocab_size"])
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+LATENT = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 32}
+
+# Every entry: configuration class, model class, what the error says, options.
+UNSUPPORTED = {
+    "encoder-decoder": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        "encoder-decoder",
+        {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    ),
+    "recurrent": ("MambaConfig", "MambaForCausalLM", "state between tokens", SMALL),
+    "latent attention": ("DeepseekV3Config", "DeepseekV3ForCausalLM", "keys of 24 and values of 16", LATENT),
+    "attention sinks": ("GptOssConfig", "GptOssForCausalLM", "s_aux", SMALL | EXPERTS | {"num_local_experts": 2}),
+    "linear attention": (
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        "linear_attention|state between tokens",
+        SMALL | EXPERTS | {"num_experts": 2},
+    ),
+    "own attention code": ("BloomConfig", "BloomForCausalLM", "AttentionInterface", {"n_layer": 2, "n_head": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_models_that_cannot_be_paged_are_refused(kind):
+    config_name, model_name, message, options = UNSUPPORTED[kind]
+    sizes = {} if kind == "encoder-decoder" else {"hidden_size": 64, "intermediate_size": 96}
+    model = random_model(config_name, model_name, {"vocab_size": 97, "pad_token_id": 0} | sizes | options)
+    before = model.config._attn_implementation
+    with pytest.raises(InvalidArgument, match=message):
+        engine_for(model, num_pages=8)
+    assert model.config._attn_implementation == before
+
+
+def test_length_limit_stops_where_rotary_embeddings_would_depend_on_the_batch():
+    assert length_limit(tiny()) == 512
+    scaled = {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 128,
+        }
+    }
+    assert length_limit(build("LlamaConfig", "LlamaForCausalLM", scaled)) == 128
