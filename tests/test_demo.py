@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from radixkv import InvalidArgument, ModelNotFound, demo, demo_model, demo_scenario
+from radixkv import InvalidArgument, ModelNotFound, demo
 from radixkv.demo import Conversation, Turn
+from radixkv.demo import model as demo_model
+from radixkv.demo import scenario as demo_scenario
 from tests.hf_helpers import build, one_thread, transformers
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from radixkv.demo_model import INSTALL_MODEL, find_model, load_model
+from radixkv.demo.model import INSTALL_MODEL, find_model, load_model
 from radixkv.hf import Generator, engine_for
 from tests.hf_helpers import assert_drains, one_thread, stock_tokens
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from radixkv import demo_scenario
 from radixkv.cache import Stats
-from radixkv.demo_model import find_model, load_model
+from radixkv.demo import scenario
+from radixkv.demo.model import find_model, load_model
 from radixkv.errors import InvalidArgument
 from radixkv.view import tree_svg, tree_text
 
@@ -135,11 +135,11 @@ def _converse(
     generator: Generator, tokenizer: Any, args: argparse.Namespace, say: _Progress, *, keep: bool
 ) -> Conversation:
     """Every user asks a question in turn, one request at a time; the cache is kept or cleared between requests."""
-    histories = {user.name: _opening() for user in demo_scenario.USERS}
+    histories = {user.name: _opening() for user in scenario.USERS}
     turns = []
     started = time.perf_counter()
-    for number in range(max(len(user.questions) for user in demo_scenario.USERS)):
-        for user in demo_scenario.USERS:
+    for number in range(max(len(user.questions) for user in scenario.USERS)):
+        for user in scenario.USERS:
             if number >= len(user.questions):
                 continue
             if not keep:
@@ -159,8 +159,8 @@ def _converse(
 
 def _opening() -> list[dict[str, str]]:
     """What every conversation starts with."""
-    messages = [{"role": "system", "content": demo_scenario.SYSTEM}]
-    for question, answer in demo_scenario.EXAMPLES:
+    messages = [{"role": "system", "content": scenario.SYSTEM}]
+    for question, answer in scenario.EXAMPLES:
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
     return messages
