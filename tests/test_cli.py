@@ -13,8 +13,8 @@ import pytest
 import radixkv
 from radixkv.cli import main
 from radixkv.traces.curve import capacity_curve
+from radixkv.traces.read import read_trace
 from radixkv.traces.replay import replay
-from radixkv.traces.trace import read_trace
 from radixkv.traces.workload import generate
 
 COMMANDS = ["replay", "curve", "generate", "record", "info"]

@@ -7,8 +7,8 @@ import pytest
 
 from radixkv.traces.curve import capacity_curve
 from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
+from radixkv.traces.read import read_trace
 from radixkv.traces.replay import replay
-from radixkv.traces.trace import read_trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import hit_rates

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv import InvalidArgument, InvalidTokens, TraceError
-from radixkv.traces.trace import Blocks, Request, read_trace
+from radixkv.traces.read import read_trace
+from radixkv.traces.trace import Blocks, Request
 from radixkv.traces.trace_json import JsonWriter
 from radixkv.traces.trace_msgpack import MsgpackWriter
 

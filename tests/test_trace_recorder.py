@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from radixkv import InvalidArgument, PrefixCache, TraceError
+from radixkv.traces.read import read_trace
 from radixkv.traces.recorder import Recorder
-from radixkv.traces.trace import read_trace
 from radixkv.traces.workload import generate
 
 

@@ -17,8 +17,9 @@ import radixkv
 from radixkv.cli.io import ProgressLine, binary_output, text_output
 from radixkv.errors import BackendUnavailable, InvalidArgument, RadixKVError
 from radixkv.traces.curve import CapacityCurve, capacity_curve
+from radixkv.traces.read import read_trace
 from radixkv.traces.replay import ReplayResult, replay
-from radixkv.traces.trace import MOONCAKE_BLOCK, Request, read_trace
+from radixkv.traces.trace import MOONCAKE_BLOCK, Request
 from radixkv.traces.trace_json import JsonWriter
 from radixkv.traces.trace_msgpack import MsgpackWriter
 from radixkv.traces.workload import WORKLOADS, generate

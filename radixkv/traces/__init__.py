@@ -2,9 +2,10 @@
 
 from radixkv.traces.curve import capacity_curve
 from radixkv.traces.curve_points import CapacityCurve
+from radixkv.traces.read import read_trace
 from radixkv.traces.recorder import Recorder
 from radixkv.traces.replay import ReplayResult, replay
-from radixkv.traces.trace import Request, read_trace
+from radixkv.traces.trace import Request
 from radixkv.traces.workload import WORKLOADS, generate
 
 __all__ = [

@@ -1,33 +1,16 @@
-"""Traces: the requests an inference service saw, one after the other.
-
-Three file formats are read, told apart by their content (never by their name):
-
-* **Mooncake JSON lines**: ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``, one id for each
-  block of the input (512 tokens unless ``block_size`` says otherwise; the last block may be partly filled).
-* **JSON lines**: ``ids`` with ``unit`` tokens per id and ``input_length``, or the lists ``input`` and ``output``.
-* **radixkv msgpack** (see :mod:`radixkv.traces.trace_msgpack`): what :class:`radixkv.traces.recorder.Recorder` writes.
-
-An id of more than one token stands for the whole prefix up to its block: equal ids mean equal prefixes. Such a block
-expands to ``unit`` equal tokens, the id itself, so two blocks with different ids differ from their first token on and
-no match inside a block is invented. What a trace gives only as a length is not made up: input behind the last id
-becomes tokens that no other request has (they can never hit), and an output without ids is not inserted.
-"""
+"""What a trace is made of: requests, of tokens or of block ids."""
 
 from __future__ import annotations
 
-import io
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from radixkv.errors import InvalidArgument, InvalidTokens, TraceError
+from radixkv.errors import InvalidArgument, InvalidTokens
 
-__all__ = ["Blocks", "Request", "Tokens", "open_trace", "read_trace"]
+__all__ = ["MAX_TOKEN", "MOONCAKE_BLOCK", "Blocks", "Request", "Tokens"]
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 
@@ -38,7 +21,6 @@ MAX_TOKEN = 2**31 - 1
 """The largest token id (int32)."""
 
 _NO_TOKENS: Tokens = np.empty(0, dtype=np.int32)
-_HEAD_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,73 +108,3 @@ def _int32(tokens: npt.ArrayLike) -> Tokens:
     if array.size and not (array.min() >= 0 and array.max() <= MAX_TOKEN):
         raise InvalidTokens(f"tokens from {array.min()} to {array.max()}: each must be from 0 to {MAX_TOKEN}")
     return array.astype(np.int32)
-
-
-@contextmanager
-def open_trace(path: str) -> Iterator[BinaryIO]:
-    """Open a trace for reading; ``-`` is standard input. Raises TraceError where the file cannot be read."""
-    if path == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        stream = open(path, "rb")  # noqa: SIM115 (the with below closes it)
-    except OSError as error:
-        raise TraceError(f"cannot read {path}: {error.strerror}: check the path (- reads standard input)") from error
-    with stream:
-        yield stream
-
-
-def read_trace(source: str | BinaryIO, block_size: int = MOONCAKE_BLOCK) -> Iterator[Request]:
-    """Read a trace lazily, one request at a time, in file order.
-
-    ``source`` is a path, ``-`` for standard input, or a binary stream, which is left open. ``block_size`` is the number
-    of tokens per hash id of a Mooncake trace. Raises TraceError, with the line or byte number and a remedy, for a file
-    that is empty, foreign, truncated or inconsistent; the requests before that place have been yielded by then.
-    """
-    if block_size < 1:
-        raise InvalidArgument(f"a block has at least 1 token, not {block_size}")
-    if not isinstance(source, str):
-        yield from _read_stream(source, "the trace", block_size)
-        return
-    with open_trace(source) as stream:
-        name = "standard input" if source == "-" else source
-        try:
-            yield from _read_stream(stream, name, block_size)
-        except OSError as error:
-            raise TraceError(f"cannot read {name}: {error.strerror or error}: is it a regular file?") from error
-
-
-def _read_stream(stream: BinaryIO, name: str, block_size: int) -> Iterator[Request]:
-    from radixkv.traces.trace_json import read_json
-    from radixkv.traces.trace_msgpack import is_msgpack, read_msgpack
-
-    head = stream.read(_HEAD_BYTES)
-    if is_msgpack(head):
-        requests = read_msgpack(head, stream, name)
-    elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b""):
-        requests = read_json(_lines(head, stream), name, block_size)
-    else:
-        raise TraceError(f"{name} is not a trace: {_foreign(head)}")
-    empty = True
-    for request in requests:
-        empty = False
-        yield request
-    if empty:
-        raise TraceError(f"{name} holds no request: was it written to the end?")
-
-
-def _lines(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a stream whose first bytes have been read already."""
-    yield from io.BytesIO(head + stream.readline())
-    yield from stream
-
-
-def _foreign(head: bytes) -> str:
-    """What the first bytes of a file say it is instead, and what to do about it."""
-    if head.startswith(b"PK"):
-        return "this is a zip or .npz archive; convert it to JSON lines first"
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")):
-        return "this is a compressed file; decompress it and pipe it in, as in `gunzip -c FILE | radixkv replay - ...`"
-    if head.startswith(b"["):
-        return "this is one JSON array; write one JSON object a line, as `jq -c .[] FILE` does"
-    return f"it starts with {head[:8]!r}; expected JSON lines or a radixkv msgpack trace"
