@@ -1,6 +1,6 @@
 """Speed of the native attention: decode against memory bandwidth, prefill against torch's SDPA.
 
-    python bench/attention.py [--threads N] [--quick] [--json]
+    python -m bench.attention [--threads N] [--quick] [--json]
 
 Decode reads every key and value once, so its yardstick is a plain streaming read of as many bytes by as many threads,
 out of cache; beside it stands what one would write without paged kernels: gather the pages, then SDPA. Prefill is

@@ -1,8 +1,8 @@
 """Hit rates on real traces, beside the figures that a correct LRU must give, and what token-exact reuse adds.
 
-    python bench/hit_rates.py                       the whole table, each cell by replay through PrefixCache
-    python bench/hit_rates.py tau_airline --quick   one trace, by the one-pass curve only
-    python bench/hit_rates.py --agree               curve == replay at ten capacities on two traces, with times
+    python -m bench.hit_rates                       the whole table, each cell by replay through PrefixCache
+    python -m bench.hit_rates tau_airline --quick   one trace, by the one-pass curve only
+    python -m bench.hit_rates --agree               curve == replay at ten capacities on two traces, with times
 
 The traces are read from RADIXKV_TRACES, or from shared/traces beside the repository. Exit status 1 where a cell is more
 than 0.1 points from the expected figure or the curve differs from replay.
@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from npz_traces import read_npz, traces_folder
-
+from bench.npz_traces import read_npz, traces_folder
 from radixkv.traces.curve import capacity_curve
 from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
 from radixkv.traces.curve_points import CapacityCurve

@@ -1,18 +1,12 @@
 """The LRU table on real traces, where they are at hand (see bench/hit_rates.py for the whole table)."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from bench import hit_rates, npz_traces
 from radixkv.traces.curve import capacity_curve
 from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
 from radixkv.traces.read import read_trace
 from radixkv.traces.replay import replay
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-import hit_rates
-import npz_traces
 
 FOLDER = npz_traces.traces_folder()
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="no traces: set RADIXKV_TRACES to the folder of the .npz files")

@@ -272,9 +272,7 @@ class Generator:
             except PoolExhausted:
                 if self._running:
                     return
-                # With nothing running only cached pages are in the way, the source of a partial copy among them.
-                self.engine.cache.evict(self.engine.num_pages)
-                lease = self.engine.acquire(request.sequence(0, end), request.namespace)
+                raise  # nothing runs here: leases or pins outside this generator hold the pages
             self._start(request, lease)
             batch.append(request)
             budget = max(budget - (lease.num_tokens - lease.num_written), 0)
