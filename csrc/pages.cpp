@@ -35,14 +35,27 @@ void Pages::give_back(PageId page) {
   ++num_free_;
 }
 
+// How many pages of the run that starts at `first`, at most `most`, have ascending ids.
+std::int32_t Pages::contiguous(PageId first, std::int32_t most) const {
+  constexpr std::int32_t kBlock = 16;  // links looked at together
+  std::int32_t n = 1;
+  while (n + kBlock <= most && first + n + kBlock <= num_pages_) {
+    const PageId* next = next_.data() + first + n - 1;
+    std::int32_t differ = 0;
+    for (std::int32_t i = 0; i < kBlock; ++i) differ |= next[i] ^ (first + n + i);
+    if (differ != 0) break;
+    n += kBlock;
+  }
+  while (n < most && next_[first + n - 1] == first + n) ++n;
+  return n;
+}
+
 std::int32_t Pages::count_equal(PageId first, std::int32_t limit, const Token* tokens, PageId* out) const {
   // Pages with ascending ids lie side by side, so their tokens are compared in one sweep.
   std::int32_t count = 0;
   PageId page = first;
   while (count < limit) {
-    std::int32_t stretch = 1;
-    const std::int32_t most = limit - count;
-    while (stretch < most && next_[page + stretch - 1] == page + stretch) ++stretch;
+    const std::int32_t stretch = contiguous(page, limit - count);
     const Token* have = this->tokens(page);
     const Token* want = tokens + static_cast<std::size_t>(count) * page_size_;
     const std::size_t n = static_cast<std::size_t>(stretch) * page_size_;

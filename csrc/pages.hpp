@@ -50,6 +50,8 @@ class Pages {
   }
 
  private:
+  std::int32_t contiguous(PageId first, std::int32_t most) const;
+
   const std::int32_t num_pages_, page_size_;
   std::int32_t num_free_;
   PageId fresh_ = 0;     // pages from here on were never used
