@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ class Engine:
         self.attention = _attention(self.geometry, num_pages, dtype, self.device)
         self.pool = KVPool(self.geometry, num_pages, dtype, self.device)
         self.table = _core.PageTable()
-        self.step_open = False
+        self.step_lock = threading.Lock()
 
     @property
     def num_pages(self) -> int:

@@ -42,9 +42,19 @@ class Step:
         self._open = False
 
     def __enter__(self) -> Step:
-        engine, table = self._engine, self._engine.table
-        if engine.step_open:
+        if not self._engine.step_lock.acquire(blocking=False):
             raise LeaseError("another step of this engine is open: leave it first")
+        try:
+            self._prepare()
+        except BaseException:
+            self._engine.step_lock.release()
+            raise
+        self._open = True
+        return self
+
+    def _prepare(self) -> None:
+        """Assembles the page table, makes the pending copies and plans attention."""
+        engine, table = self._engine, self._engine.table
         table.assemble(self._leases)
         engine.pool.copy_pages(table.copy_source, table.copy_target)
         engine.attention.plan(
@@ -55,8 +65,6 @@ class Step:
         self.last_rows = torch.from_numpy(table.last_rows).to(engine.device)
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
         self._layers_done.clear()
-        self._open = engine.step_open = True
-        return self
 
     def attend(
         self,
@@ -104,7 +112,8 @@ class Step:
     ) -> None:
         if not self._open:
             return
-        self._open = self._engine.step_open = False
+        self._open = False
+        self._engine.step_lock.release()
         if kind is not None:
             return
         if len(self._layers_done) < self._engine.geometry.num_layers:
