@@ -12,6 +12,7 @@
 
 #include "bindings_tokens.hpp"
 #include "cache.hpp"
+#include "huge_pages.hpp"
 #include "page_table.hpp"
 
 namespace nb = nanobind;
@@ -326,4 +327,6 @@ NB_MODULE(_core, m) {
   radixkv::bind_lease(m);
   radixkv::bind_page_table(m);
   radixkv::bind_attention(m);
+  m.def("prefer_huge_pages", &radixkv::prefer_huge_pages, "address"_a, "nbytes"_a,
+        "Ask that memory be backed by huge pages as it is first touched. A wish: never an error.");
 }

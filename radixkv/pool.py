@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from radixkv import _core
 from radixkv.errors import InvalidArgument
 from radixkv.geometry import Geometry, parse_bytes
 
@@ -34,6 +35,8 @@ class KVPool:
                 f"cannot allocate {num_pages} pages of {g.bytes_per_page} bytes on {device}: "
                 "lower num_pages or capacity"
             ) from error
+        if device.type == "cpu":
+            _core.prefer_huge_pages(self.storage.data_ptr(), self.storage.nbytes)
         self.k = [self.storage[layer, 0] for layer in range(g.num_layers)]
         self.v = [self.storage[layer, 1] for layer in range(g.num_layers)]
 
