@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,11 +30,13 @@ class Engine:
         page_size: tokens a page holds.
         num_pages: pages of the pool; or
         capacity: memory of the pool: "4GiB", a number of bytes, or a share (float) of the device's free memory.
-        dtype: of q, k, v and the pool: float32, bfloat16 or float16.
-        device: "cpu".
+        dtype: of q, k, v and the pool: bfloat16, float16 or (on the CPU) float32.
+        device: "cpu", or "cuda" for FlashInfer's kernels. These are compiled at their first use: the engine runs them
+            once when it is made, which can take minutes the first time, and says so on standard error.
 
     Raises:
-        InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device.
+        InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device, dtype or head_dim,
+            or a package is missing; it says what to change.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Engine:
         self.cache = PrefixCache(num_pages, page_size)
         self.attention = _attention(self.geometry, num_pages, dtype, self.device)
         self.pool = KVPool(self.geometry, num_pages, dtype, self.device)
+        self.device = self.pool.storage.device  # "cuda" has become the device it stood for
+        self.attention.warm_up(self.pool.k[0], self.pool.v[0])
         self.table = _core.PageTable()
         self.step_open = False
 
@@ -100,15 +104,20 @@ class Engine:
 
 
 def _attention(geometry: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device) -> Attention:
-    if device.type != "cpu":
-        raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu'")
-    from radixkv.attention.native import NativeAttention
+    """The backend for this device."""
+    sizes: dict[str, Any] = {
+        "num_qo_heads": geometry.num_qo_heads,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+        "num_pages": num_pages,
+        "page_size": geometry.page_size,
+    }
+    if device.type == "cpu":
+        from radixkv.attention.native import NativeAttention
 
-    return NativeAttention(
-        num_qo_heads=geometry.num_qo_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        num_pages=num_pages,
-        page_size=geometry.page_size,
-        dtype=dtype,
-    )
+        return NativeAttention(**sizes, dtype=dtype)
+    if device.type == "cuda":
+        from radixkv.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention(**sizes, dtype=dtype, device=device)
+    raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu' or device='cuda'")
