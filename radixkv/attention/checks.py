@@ -52,9 +52,9 @@ def check_table(table: PageTable, num_pages: int, page_size: int) -> RowPlaces:
     batch = len(last)
     _check_entries("qo_indptr", qo_indptr, batch + 1)
     _check_entries("kv_indptr", kv_indptr, batch + 1)
+    _check_entries("kv_indices", kv_indices, max(0, int(kv_indptr[-1])))
     _check_indptr("qo_indptr", qo_indptr)
     _check_indptr("kv_indptr", kv_indptr)
-    _check_entries("kv_indices", kv_indices, int(kv_indptr[-1]))
     rows, pages = np.diff(qo_indptr), np.diff(kv_indptr)
     length = (pages.astype(np.int64) - 1) * page_size + last
     _check_requests(rows, pages, last, length, page_size)

@@ -27,7 +27,8 @@ from .flashinfer_plans import IndexArrays, PlanSet, Wrapper
 
 __all__ = ["FlashInferAttention"]
 
-_HEAD_DIMS = (64, 128, 256)
+_HEAD_DIMS = (64, 128, 192, 256)  # FA2's swizzle needs multiples of 64: it computes garbage with 96, silently
+_COMMON_HEAD_DIMS = (64, 128, 256)  # what the append kernel and decode without tensor cores take
 _TENSOR_CORE_GROUP = 4  # query heads per key head from which tensor cores decode; CUDA cores take 1, 2 and 3
 _FIRST_FLOAT_BYTES = 1 << 20
 _FIRST_INT_BYTES = 1 << 18
@@ -47,7 +48,7 @@ class _Step(NamedTuple):
 
     decode: bool
     rows: int
-    arrays: IndexArrays  # qo_indptr, kv_indptr, kv_last_page_len, kv_indices, then request and position of each row
+    arrays: IndexArrays  # the table's, then request and position of each row
 
 
 class FlashInferAttention:
@@ -83,7 +84,8 @@ class FlashInferAttention:
         self._heads = (num_qo_heads, num_kv_heads, head_dim)
         self._pages = (num_pages, page_size)
         self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
-        self.tensor_cores = num_qo_heads // num_kv_heads >= _TENSOR_CORE_GROUP
+        self._append_kernel = head_dim in _COMMON_HEAD_DIMS
+        self.tensor_cores = num_qo_heads // num_kv_heads >= _TENSOR_CORE_GROUP or head_dim not in _COMMON_HEAD_DIMS
         self._float_workspace = torch.empty(_FIRST_FLOAT_BYTES, dtype=torch.uint8, device=device)
         self._sets = (PlanSet(device), PlanSet(device))
         self._turn = 0
@@ -122,16 +124,7 @@ class FlashInferAttention:
         self._step = None
         if rows:
             self._turn ^= 1
-            arrays = self._sets[self._turn].fill(
-                [
-                    table.qo_indptr,
-                    table.kv_indptr,
-                    table.kv_last_page_len,
-                    table.kv_indices,
-                    places.request,
-                    places.position,
-                ]
-            )
+            arrays = self._sets[self._turn].fill([*table, *places])
             self._step = _Step(rows == len(table.kv_last_page_len), rows, arrays)
         self._set_rows(rows)
 
@@ -140,7 +133,12 @@ class FlashInferAttention:
         self._check({"k": k, "v": v}, self._kv_shape, k_cache, v_cache)
         if self._step is None:
             return
-        _, kv_indptr, last_page_len, kv_indices, request, position = self._step.arrays.device
+        _, kv_indptr, kv_indices, last_page_len, slots, request, position = self._step.arrays.device
+        if not self._append_kernel:
+            page, offset = slots // self._pages[1], slots % self._pages[1]
+            k_cache[page, offset] = k
+            v_cache[page, offset] = v
+            return
         with self._compiling("append"):
             self._api.append_paged_kv_cache(
                 k, v, request, position, (k_cache, v_cache), kv_indices, kv_indptr, last_page_len, kv_layout="NHD"
@@ -211,8 +209,8 @@ class FlashInferAttention:
 
     def _plan_arguments(self, options: _Options, step: _Step) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What plan() and workspace_size() of either wrapper take."""
-        qo_indptr, kv_indptr, last_page_len = step.arrays.host[:3]
-        kv_indices = step.arrays.device[3]
+        qo_indptr, kv_indptr, _, last_page_len = step.arrays.host[:4]
+        kv_indices = step.arrays.device[2]
         sizes = (*self._heads, self._pages[1])
         keywords = options._asdict() | {
             "q_data_type": self._dtype,
