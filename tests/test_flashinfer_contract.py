@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import radixkv.attention.flashinfer
 from radixkv.attention import PageTable
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.errors import BackendUnavailable, InvalidArgument
@@ -33,6 +34,11 @@ DECODE = PageTable(int32(0, 1, 2), int32(0, 2, 3), int32(3, 1, 0), int32(2, 4), 
 needs_flashinfer = pytest.mark.skipif(
     importlib.util.find_spec("flashinfer") is None, reason="no flashinfer to compare with: pip install 'radixkv[cuda]'"
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(radixkv.attention.flashinfer, "_prepared", set())
 
 
 class Recorder:

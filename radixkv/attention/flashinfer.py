@@ -34,6 +34,9 @@ _FIRST_FLOAT_BYTES = 1 << 20
 _FIRST_INT_BYTES = 1 << 18
 _ALIGN_BYTES = 16  # the kernels load rows 16 bytes at a time
 
+_prepared: set[str] = set()
+"""Kernels that this process has used before."""
+
 
 class _Options(NamedTuple):
     """What FlashInfer takes when it plans and layers of one model may differ in."""
@@ -91,7 +94,6 @@ class FlashInferAttention:
         self._turn = 0
         self._step: _Step | None = None
         self._planned: dict[_Options, Wrapper] = {}
-        self._compiled: set[str] = set()
         self._set_rows(0)
 
     def _set_rows(self, rows: int) -> None:
@@ -242,10 +244,10 @@ class FlashInferAttention:
     @contextmanager
     def _compiling(self, kernels: str) -> Iterator[None]:
         """Say on standard error that kernels are compiled or loaded, the first time they are used."""
-        if kernels in self._compiled:
+        name = f"{kernels} kernels for {str(self._dtype).removeprefix('torch.')}, head_dim {self._heads[2]}"
+        if name in _prepared:
             yield
             return
-        name = f"{kernels} kernels for {str(self._dtype).removeprefix('torch.')}, head_dim {self._heads[2]}"
         print(f"radixkv: FlashInfer prepares its {name} (minutes where they must be compiled)", file=sys.stderr)
         begin = time.perf_counter()
         try:
@@ -257,7 +259,7 @@ class FlashInferAttention:
                 f"FlashInfer cannot prepare its {name}: {error}. It compiles them with nvcc and ninja: install the "
                 "CUDA toolkit, or the package flashinfer-jit-cache of FlashInfer's own version"
             ) from error
-        self._compiled.add(kernels)
+        _prepared.add(name)
         print(f"radixkv: ready after {time.perf_counter() - begin:.1f} s", file=sys.stderr)
 
     # --- checks -----------------------------------------------------------------------------------------------------
