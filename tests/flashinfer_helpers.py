@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from radixkv.attention.flashinfer import FlashInferAttention
+from radixkv.attention.fp8 import FP8, quantize
 from tests.attention_helpers import PLAIN, Heads, Options, Pool, Request, packed
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,8 @@ class FlashInferPool(Pool):
 
     dtype: torch.dtype = torch.float16
     target: str = "twin"
+    scales: tuple[float, float] | None = None
+    """k_scale and v_scale of 8-bit caches."""
     flashinfer: FlashInferAttention = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,7 +125,16 @@ class FlashInferPool(Pool):
             num_pages=self.num_pages,
             page_size=self.page_size,
             dtype=self.dtype,
+            **({"kv_dtype": FP8, "k_scale": self.scales[0], "v_scale": self.scales[1]} if self.scales else {}),
         )
+
+    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The caches as the backend takes them: on its device, in 8 bits if there are scales."""
+        if not self.scales:
+            both = self.both.to(self.flashinfer.device)
+            return both[:, 0], both[:, 1]
+        k, v = (quantize(x, s).to(self.flashinfer.device) for x, s in zip((self.k, self.v), self.scales, strict=True))
+        return k, v
 
     def attend(
         self, requests: Sequence[Request], rng: np.random.Generator, options: Options = PLAIN
@@ -132,8 +144,7 @@ class FlashInferPool(Pool):
         device = self.flashinfer.device
         rows = [packed([getattr(r.sequence, n)[r.length - r.rows : r.length] for r in requests]) for n in "qkv"]
         q, k, v = (r.to(device) for r in rows)
-        both = self.both.to(device)
-        k_cache, v_cache = both[:, 0], both[:, 1]
+        k_cache, v_cache = self.caches()
         self.flashinfer.append(k, v, k_cache, v_cache)
         out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
         self.flashinfer.run(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from radixkv.attention import parity
 from radixkv.attention.native import NativeAttention
-from radixkv.attention.parity import Shape
 from radixkv.cli import main
 from radixkv.errors import BackendUnavailable
 from tests.attention_helpers import one_torch_thread as one_torch_thread
@@ -53,8 +53,8 @@ class Wrong(NativeAttention):
 
 
 def test_a_wrong_backend_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(device: torch.device, shape: Shape) -> Wrong:
-        return Wrong(**shape._asdict())
+    def make(device: torch.device, sizes: dict[str, Any]) -> Wrong:
+        return Wrong(**sizes)
 
     monkeypatch.setattr("radixkv.cli.doctor._backend", make)
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
@@ -90,7 +90,7 @@ def test_kernels_that_cannot_be_compiled_are_named(
         def append(self, *tensors: torch.Tensor) -> None:
             raise BackendUnavailable("install the CUDA toolkit")
 
-    monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, shape: Unusable(**shape._asdict()))
+    monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, sizes: Unusable(**sizes))
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float16")
     assert status == 1
     assert {c["problem"] for c in found["cases"]} == {"BackendUnavailable: install the CUDA toolkit"}
@@ -107,8 +107,19 @@ def test_without_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 @each_target
 def test_flashinfer_is_right(target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if target == "twin":
-        monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, shape: backend("twin", **shape._asdict()))
+        monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, sizes: backend("twin", **sizes))
     device = "cpu" if target == "twin" else "cuda"
     status, found = doctor(capsys, "--device", device, "--dtype", "bfloat16", "--dtype", "float16")
     assert status == 0, [c for c in found["cases"] if not c["ok"]]
-    assert {c["case"] for c in found["cases"]} == CASES
+    assert {c["case"] for c in found["cases"]} == CASES | (
+        {"decode, 8-bit", "mixed, 8-bit"} if target == "cuda" else set()
+    )
+
+
+@each_target
+def test_8_bit_cases(target: str) -> None:
+    device = torch.device("cpu" if target == "twin" else "cuda")
+    for case in (c for c in parity.cases([torch.float16], fp8=True) if c.fp8):
+        result = parity.run_case(case, 5, lambda sizes: backend(target, **sizes), device, seed=0)
+        assert result.problem is None
+        assert result.ok

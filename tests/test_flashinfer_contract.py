@@ -18,6 +18,7 @@ import torch
 import radixkv.attention.flashinfer
 from radixkv.attention import PageTable
 from radixkv.attention.flashinfer import FlashInferAttention
+from radixkv.attention.fp8 import FP8
 from radixkv.errors import BackendUnavailable, InvalidArgument
 from tests.flashinfer_helpers import backend, each_target
 from tests.test_attention_errors import BAD_TABLES, TABLE, int32
@@ -138,7 +139,7 @@ def test_tables(target: str, change: dict[str, Any], message: str) -> None:
 
 BAD_CALLS = [
     ({"q": half(5, 6, 64)}, r"q has shape \(5, 6, 64\): it must be \(6, 6, 64\)"),
-    ({"q": half(6, 6, 64, dtype=torch.bfloat16)}, "q is torch.bfloat16: convert it to torch.float16"),
+    ({"q": half(6, 6, 64, dtype=torch.bfloat16)}, "q is torch.bfloat16: it must be torch.float16"),
     ({"q": half(6, 6, 64, device="meta")}, "q is on meta: move it to"),
     ({"q": half(6, 6, 128)[:, :, ::2]}, r"q has strides .*: the last must be 1, pass q.contiguous\(\)"),
     ({"q": half(6, 6, 65)[:, :, :64]}, r"q has strides \(390, 65, 1\) .*: rows must begin at multiples of 16 bytes"),
@@ -240,6 +241,32 @@ def test_sizes(change: dict[str, Any], message: str) -> None:
 def test_what_flashinfer_has_no_kernels_for(change: dict[str, Any], message: str) -> None:
     with pytest.raises(BackendUnavailable, match=message):
         recorded(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            {"kv_dtype": torch.float8_e5m2},
+            BackendUnavailable,
+            "kv_dtype is torch.float8_e5m2: use torch.float16, .*e4m3",
+        ),
+        ({"kv_dtype": torch.bfloat16}, BackendUnavailable, "kv_dtype is torch.bfloat16"),
+        ({"kv_dtype": FP8, "k_scale": 0.0}, InvalidArgument, "k_scale is 0.0: use a positive finite factor"),
+        ({"kv_dtype": FP8, "v_scale": float("nan")}, InvalidArgument, "v_scale is nan"),
+        ({"k_scale": 0.5}, InvalidArgument, "k_scale is 0.5 and kv_dtype torch.float16"),
+    ],
+)
+def test_storage(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        recorded(**change)
+
+
+def test_8_bit_caches_are_not_mixed_up_with_others() -> None:
+    attention, _ = recorded(kv_dtype=FP8)
+    attention.plan(TABLE)
+    with pytest.raises(InvalidArgument, match="k_cache is torch.float16: it must be torch.float8_e4m3fn"):
+        attention.run(**tensors())
 
 
 def cuda_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
@@ -368,6 +395,23 @@ def test_workspaces_grow_when_a_plan_needs_more(monkeypatch: pytest.MonkeyPatch)
     assert [len(b[0]) for b, _ in api.named("reset_workspace_buffer")] == [4 << 20, 4 << 20, 16 << 20]
 
 
+def test_8_bit_caches_are_planned_appended_and_scaled_as_such() -> None:
+    attention, api = recorded(kv_dtype=FP8, k_scale=0.5, v_scale=0.25)
+    attention.plan(DECODE)
+    cache = half(2, 8, 4, 2, 64).to(FP8)
+    attention.append(half(2, 2, 64) + 3, half(2, 2, 64) + 3, cache[0], cache[1])
+    attention.run(half(2, 6, 64), cache[0], cache[1], half(2, 6, 64))
+    ((arguments, _),) = api.named("append_paged_kv_cache")
+    assert [x.dtype for x in arguments[:2]] == [FP8, FP8]
+    assert [x.float().unique().tolist() for x in arguments[:2]] == [[6.0], [12.0]]
+    ((_, keywords),) = api.named("BatchDecodeWithPagedKVCacheWrapper.__init__")
+    assert keywords["use_tensor_cores"]
+    ((_, keywords),) = api.named(".plan")
+    assert (keywords["q_data_type"], keywords["kv_data_type"]) == (torch.float16, FP8)
+    ((_, keywords),) = api.named("WithPagedKVCacheWrapper.run")
+    assert (keywords["k_scale"], keywords["v_scale"]) == (0.5, 0.25)
+
+
 def test_windows_wider_than_the_pool_are_none() -> None:
     attention, api = recorded()
     step(attention, TABLE, {"window_left": 31}, {"window_left": 32}, {"window_left": 2**31 - 1})
@@ -403,8 +447,10 @@ def test_every_call_fits_the_installed_flashinfer() -> None:
         step(attention, table, {}, {"window_left": 3, "logits_soft_cap": 2.0})
     api.float_bytes = 64 << 20
     step(attention, TABLE)
+    eight_bit, other = recorded(kv_dtype=FP8)
+    eight_bit.warm_up(*half(2, 8, 4, 2, 64).to(FP8))
     checked = set()
-    for name, arguments, keywords in api.calls:
+    for name, arguments, keywords in api.calls + other.calls:
         owner, _, method = name.rpartition(".")
         real = getattr(flashinfer, owner) if owner else flashinfer
         if name == "BatchDecodeWithPagedKVCacheWrapper.plan":

@@ -24,6 +24,7 @@ from ..errors import BackendUnavailable, InvalidArgument
 from . import PageTable
 from .checks import check_options, check_table
 from .flashinfer_plans import IndexArrays, PlanSet, Wrapper
+from .fp8 import FP8, check_storage, quantize
 
 __all__ = ["FlashInferAttention"]
 
@@ -57,7 +58,9 @@ class _Step(NamedTuple):
 class FlashInferAttention:
     """Attention of `num_qo_heads` query heads over `num_kv_heads` key heads in a pool of pages on a CUDA device.
 
-    dtype (bfloat16 or float16) is that of every tensor. kernels names FlashInfer's kernels: "fa2", or "auto" for
+    dtype (bfloat16 or float16) is that of every tensor but the caches, whose dtype is kv_dtype: the same, or
+    float8_e4m3fn, where k_scale and v_scale times what is stored are the values.
+    kernels names FlashInfer's kernels: "fa2", or "auto" for
     FlashInfer's own choice. api is the module to call in place of flashinfer (a stand-in for tests; device may then
     be any). Raises `InvalidArgument` for sizes that cannot work, `BackendUnavailable` for what FlashInfer or this
     machine lacks; it says what to change.
@@ -73,11 +76,18 @@ class FlashInferAttention:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
         kernels: str = "fa2",
         api: Any = None,
     ) -> None:
         _check_sizes(num_qo_heads, num_kv_heads, num_pages, page_size)
         _check_supported(dtype, head_dim, kernels)
+        self._kv_dtype = kv_dtype or dtype
+        check_storage(dtype, self._kv_dtype, k_scale, v_scale)
+        self._fp8 = self._kv_dtype == FP8
+        self._scales = {"k_scale": k_scale, "v_scale": v_scale} if self._fp8 else {}
         self._api = _load(device) if api is None else api
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -88,7 +98,8 @@ class FlashInferAttention:
         self._pages = (num_pages, page_size)
         self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
         self._append_kernel = head_dim in _COMMON_HEAD_DIMS
-        self.tensor_cores = num_qo_heads // num_kv_heads >= _TENSOR_CORE_GROUP or head_dim not in _COMMON_HEAD_DIMS
+        large_group = num_qo_heads // num_kv_heads >= _TENSOR_CORE_GROUP
+        self.tensor_cores = large_group or self._fp8 or head_dim not in _COMMON_HEAD_DIMS
         self._float_workspace = torch.empty(_FIRST_FLOAT_BYTES, dtype=torch.uint8, device=device)
         self._sets = (PlanSet(device), PlanSet(device))
         self._turn = 0
@@ -136,10 +147,14 @@ class FlashInferAttention:
         if self._step is None:
             return
         _, kv_indptr, kv_indices, last_page_len, slots, request, position = self._step.arrays.device
+        if self._fp8:
+            k, v = quantize(k, self._scales["k_scale"]), quantize(v, self._scales["v_scale"])
         if not self._append_kernel:
             page, offset = slots // self._pages[1], slots % self._pages[1]
-            k_cache[page, offset] = k
-            v_cache[page, offset] = v
+            for cache, rows in ((k_cache, k), (v_cache, v)):
+                if self._fp8:  # as bytes: torch does not index every kind of 8-bit float
+                    cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
+                cache[page, offset] = rows
             return
         with self._compiling("append"):
             self._api.append_paged_kv_cache(
@@ -172,7 +187,7 @@ class FlashInferAttention:
             window_left = -1  # wider than the pool: the kernels add it to positions in 32 bits
         options = _Options(float(sm_scale), int(window_left), float(logits_soft_cap))
         wrapper = self._planned.get(options) or self._plan_for(options, self._step)
-        wrapper.handle.run(q, (k_cache, v_cache), out=out)
+        wrapper.handle.run(q, (k_cache, v_cache), out=out, **self._scales)
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +231,7 @@ class FlashInferAttention:
         sizes = (*self._heads, self._pages[1])
         keywords = options._asdict() | {
             "q_data_type": self._dtype,
-            "kv_data_type": self._dtype,
+            "kv_data_type": self._kv_dtype,
             "o_data_type": self._dtype,
         }
         if step.decode:
@@ -244,7 +259,8 @@ class FlashInferAttention:
     @contextmanager
     def _compiling(self, kernels: str) -> Iterator[None]:
         """Say on standard error that kernels are compiled or loaded, the first time they are used."""
-        name = f"{kernels} kernels for {str(self._dtype).removeprefix('torch.')}, head_dim {self._heads[2]}"
+        types = str(self._dtype).removeprefix("torch.") + (" over 8-bit K and V" if self._fp8 else "")
+        name = f"{kernels} kernels for {types}, head_dim {self._heads[2]}"
         if name in _prepared:
             yield
             return
@@ -271,7 +287,7 @@ class FlashInferAttention:
         for name, tensor in rows.items():
             if tensor.shape != shape:
                 _refuse_shape(name, tensor, shape, "one row for each row of the plan")
-            self._check_tensor(name, tensor)
+            self._check_tensor(name, tensor, self._dtype)
             if name == "out" and not tensor.is_contiguous():
                 raise InvalidArgument(
                     f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})"
@@ -279,17 +295,16 @@ class FlashInferAttention:
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if cache.shape != self._cache_shape:
                 _refuse_shape(name, cache, self._cache_shape, "[page, slot, head, dim] of the whole pool")
-            self._check_tensor(name, cache)
+            self._check_tensor(name, cache, self._kv_dtype)
         if k_cache.stride() != v_cache.stride():
             raise InvalidArgument(
                 f"k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}: they must be equal, "
                 "take both from one pool"
             )
 
-    def _check_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        dtype = self._dtype
+    def _check_tensor(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         if tensor.dtype != dtype:
-            raise InvalidArgument(f"{name} is {tensor.dtype}: convert it to {dtype}, the pool's dtype")
+            raise InvalidArgument(f"{name} is {tensor.dtype}: it must be {dtype}, what this backend was made for")
         if tensor.device != self.device:
             raise InvalidArgument(f"{name} is on {tensor.device}: move it to {self.device}, the pool's device")
         strides = tensor.stride()

@@ -7,34 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import RadixKVError
 from . import Attention, PageTable
+from .fp8 import FP8, quantize
 
-__all__ = ["TOLERANCE", "Case", "Result", "Shape", "cases", "run_case"]
+__all__ = ["TOLERANCE", "Case", "Make", "Result", "cases", "run_case"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest error allowed for inputs of unit variance, by dtype; relative where an output is larger than 1."""
 
+Make = Callable[[dict[str, Any]], Attention]
+"""Makes a backend from the arguments that all have in common, kv_dtype and its scales only for 8-bit K and V."""
+
 _GROUPS = (1, 2, 4, 7, 8)
 _PAGE_SIZES = (1, 16, 64)
 _KV_HEADS, _HEAD_DIM = 2, 64
+_SCALES = (0.5, 0.0625)  # of 8-bit K and V
 _EXTRA_TOKENS = 150  # cached tokens of a request, at most
-
-
-class Shape(NamedTuple):
-    """What a backend is made for."""
-
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_pages: int
-    page_size: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,8 @@ class Case:
     sm_scale: float | None = None
     window_left: int = -1
     logits_soft_cap: float = 0.0
+    fp8: bool = False
+    """K and V stored in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +65,24 @@ class Result:
         return self.error <= self.allowed
 
 
-def cases(dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """Decode and mixed batches of each dtype, plain and with every option."""
+def cases(dtypes: Sequence[torch.dtype], fp8: bool) -> list[Case]:
+    """Decode and mixed batches of each dtype, plain and with every option; fp8: also over 8-bit K and V."""
+    eight_bit = [(", 8-bit", (None, -1, 0.0, True))] if fp8 else []
     return [
         Case(f"{kind}{name}", dtype, kind == "decode", *options)
         for dtype in dtypes
         for name, options in (
-            ("", (None, -1, 0.0)),
-            (", scale", (0.2, -1, 0.0)),
-            (", window", (None, 33, 0.0)),
-            (", soft cap", (None, -1, 5.0)),
+            ("", (None, -1, 0.0, False)),
+            (", scale", (0.2, -1, 0.0, False)),
+            (", window", (None, 33, 0.0, False)),
+            (", soft cap", (None, -1, 5.0, False)),
+            *eight_bit,
         )
         for kind in ("decode", "mixed")
     ]
 
 
-def run_case(case: Case, batches: int, make: Callable[[Shape], Attention], device: torch.device, seed: int) -> Result:
+def run_case(case: Case, batches: int, make: Make, device: torch.device, seed: int) -> Result:
     """Run a case on backends from `make`. An exception is a result, not an end."""
     rng = np.random.default_rng(seed)
     error, done = 0.0, 0
@@ -98,16 +96,23 @@ def run_case(case: Case, batches: int, make: Callable[[Shape], Attention], devic
     return Result(case, done, error, allowed)
 
 
-def _batch_error(
-    case: Case, make: Callable[[Shape], Attention], device: torch.device, rng: np.random.Generator
-) -> float:
+def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Generator) -> float:
     """The largest error of one random batch."""
     page_size, group = int(rng.choice(_PAGE_SIZES)), int(rng.choice(_GROUPS))
     batch = int(rng.integers(1, 9))
     rows = np.ones(batch, int) if case.decode else rng.choice([1, 1, 2, 9, 40], batch)
     lengths = rows + rng.integers(0, _EXTRA_TOKENS, batch)
     num_pages = int((-(-lengths // page_size)).sum()) + 3
-    shape = Shape(group * _KV_HEADS, _KV_HEADS, _HEAD_DIM, num_pages, page_size, case.dtype)
+    sizes = {
+        "num_qo_heads": group * _KV_HEADS,
+        "num_kv_heads": _KV_HEADS,
+        "head_dim": _HEAD_DIM,
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "dtype": case.dtype,
+    }
+    if case.fp8:
+        sizes |= {"kv_dtype": FP8, "k_scale": _SCALES[0], "v_scale": _SCALES[1]}
     table, slots = _random_table(rows, lengths, num_pages, page_size, rng)
 
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
@@ -116,15 +121,19 @@ def _batch_error(
         return torch.randn(count, heads, _HEAD_DIM, generator=generator).to(case.dtype)
 
     k, v = (randn(int(lengths.sum()), _KV_HEADS) for _ in range(2))
-    q = randn(int(rows.sum()), shape.num_qo_heads)
+    q = randn(int(rows.sum()), group * _KV_HEADS)
     new = np.concatenate([np.arange(n) >= n - r for n, r in zip(lengths, rows, strict=True)])
+    if case.fp8:  # values that 8 bits hold exactly
+        k, v = (quantize(x, s).to(case.dtype) * s for x, s in zip((k, v), _SCALES, strict=True))
     caches = torch.full((2, num_pages * page_size, _KV_HEADS, _HEAD_DIM), torch.nan, dtype=case.dtype)
     for cache, tokens in zip(caches, (k, v), strict=True):
         cache[slots[~new]] = tokens[~new]
+    if case.fp8:
+        caches = torch.stack([quantize(x, s) for x, s in zip(caches, _SCALES, strict=True)])
     k_cache, v_cache = caches.view(2, num_pages, page_size, _KV_HEADS, _HEAD_DIM).to(device)
     out = torch.full(tuple(q.shape), torch.nan, dtype=case.dtype, device=device)
 
-    backend = make(shape)
+    backend = make(sizes)
     backend.plan(table)
     backend.append(k[new].to(device), v[new].to(device), k_cache, v_cache)
     backend.run(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from radixkv.attention import Attention
-    from radixkv.attention.parity import Result, Shape
+    from radixkv.attention.parity import Result
 
 __all__ = ["examine", "print_examination"]
 
@@ -37,16 +37,17 @@ def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int 
     found |= {"device": _name(where), "attention": attention}
     names = dtypes or (["float32"] if where.type == "cpu" else []) + ["bfloat16", "float16"]
 
-    def make(shape: Shape) -> Attention:
-        return _backend(where, shape)
+    def make(sizes: dict[str, Any]) -> Attention:
+        return _backend(where, sizes)
 
     try:
-        make(parity.Shape(8, 2, 64, 4, 16, getattr(torch, names[0])))
+        sizes = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_pages": 4, "page_size": 16}
+        make(sizes | {"dtype": getattr(torch, names[0])})
     except BackendUnavailable as error:
         return found | {"attention": attention | {"backend": None, "why": str(error)}, "cases": [], "ok": False}
     results = [
         parity.run_case(case, batches, make, where, seed + i)
-        for i, case in enumerate(parity.cases([getattr(torch, name) for name in names]))
+        for i, case in enumerate(parity.cases([getattr(torch, name) for name in names], where.type == "cuda"))
     ]
     return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
 
@@ -72,14 +73,14 @@ def print_examination(found: dict[str, Any]) -> None:
     print(f"\n{passed} of {len(cases)} cases are right" if cases else "\nnothing could be tested")
 
 
-def _backend(device: torch.device, shape: Shape) -> Attention:
+def _backend(device: torch.device, sizes: dict[str, Any]) -> Attention:
     if device.type == "cpu":
         from radixkv.attention.native import NativeAttention
 
-        return NativeAttention(**shape._asdict())
+        return NativeAttention(**sizes)
     from radixkv.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(**shape._asdict(), device=device)
+    return FlashInferAttention(**sizes, device=device)
 
 
 def _why(device: torch.device, asked: str | None) -> str:
