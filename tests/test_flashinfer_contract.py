@@ -207,6 +207,20 @@ def test_a_stale_plan_is_noticed(target: str) -> None:
 
 
 @each_target
+def test_where_index_arrays_lie(target: str) -> None:
+    """Pinned on the host, so that copies do not wait, and on the device; all int32."""
+    attention = backend(target, **SIZES)
+    attention.plan(TABLE)
+    assert attention._step is not None
+    for host, device in zip(attention._step.arrays.host, attention._step.arrays.device, strict=True):
+        assert host.device == torch.device("cpu")
+        assert device.device == attention.device
+        assert host.dtype == device.dtype == torch.int32
+        assert host.tolist() == device.tolist()
+        assert target == "twin" or host.is_pinned()
+
+
+@each_target
 def test_an_empty_step_launches_nothing(target: str) -> None:
     attention = backend(target, **SIZES)
     attention.plan(PageTable(int32(0), int32(0), int32(), int32(), int32()))

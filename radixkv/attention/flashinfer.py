@@ -133,12 +133,11 @@ class FlashInferAttention:
         """Copy and check `table`. A table that raises `InvalidArgument` changes nothing."""
         places = check_table(table, *self._pages)
         rows = len(places.request)
+        turn = self._turn ^ 1
+        arrays = self._sets[turn].fill([*table, *places])
+        self._turn = turn
+        self._step = _Step(rows == len(table.kv_last_page_len), rows, arrays) if rows else None
         self._planned = {}
-        self._step = None
-        if rows:
-            self._turn ^= 1
-            arrays = self._sets[self._turn].fill([*table, *places])
-            self._step = _Step(rows == len(table.kv_last_page_len), rows, arrays)
         self._set_rows(rows)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
