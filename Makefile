@@ -57,6 +57,9 @@ format:  ## rewrite Python and C++ in the project's format
 	ruff format .
 	clang-format -i csrc/*.cpp csrc/*.hpp
 
+flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on an emulated CUDA device
+	PYTHON=$(PYTHON) .ci/flashinfer_on_cpu
+
 test-deep: build  ## the state machine with many more examples (RADIXKV_EXAMPLES=20000)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/test_state_machine.py
 
@@ -95,4 +98,4 @@ pictures: build  ## draw the pictures of README and docs
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test lint format test-deep mutants asan tsan bench clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench clean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,11 +31,16 @@ class Engine:
         page_size: tokens a page holds.
         num_pages: pages of the pool; or
         capacity: memory of the pool: "4GiB", a number of bytes, or a share (float) of the device's free memory.
-        dtype: of q, k, v and the pool: float32, bfloat16 or float16.
-        device: "cpu".
+        dtype: of q, k, v and the pool: bfloat16, float16 or (on the CPU) float32.
+        device: "cpu", or "cuda" for FlashInfer's kernels. These are compiled at their first use: the engine runs them
+            once when it is made, which can take minutes the first time, and says so on standard error.
+        kv_dtype: what K and V are stored as: dtype, or on CUDA torch.float8_e4m3fn, which halves the pool.
+        k_scale, v_scale: with an 8-bit kv_dtype, what a stored value is multiplied with to be K or V; choose them so
+            that the largest K and V are below 448 times their scale.
 
     Raises:
-        InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device.
+        InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device, dtype or head_dim,
+            or a package is missing; it says what to change.
     """
 
     def __init__(
@@ -50,17 +55,24 @@ class Engine:
         capacity: str | float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
+        kv_dtype: torch.dtype | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> None:
         self.dtype, self.device = dtype, torch.device(device)
-        self.geometry = Geometry(num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, dtype.itemsize)
+        self.kv_dtype = kv_dtype or dtype
+        self.geometry = Geometry(num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, self.kv_dtype.itemsize)
         if (num_pages is None) == (capacity is None):
             raise InvalidArgument("give either num_pages or capacity: the size of the pool")
         if capacity is not None:
             num_pages = pages_for_capacity(capacity, self.geometry, self.device)
         assert num_pages is not None
         self.cache = PrefixCache(num_pages, page_size)
-        self.attention = _attention(self.geometry, num_pages, dtype, self.device)
-        self.pool = KVPool(self.geometry, num_pages, dtype, self.device)
+        storage = {"kv_dtype": self.kv_dtype, "k_scale": k_scale, "v_scale": v_scale}
+        self.attention = _attention(self.geometry, num_pages, dtype, self.device, storage)
+        self.pool = KVPool(self.geometry, num_pages, self.kv_dtype, self.device)
+        self.device = self.pool.storage.device  # "cuda" has become the device it stood for
+        self.attention.warm_up(self.pool.k[0], self.pool.v[0])
         self.table = _core.PageTable()
         self.step_lock = threading.Lock()
 
@@ -100,16 +112,27 @@ class Engine:
         return f"Engine({self.geometry}, {self.dtype}, {self.device}, {self.cache!r})"
 
 
-def _attention(geometry: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device) -> Attention:
-    if device.type != "cpu":
-        raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu'")
-    from radixkv.attention.native import NativeAttention
+def _attention(
+    geometry: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device, storage: dict[str, Any]
+) -> Attention:
+    """The backend for this device. `storage`: kv_dtype, k_scale and v_scale."""
+    sizes: dict[str, Any] = {
+        "num_qo_heads": geometry.num_qo_heads,
+        "num_kv_heads": geometry.num_kv_heads,
+        "head_dim": geometry.head_dim,
+        "num_pages": num_pages,
+        "page_size": geometry.page_size,
+    }
+    if device.type == "cpu":
+        from radixkv.attention.native import NativeAttention
 
-    return NativeAttention(
-        num_qo_heads=geometry.num_qo_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        num_pages=num_pages,
-        page_size=geometry.page_size,
-        dtype=dtype,
-    )
+        if storage != {"kv_dtype": dtype, "k_scale": 1, "v_scale": 1}:
+            raise BackendUnavailable(
+                f"kv_dtype {storage['kv_dtype']} or scales on {device}: store {dtype} there, or use device='cuda'"
+            )
+        return NativeAttention(**sizes, dtype=dtype)
+    if device.type == "cuda":
+        from radixkv.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention(**sizes, dtype=dtype, device=device, **storage)
+    raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu' or device='cuda'")

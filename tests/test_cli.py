@@ -17,7 +17,7 @@ from radixkv.traces.read import read_trace
 from radixkv.traces.replay import replay
 from radixkv.traces.workload import generate
 
-COMMANDS = ["replay", "curve", "generate", "record", "info"]
+COMMANDS = ["replay", "curve", "generate", "record", "info", "doctor"]
 
 
 def run(capsys, *arguments):

@@ -198,6 +198,11 @@ def test_bad_engines():
         radixkv.Engine(num_layers=1, num_qo_heads=5, num_kv_heads=2, head_dim=16, num_pages=4)
     with pytest.raises(radixkv.BackendUnavailable, match="device"):
         make_engine(device="meta")
+    for storage in ({"kv_dtype": torch.float8_e4m3fn}, {"k_scale": 0.5}, {"v_scale": 2.0}):
+        with pytest.raises(radixkv.BackendUnavailable, match="store torch.float32 there, or use device='cuda'"):
+            make_engine(**storage)
+    with pytest.raises(radixkv.BackendUnavailable, match="CUDA device|float32"):
+        make_engine(device="cuda")
 
 
 def test_capacity_in_bytes_and_as_a_share():

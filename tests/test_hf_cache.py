@@ -96,3 +96,12 @@ def test_batches_and_switched_models_are_refused():
     with pytest.raises(InvalidArgument, match="Generator"):
         EngineCache(engine, model, torch.ones((1, 3), dtype=torch.int64))
     assert_drains(engine)
+
+
+def test_pages_of_8_bits_are_refused(monkeypatch):
+    """generate() would get the stored values without their scale."""
+    model = tiny("llama")
+    with engine_for(model, num_pages=8) as engine:
+        monkeypatch.setattr(engine, "kv_dtype", torch.float8_e4m3fn)
+        with pytest.raises(InvalidArgument, match="stores K and V as torch.float8_e4m3fn"):
+            EngineCache(engine, model, torch.tensor([[1, 2]]))

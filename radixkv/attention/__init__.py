@@ -47,6 +47,9 @@ class Attention(Protocol):
     except where a shape says contiguous. Whatever does not fit raises `InvalidArgument` before anything is written.
     """
 
+    def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Get ready what would make the first steps slow. The caches must hold nothing yet: they may be written to."""
+
     def plan(self, table: PageTable) -> None:
         """Take a copy of the table, check it and schedule the work of every later call."""
 

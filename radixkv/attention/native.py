@@ -7,13 +7,14 @@ the batch and the number of threads (see csrc/attention.hpp).
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from .. import _core
 from ..errors import InvalidArgument
 from . import PageTable
+from .checks import check_int32, check_options
 
 __all__ = ["NativeAttention"]
 
@@ -83,10 +84,13 @@ class NativeAttention:
             raise InvalidArgument(f"num_threads is {num_threads!r}: give an integer from 1 to 1024")
         self._plan.num_threads = num_threads
 
+    def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Nothing to do: the kernels are compiled with the package."""
+
     def plan(self, table: PageTable) -> None:
         """Copy and check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
         for name, array in zip(PageTable._fields, table, strict=True):
-            _check_int32(name, array)
+            check_int32(name, array)
         self._plan.plan(*table)
         self._set_rows(self._plan.num_rows)
 
@@ -152,7 +156,7 @@ class NativeAttention:
         if sm_scale is None:
             sm_scale = self._sm_scale
         if window_left < -1 or window_left > 2**31 - 1 or not logits_soft_cap >= 0.0 or not math.isfinite(sm_scale):
-            _refuse_options(sm_scale, window_left, logits_soft_cap)
+            check_options(sm_scale, window_left, logits_soft_cap)
         self._plan.run(
             q.data_ptr(), q_stride[0], q_stride[1],
             k_cache.data_ptr(), v_cache.data_ptr(), cache_stride[0], cache_stride[1], cache_stride[2],
@@ -186,17 +190,3 @@ class NativeAttention:
             f"k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}: they must be equal, "
             "take both from one pool"
         )
-
-
-def _check_int32(name: str, array: Any) -> None:
-    if str(getattr(array, "dtype", None)) != "int32" or array.ndim != 1 or not array.flags.c_contiguous:
-        kind = f"{array.dtype} with {array.ndim} dimensions" if hasattr(array, "dtype") else type(array).__name__
-        raise InvalidArgument(f"{name} is {kind}: pass a contiguous one-dimensional int32 numpy array")
-
-
-def _refuse_options(sm_scale: float, window_left: int, logits_soft_cap: float) -> NoReturn:
-    if not -1 <= window_left <= 2**31 - 1:
-        raise InvalidArgument(f"window_left is {window_left}: use -1 for no window, else 0 or more keys")
-    if not logits_soft_cap >= 0.0:
-        raise InvalidArgument(f"logits_soft_cap is {logits_soft_cap}: use 0 for none, else a positive cap")
-    raise InvalidArgument(f"sm_scale is {sm_scale}: use a finite factor, or None for head_dim**-0.5")

@@ -1,4 +1,4 @@
-"""The command line: ``radixkv replay | curve | generate | record | info | demo``.
+"""The command line: ``radixkv replay | curve | generate | record | info | doctor | demo``.
 
 Exit status 0 is success, 1 an error of the package (one line on standard error), 2 wrong usage.
 """
@@ -66,6 +66,7 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_run_info)
+    _add_doctor(commands)
     demo = _add(commands, "demo", "several users chat with a real model, cache off and on", "radixkv demo")
     demo.set_defaults(run=_run_demo)
     if with_demo:
@@ -287,7 +288,7 @@ def _run_record(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- info and demo --------------------------------------------------------------------------------------------------
+# --- info, doctor and demo ------------------------------------------------------------------------------------------
 
 
 def _run_info(args: argparse.Namespace) -> int:
@@ -299,6 +300,39 @@ def _run_info(args: argparse.Namespace) -> int:
     else:
         print_description(description)
     return 0
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "doctor",
+        "check that attention computes the right thing on this machine",
+        "radixkv doctor --device cuda",
+        "Compares the backend with dense attention on random batches; exit status 1 if any case fails. On CUDA the "
+        "first run compiles kernels, which takes minutes.",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch finds one")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float32", "bfloat16", "float16"],
+        help="only this one (repeatable; default: all the backend has)",
+    )
+    parser.add_argument("--batches", type=_count, default=20, metavar="N", help="of each case (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from radixkv.cli.doctor import examine, print_examination
+
+    found = examine(args.device, args.dtype or (), args.batches, args.seed)
+    if args.json:
+        _print_json(found)
+    else:
+        print_examination(found)
+    return 0 if found["ok"] else 1
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:

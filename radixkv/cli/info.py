@@ -62,5 +62,5 @@ def _attention() -> dict[str, Any]:
 
     why = "the page pool lies in RAM, so the C++ kernels of this package run"
     if torch.cuda.is_available():
-        why += f"; {torch.cuda.get_device_name()} is not used by this version"
+        why += f"; pass device='cuda' for {torch.cuda.get_device_name()} and FlashInfer's kernels"
     return {"device": "cpu", "attention": {"backend": "native", "why": why}}

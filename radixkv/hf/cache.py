@@ -46,6 +46,11 @@ class EngineCache(Cache):  # type: ignore[misc]
                 "the model is switched to the engine's attention, which generate() does not drive: use "
                 'radixkv.hf.Generator, or call model.set_attn_implementation("eager") first'
             )
+        if engine.kv_dtype != engine.dtype:
+            raise InvalidArgument(
+                f"the engine stores K and V as {engine.kv_dtype}, which generate() cannot read: use an engine without "
+                "kv_dtype"
+            )
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise InvalidArgument(
                 f"input_ids have shape {tuple(input_ids.shape)}: one sequence, [1, tokens], is needed"

@@ -1,0 +1,114 @@
+"""`radixkv doctor`: what is installed, which attention backend runs here, and whether it computes the right thing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from radixkv.cli.info import describe
+from radixkv.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import torch
+
+    from radixkv.attention import Attention
+    from radixkv.attention.parity import Result
+
+__all__ = ["examine", "print_examination"]
+
+
+def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int = 20, seed: int = 0) -> dict[str, Any]:
+    """Describe the installation, then compare the backend of `device` with dense attention; one JSON object.
+
+    device: "cpu" or "cuda"; by default "cuda" where torch finds one. dtypes: names such as "bfloat16"; by default all
+    that the backend has. `ok` in the answer says whether every case passed.
+    """
+    found = describe()
+    try:
+        import torch
+    except ModuleNotFoundError:
+        why = "the page pool needs torch: pip install 'radixkv[engine]'"
+        return found | {"attention": {"backend": None, "why": why}, "cases": [], "ok": False}
+    from radixkv.attention import parity
+
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    attention = {"backend": "native" if where.type == "cpu" else "flashinfer", "why": _why(where, device)}
+    found |= {"device": _name(where), "attention": attention}
+    names = dtypes or (["float32"] if where.type == "cpu" else []) + ["bfloat16", "float16"]
+
+    def make(sizes: dict[str, Any]) -> Attention:
+        return _backend(where, sizes)
+
+    try:
+        sizes = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_pages": 4, "page_size": 16}
+        make(sizes | {"dtype": getattr(torch, names[0])})
+    except BackendUnavailable as error:
+        return found | {"attention": attention | {"backend": None, "why": str(error)}, "cases": [], "ok": False}
+    results = [
+        parity.run_case(case, batches, make, where, seed + i)
+        for i, case in enumerate(parity.cases([getattr(torch, name) for name in names], where.type == "cuda"))
+    ]
+    return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
+
+
+def print_examination(found: dict[str, Any]) -> None:
+    """Print what `examine` found, for a person."""
+    machine, attention = found["machine"], found["attention"]
+    print(f"radixkv     {found['radixkv']} on Python {found['python']}")
+    print(f"machine     {machine['system']}, {machine['cpus']} CPUs, kernels for {machine['isa']}")
+    print("packages    " + ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v))
+    print(f"device      {found['device']}")
+    print(f"attention   {attention['backend'] or 'none'}: {attention['why']}")
+    cases = found["cases"]
+    if cases:
+        print(f"\n{'case':<18}{'dtype':<10}{'batches':>8}{'largest error':>15}{'allowed':>9}")
+    for row in cases:
+        error = "none" if row["error"] is None else f"{row['error']:.1e}"
+        verdict = "ok" if row["ok"] else "FAILED"
+        print(f"{row['case']:<18}{row['dtype']:<10}{row['batches']:>8}{error:>15}{row['allowed']:>9.0e}  {verdict}")
+        if row["problem"]:
+            print(f"  {row['problem']}")
+    passed = sum(row["ok"] for row in cases)
+    print(f"\n{passed} of {len(cases)} cases are right" if cases else "\nnothing could be tested")
+
+
+def _backend(device: torch.device, sizes: dict[str, Any]) -> Attention:
+    if device.type == "cpu":
+        from radixkv.attention.native import NativeAttention
+
+        return NativeAttention(**sizes)
+    from radixkv.attention.flashinfer import FlashInferAttention
+
+    return FlashInferAttention(**sizes, device=device)
+
+
+def _why(device: torch.device, asked: str | None) -> str:
+    reason = (
+        "asked for" if asked else "torch finds a CUDA device" if device.type == "cuda" else "torch finds no CUDA device"
+    )
+    kernels = "FlashInfer's kernels" if device.type == "cuda" else "the C++ kernels of this package"
+    return f"{reason}, so {kernels} run"
+
+
+def _name(device: torch.device) -> str:
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return str(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"{device}: {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+    )
+
+
+def _row(result: Result) -> dict[str, Any]:
+    return {
+        "case": result.case.name,
+        "dtype": str(result.case.dtype).removeprefix("torch."),
+        "batches": result.batches,
+        "error": result.error if math.isfinite(result.error) else None,
+        "allowed": result.allowed,
+        "ok": result.ok,
+        "problem": result.problem,
+    }

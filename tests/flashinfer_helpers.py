@@ -1,0 +1,163 @@
+"""Where the FlashInfer backend is tested: on its semantic twin, and on a CUDA device, real or emulated."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from radixkv.attention.flashinfer import FlashInferAttention
+from radixkv.attention.fp8 import FP8, quantize
+from tests.attention_helpers import PLAIN, Heads, Options, Pool, Request, packed
+
+ROOT = Path(__file__).parents[1]
+TOOL = Path(os.environ.get("RADIXKV_SHARED", ROOT.parent / "shared")) / "tools" / "flashinfer_on_cpu"
+"""The folder of the twin and of the emulation (make flashinfer). Neither is part of this package."""
+
+EMULATED = os.environ.get("FI_CPU_ACTIVE") == "1"
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+
+def _twin_is_missing() -> str | None:
+    if EMULATED:
+        return "the emulated device stands for the twin"
+    return None if (TOOL / "semantic.py").exists() else f"no semantic twin of FlashInfer at {TOOL}: set RADIXKV_SHARED"
+
+
+def _cuda_is_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device: run on one, or make flashinfer"
+    return None if importlib.util.find_spec("flashinfer") else "no flashinfer: pip install 'radixkv[cuda]'"
+
+
+each_target = pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("twin", marks=pytest.mark.skipif(bool(_twin_is_missing()), reason=_twin_is_missing() or "")),
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(bool(_cuda_is_missing()), reason=_cuda_is_missing() or "")],
+        ),
+    ],
+)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def many_modules() -> None:
+    """Skips under the emulation what needs kernels that nothing else does: compiling them takes minutes."""
+    if EMULATED and not os.environ.get("RADIXKV_ALL_MODULES"):
+        pytest.skip("the emulation would compile more kernels for this: set RADIXKV_ALL_MODULES=1")
+
+
+@functools.cache
+def twin() -> Any:
+    """The twin as a module that can stand in for flashinfer: with workspaces that overflow if they are too small."""
+    spec = importlib.util.spec_from_file_location("flashinfer_semantic_twin", TOOL / "semantic.py")
+    assert spec is not None
+    assert spec.loader is not None
+    semantic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(semantic)
+
+    def with_workspace(wrapper: Any) -> Any:
+        class WithWorkspace(wrapper):  # type: ignore[misc]
+            def __init__(self, float_workspace_buffer: torch.Tensor, *arguments: Any, **keywords: Any) -> None:
+                super().__init__(float_workspace_buffer, *arguments, **keywords)
+                self.float_bytes, self.int_bytes = float_workspace_buffer.numel(), 8 << 20
+
+            def workspace_size(self, *arguments: Any, **keywords: Any) -> tuple[int, int]:
+                indices = next(a for a in arguments if isinstance(a, torch.Tensor) and a is not arguments[0])
+                return 200_000 * int(indices.numel()), 1000 * int(indices.numel())
+
+            def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: Any) -> None:
+                assert float_workspace_buffer.dtype == int_workspace_buffer.dtype == torch.uint8
+                self.float_bytes, self.int_bytes = float_workspace_buffer.numel(), int_workspace_buffer.numel()
+
+            def plan(self, *arguments: Any, **keywords: Any) -> None:
+                float_bytes, int_bytes = self.workspace_size(*arguments)
+                if float_bytes > self.float_bytes or int_bytes > self.int_bytes:
+                    raise RuntimeError("Buffer overflow when allocating memory for batch_prefill_tmp_v")
+                super().plan(*arguments, **keywords)
+
+        return WithWorkspace
+
+    return SimpleNamespace(
+        BatchDecodeWithPagedKVCacheWrapper=with_workspace(semantic.BatchDecodeWithPagedKVCacheWrapper),
+        BatchPrefillWithPagedKVCacheWrapper=with_workspace(semantic.BatchPrefillWithPagedKVCacheWrapper),
+        append_paged_kv_cache=semantic.append_paged_kv_cache,
+    )
+
+
+def backend(target: str, **sizes: Any) -> FlashInferAttention:
+    if target == "twin":
+        return FlashInferAttention(**sizes, device=torch.device("cpu"), api=twin())
+    return FlashInferAttention(**sizes, device=torch.device("cuda"))
+
+
+@dataclass
+class FlashInferPool(Pool):
+    """A pool whose caches are filled on the CPU and attended to on the target's device."""
+
+    dtype: torch.dtype = torch.float16
+    target: str = "twin"
+    scales: tuple[float, float] | None = None
+    """k_scale and v_scale of 8-bit caches."""
+    flashinfer: FlashInferAttention = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = (self.num_pages, 2, self.page_size, self.heads.kv, self.heads.dim)
+        self.both = torch.full(shape, torch.nan, dtype=self.dtype)
+        self.k, self.v = self.both[:, 0], self.both[:, 1]
+        self.flashinfer = backend(
+            self.target,
+            num_qo_heads=self.heads.qo,
+            num_kv_heads=self.heads.kv,
+            head_dim=self.heads.dim,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            dtype=self.dtype,
+            **({"kv_dtype": FP8, "k_scale": self.scales[0], "v_scale": self.scales[1]} if self.scales else {}),
+        )
+
+    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The caches as the backend takes them: on its device, in 8 bits if there are scales."""
+        if not self.scales:
+            both = self.both.to(self.flashinfer.device)
+            return both[:, 0], both[:, 1]
+        k, v = (quantize(x, s).to(self.flashinfer.device) for x, s in zip((self.k, self.v), self.scales, strict=True))
+        return k, v
+
+    def attend(
+        self, requests: Sequence[Request], rng: np.random.Generator, options: Options = PLAIN
+    ) -> list[torch.Tensor]:
+        """Plan, append and run one step; returns each request's rows."""
+        self.flashinfer.plan(self.load(requests, rng))
+        device = self.flashinfer.device
+        rows = [packed([getattr(r.sequence, n)[r.length - r.rows : r.length] for r in requests]) for n in "qkv"]
+        q, k, v = (r.to(device) for r in rows)
+        k_cache, v_cache = self.caches()
+        self.flashinfer.append(k, v, k_cache, v_cache)
+        out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
+        self.flashinfer.run(
+            q,
+            k_cache,
+            v_cache,
+            out,
+            sm_scale=options.sm_scale,
+            window_left=options.window_left,
+            logits_soft_cap=options.logits_soft_cap,
+        )
+        return list(out.cpu().split([r.rows for r in requests]))
+
+
+def heads_of(group: int, kv: int = 2, dim: int = 64) -> Heads:
+    return Heads(group * kv, kv, dim)
