@@ -71,10 +71,8 @@ def test_greedy_answers(target: str, monkeypatch: pytest.MonkeyPatch, capsys: py
         x, y = int(answers[n, i]), int(ours[n, i].argmax())
         gap = (native[n, i, x] - native[n, i, y]).item()
         names = " or ".join(repr(tokenizer.decode([t])) for t in (x, y))
-        report.append(
-            f"{PROMPTS[n]!r}, token {i}: {names}, logits {gap:.3f} apart; bf16 is off by up to {resolved:.3f}"
-        )
-        assert gap <= resolved
+        report.append(f"{PROMPTS[n]!r}, token {i}: {names}, logits {gap:.3f} apart")
+        assert gap <= 3 * noise
     equal = len(PROMPTS) - len({n for n, _ in different})
     report.append(f"{equal} of {len(PROMPTS)} greedy answers of {COUNT} tokens are equal")
     with capsys.disabled():
