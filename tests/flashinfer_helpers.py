@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from radixkv.attention import Attention
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8, quantize
+from radixkv.geometry import Geometry
 from tests.attention_helpers import PLAIN, Heads, Options, Pool, Request, packed
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,26 @@ def backend(target: str, **sizes: Any) -> FlashInferAttention:
     if target == "twin":
         return FlashInferAttention(**sizes, device=torch.device("cpu"), api=twin())
     return FlashInferAttention(**sizes, device=torch.device("cuda"))
+
+
+def engine_attention(target: str) -> Callable[..., Attention]:
+    """What can stand in for radixkv.engine._attention: makes this target's backend for an engine on the CPU."""
+
+    def attention(
+        g: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device, storage: dict[str, Any]
+    ) -> Attention:
+        return backend(
+            target,
+            num_qo_heads=g.num_qo_heads,
+            num_kv_heads=g.num_kv_heads,
+            head_dim=g.head_dim,
+            num_pages=num_pages,
+            page_size=g.page_size,
+            dtype=dtype,
+            **storage,
+        )
+
+    return attention
 
 
 @dataclass

@@ -11,18 +11,16 @@ import torch
 
 import radixkv
 import radixkv.engine
-from radixkv.attention import Attention
 from radixkv.attention.fp8 import FP8, quantize
-from radixkv.geometry import Geometry
 from tests.attention_helpers import PLAIN, Options, Request, Tokens, error, random_sequence
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.flashinfer_helpers import (
     DTYPES,
     TOLERANCE,
     FlashInferPool,
-    backend,
     each_dtype,
     each_target,
+    engine_attention,
     heads_of,
     many_modules,
 )
@@ -197,23 +195,8 @@ def make_engine(monkeypatch: pytest.MonkeyPatch, target: str, **options: Any) ->
     sizes = {"num_layers": LAYERS, "num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, **options}
     if target == "cuda":
         return radixkv.Engine(**sizes, device="cuda")
-
-    def attention(
-        g: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device, storage: dict[str, Any]
-    ) -> Attention:
-        return backend(
-            "twin",
-            num_qo_heads=g.num_qo_heads,
-            num_kv_heads=g.num_kv_heads,
-            head_dim=g.head_dim,
-            num_pages=num_pages,
-            page_size=g.page_size,
-            dtype=dtype,
-            **storage,
-        )
-
     with monkeypatch.context() as patch:
-        patch.setattr(radixkv.engine, "_attention", attention)
+        patch.setattr(radixkv.engine, "_attention", engine_attention(target))
         return radixkv.Engine(**sizes)
 
 
