@@ -19,6 +19,7 @@ using namespace nb::literals;
 
 namespace radixkv {
 
+void bind_cascade(nb::module_& m);    // bindings_cascade.cpp
 void bind_attention(nb::module_& m);  // bindings_attention.cpp
 
 namespace {
@@ -325,5 +326,6 @@ NB_MODULE(_core, m) {
   radixkv::bind_cache(m);
   radixkv::bind_lease(m);
   radixkv::bind_page_table(m);
+  radixkv::bind_cascade(m);
   radixkv::bind_attention(m);
 }

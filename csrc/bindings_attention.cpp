@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention_plan.hpp"
+#include "bindings_cascade.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,8 +27,6 @@ using attention::DType;
 using attention::KvLayout;
 using attention::PageTableView;
 using attention::Rows;
-
-using Int32Array = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;
@@ -46,13 +45,7 @@ class Plan {
 
   void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
             const Int32Array& kv_last_page_len, const Int32Array& slots) {
-    const std::size_t batch_size = kv_last_page_len.shape(0);
-    expect_length("qo_indptr", qo_indptr.shape(0), batch_size + 1);
-    expect_length("kv_indptr", kv_indptr.shape(0), batch_size + 1);
-    const std::int64_t num_pages = kv_indptr.data()[batch_size];
-    expect_length("kv_indices", kv_indices.shape(0), static_cast<std::size_t>(num_pages < 0 ? 0 : num_pages));
-    const PageTableView view{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(),
-                             kv_indices.data(), kv_last_page_len.data()};
+    const PageTableView view = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
     const nb::gil_scoped_release release;
     plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
   }
@@ -84,12 +77,6 @@ class Plan {
   }
 
  private:
-  static void expect_length(const char* name, std::size_t have, std::size_t want) {
-    if (have == want) return;
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(have) + " entries: it must have " +
-                                std::to_string(want));
-  }
-
   KvLayout strided(std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride) const {
     KvLayout layout = layout_;
     layout.page_stride = page_stride;

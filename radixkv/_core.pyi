@@ -92,6 +92,47 @@ class PageTable:
 
 def advance_all(leases: Sequence[Lease]) -> None: ...
 
+class CascadeCosts:
+    def __init__(
+        self,
+        min_users: int,
+        min_tokens: int,
+        launch_tokens: float,
+        merge_tokens: float,
+        max_levels: int,
+        max_rows: int,
+        granularity: int,
+    ) -> None: ...
+
+class Cascade:
+    @property
+    def qo_indptr(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def kv_indptr(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def kv_indices(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def kv_last_page_len(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def order(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def segments(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def shared_pages(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+
+def derive_cascade(
+    qo_indptr: npt.NDArray[np.int32],
+    kv_indptr: npt.NDArray[np.int32],
+    kv_indices: npt.NDArray[np.int32],
+    kv_last_page_len: npt.NDArray[np.int32],
+    page_size: int,
+    costs: CascadeCosts,
+) -> Cascade: ...
+
 class AttentionPlan:
     def __init__(
         self,
