@@ -2,9 +2,11 @@
 // the arrays of a page table cross as int32 numpy arrays, checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,6 +70,8 @@ class Plan {
               reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap});
   }
 
+  std::shared_ptr<const attention::Cascade> cascade() { return plan_.cascade(); }
+  void set_costs(const attention::CascadeCosts& costs) { plan_.set_costs(costs); }
   std::int64_t num_rows() const { return plan_.num_rows(); }
   std::string isa() const { return plan_.isa(); }
   int num_threads() const { return plan_.num_threads(); }
@@ -111,6 +115,8 @@ void bind_attention(nb::module_& m) {
       .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)
+      .def_prop_ro("cascade", &Plan::cascade)
+      .def("set_costs", &Plan::set_costs, "costs"_a)
       .def_prop_ro("num_rows", &Plan::num_rows)
       .def_prop_ro("isa", &Plan::isa)
       .def_prop_rw("num_threads", &Plan::num_threads, &Plan::set_num_threads);

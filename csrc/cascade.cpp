@@ -26,6 +26,7 @@ void Cascade::derive(const PageTableView& table, std::int32_t size_of_page, cons
   std::iota(order.begin(), order.end(), 0);
   segments.clear();
   shared_pages.assign(static_cast<std::size_t>(batch), 0);
+  depths.assign(static_cast<std::size_t>(batch), 0);
   levels = 0;
   limits_.resize(static_cast<std::size_t>(batch));
   for (std::int32_t b = 0; b < batch; ++b) {
@@ -90,7 +91,10 @@ void Cascade::judge() {
     segment.verdict = verdict(segment);
     if (segment.verdict != Verdict::used) continue;
     levels = std::max(levels, segment.level + 1);
-    for (std::int32_t i = segment.user_begin; i < segment.user_end; ++i) shared_pages[order[i]] = segment.page_end;
+    for (std::int32_t i = segment.user_begin; i < segment.user_end; ++i) {
+      shared_pages[order[i]] = segment.page_end;
+      depths[order[i]] = segment.level + 1;
+    }
   }
 }
 

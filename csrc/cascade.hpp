@@ -50,13 +50,15 @@ class Cascade {
   PageTableView view() const;
   std::int32_t batch_size() const { return static_cast<std::int32_t>(kv_last_page_len.size()); }
   // The tokens [first, second) that a segment serves, both multiples of the granularity.
-  std::int64_t token_begin(const Segment& s) const { return rounded(s.first_page); }
-  std::int64_t token_end(const Segment& s) const { return rounded(s.page_end); }
+  std::int64_t token_begin(const Segment& s) const { return token_at(s.first_page); }
+  std::int64_t token_end(const Segment& s) const { return token_at(s.page_end); }
+  std::int64_t token_at(std::int64_t page) const { return page * page_size / costs.granularity * costs.granularity; }
 
   std::vector<std::int32_t> qo_indptr{0}, kv_indptr{0}, kv_indices, kv_last_page_len;
   std::vector<std::int32_t> order;  // a permutation of the requests
   std::vector<Segment> segments;
   std::vector<std::int32_t> shared_pages;  // for each request: its first pages that used segments serve
+  std::vector<std::int32_t> depths;        // and how many those segments are
   std::int32_t levels = 0;                 // used segments on the longest path; 0: nothing is shared
   std::int32_t page_size = 1;
   CascadeCosts costs;
@@ -68,7 +70,6 @@ class Cascade {
     std::int32_t parent;
   };
 
-  std::int64_t rounded(std::int64_t page) const { return page * page_size / costs.granularity * costs.granularity; }
   std::int32_t page_at(std::int32_t request, std::int32_t depth) const;
   void group(const Range& range, std::vector<Range>& groups);
   void extend(const Range& range, std::vector<Range>& ranges);

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from .. import _core
 from . import PageTable
 
-__all__ = ["FLASHINFER", "NATIVE", "CascadeCosts", "CascadePlan", "Level", "Segment"]
+__all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment"]
 
 _VERDICTS = ("used", "too few users", "too short", "does not pay", "too many levels")
 
@@ -58,6 +58,10 @@ FLASHINFER = CascadeCosts(
     min_users=4, min_tokens=512, launch_tokens=4096.0, merge_tokens=4.0, max_levels=2, max_rows=0, granularity=1
 )
 """A start for GPUs: a launch of some microseconds is worth thousands of tokens' reading. Tune it on the device."""
+
+
+OFF = CascadeCosts(min_users=2**31 - 1)
+"""No cascade: every request reads its own."""
 
 
 class Segment(NamedTuple):

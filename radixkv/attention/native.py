@@ -7,6 +7,7 @@ the batch and the number of threads (see csrc/attention.hpp).
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from .. import _core
 from ..errors import InvalidArgument
 from . import PageTable
+from .cascade import NATIVE, CascadeCosts, CascadePlan
 
 __all__ = ["NativeAttention"]
 
@@ -25,6 +27,8 @@ class NativeAttention:
 
     dtype (float32, bfloat16 or float16) is that of every tensor; sums are float32 throughout. num_threads defaults to
     torch's. isa forces an instruction set; by default it is the machine's best, or the environment's RADIXKV_ISA.
+    Keys that several requests share are read once for all of them where `cascade` says that it pays (`cascade.OFF`:
+    never); it changes the time, not a bit of the result.
     One call runs at a time. Raises `InvalidArgument` for a geometry the kernels do not take: head_dim not a multiple
     of 8 or above 256, num_qo_heads not a multiple of num_kv_heads, an isa this machine lacks.
     """
@@ -40,6 +44,7 @@ class NativeAttention:
         dtype: torch.dtype,
         num_threads: int | None = None,
         isa: str | None = None,
+        cascade: CascadeCosts = NATIVE,
     ) -> None:
         if dtype not in _DTYPES:
             raise InvalidArgument(f"dtype is {dtype}: use torch.float32, torch.bfloat16 or torch.float16")
@@ -56,6 +61,9 @@ class NativeAttention:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise InvalidArgument(f"{name} is {value!r}: give an integer from 1 to 2**31 - 1")
         self._plan = _core.AttentionPlan(**sizes, dtype=_DTYPES[dtype], isa=isa or "")
+        self._plan.set_costs(_core.CascadeCosts(*astuple(cascade)))
+        self._costs = cascade
+        self._token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
         self._dtype = dtype
         self._sm_scale = head_dim**-0.5
         self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
@@ -82,6 +90,11 @@ class NativeAttention:
         if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 1024:
             raise InvalidArgument(f"num_threads is {num_threads!r}: give an integer from 1 to 1024")
         self._plan.num_threads = num_threads
+
+    @property
+    def cascade(self) -> CascadePlan:
+        """What the planned requests share and what is made of it. It stays valid when the next step is planned."""
+        return CascadePlan(self._plan.cascade, self._token_bytes, self._costs)
 
     def plan(self, table: PageTable) -> None:
         """Copy and check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
