@@ -412,7 +412,6 @@ struct BlockKernel {
 
 template <class Format>
 void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
-  pack_queries();
   const bool leaves_open = span.key_end % kChunkKeys != 0;
   const std::int64_t last = min_int64(end_of_keys(), span.key_end);
   const std::int64_t first = max_int64(span.key_begin, first_tile());
@@ -421,6 +420,9 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
     copy_state(s.chunk, span.open_out);
   }
   resolve(first, last, *next);
+  for (int i = 0; i < next->count; ++i) prefetch(next->keys[i]);
+  for (int i = 0; i < next->count; ++i) prefetch(next->values[i]);
+  pack_queries();
   for (std::int64_t begin = first; begin < last;) {
     const std::int64_t chunk = begin / kChunkKeys * kChunkKeys, end = min_int64(chunk + kChunkKeys, last);
     if (chunk < span.key_begin) {

@@ -19,7 +19,7 @@ constexpr std::int64_t kBlockVectorsTarget = 96;  // query vectors per block: en
 constexpr std::int32_t kFewRows = 4;              // new rows of a request up to which it is bound by memory
 constexpr double kSerialCost = 2.0e6;             // multiply-adds: below this, waking a thread costs more than it gives
 constexpr double kKeyCost = 4.0;                  // loading and packing a key, in query vectors' worth of work
-constexpr std::int32_t kSharedVectorsTarget = 128;  // query vectors per block of a shared segment, over all heads
+constexpr std::int32_t kSharedVectorsTarget = 256;  // query vectors per block of a shared segment, over all heads
 constexpr std::int32_t kSharedVectorsLimit = 256;   // and of one head: beyond it K and V are read again
 constexpr std::int64_t kAppendRows = 256;           // rows per item of a parallel append
 

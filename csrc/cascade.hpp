@@ -16,14 +16,15 @@
 namespace radixkv::attention {
 
 // When does a segment pay? It saves (users - 1) * tokens reads of a token's K and V and costs launch_tokens plus
-// merge_tokens for each row of its users, all in tokens' worth of reading. See radixkv/attention/cascade.py.
+// merge_tokens for each row of its users, all in tokens' worth of reading. The defaults use all there is; each
+// backend's own costs are in radixkv/attention/cascade.py.
 struct CascadeCosts {
   std::int32_t min_users = 2;
-  std::int32_t min_tokens = 64;
-  double launch_tokens = 128.0;
-  double merge_tokens = 8.0;
-  std::int32_t max_levels = 0;  // used segments on one path; 0: any number
-  std::int32_t max_rows = 16;   // requests with more new rows share nothing: they compute, they do not wait for memory
+  std::int32_t min_tokens = 1;
+  double launch_tokens = 0.0;
+  double merge_tokens = 0.0;
+  std::int32_t max_levels = 0;    // used segments on one path; 0: any number
+  std::int32_t max_rows = 0;      // requests with more new rows share nothing; 0: no limit
   std::int32_t granularity = 64;  // tokens that a backend skips or shares at once
 };
 

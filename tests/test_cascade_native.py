@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import radixkv
-from radixkv.attention.cascade import NATIVE, OFF, CascadeCosts
+from radixkv.attention.cascade import NATIVE, OFF, CascadeCosts, CascadePlan
 from radixkv.attention.native import NativeAttention
-from radixkv.errors import InvalidArgument
+from radixkv.errors import InvalidArgument, LeaseError
 from tests.attention_helpers import ISAS, Heads, Options
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.cascade_helpers import Forest, random_forest
@@ -73,10 +73,10 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor, why: object) -> None
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", list(INT_OF), ids=str)
 def test_random_forests(isa: str, dtype: torch.dtype) -> None:
-    """120 forests for each instruction set and dtype, each with two sets of options and two numbers of threads."""
+    """1,200 forests over all instruction sets and dtypes, each with two sets of options and two numbers of threads."""
     rng = np.random.default_rng(len(isa))
     served = inside_chunk = 0
-    for seed in range(120):
+    for seed in range(-(-1200 // (len(ISAS) * len(INT_OF)))):
         page_size = int(rng.choice([1, 3, 16, 64, 100]))
         forest = random_forest(
             rng,
@@ -97,8 +97,8 @@ def test_random_forests(isa: str, dtype: torch.dtype) -> None:
         used = [s for s in backend.cascade.segments if s.used]
         served += len(used)
         inside_chunk += sum(s.token_end % 512 != 0 for s in used)
-    assert served > 100
-    assert inside_chunk > 50
+    assert served > 80
+    assert inside_chunk > 40
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -191,3 +191,29 @@ def test_leases_share_published_pages(dtype: torch.dtype) -> None:
     assert saved > 5000
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def test_a_step_explains_its_plan() -> None:
+    engine = radixkv.Engine(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, num_pages=300)
+
+    def step_plan(leases: list[radixkv.Lease]) -> CascadePlan:
+        with engine.step(leases) as step:
+            count = len(step.input_ids)
+            zeros = torch.zeros(count, 8, 16, dtype=torch.bfloat16)
+            step.attend(0, zeros[:, :4], zeros[:, 4:6], zeros[:, 6:])
+            return step.plan
+
+    system = list(range(1000))
+    first = engine.acquire([*system, 1])
+    alone = step_plan([first])
+    assert "no two (those of more than 16 new rows aside) share a full page" in alone.explain()
+    first.commit()
+    first.extend([5])
+    others = [engine.acquire([*system, 2 + i]) for i in range(3)]
+    plan = step_plan([first, *others])
+    assert plan.shared
+    assert "4 users (0, 1, 2, 3), pages 0 to 61, serves 960 tokens: used at level 0" in plan.explain()
+    assert "2880 tokens (360 KiB)" in plan.explain()
+    assert not alone.shared
+    with pytest.raises(LeaseError, match="ask for its plan inside"):
+        _ = engine.step(others).plan
