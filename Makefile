@@ -67,7 +67,7 @@ mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must 
 	$(PY) -m tests.mutants
 
 # Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
-CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_threads.py tests/test_engine.py $(wildcard tests/test_attention*.py)
+CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_threads.py tests/test_engine.py $(wildcard tests/test_attention*.py tests/test_cascade*.py)
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan
@@ -88,9 +88,10 @@ asan: build/asan/.built  ## the core tests under AddressSanitizer and UBSan
 tsan: build/tsan/.built  ## the core tests under ThreadSanitizer
 	PRELOAD=libtsan.so $(PY) .ci/sanitized.py build/tsan $(CORE_TESTS)
 
-bench: build  ## bench/operations.py, bench/attention.py
+bench: build  ## bench/operations.py, bench/attention.py, bench/cascade.py
 	$(PY) -m bench.operations
 	$(PY) -m bench.attention
+	$(PY) -m bench.cascade
 
 pictures: build  ## draw the pictures of README and docs
 	$(PY) -c 'import runpy; runpy.run_path("docs/pictures.py", run_name="__main__")'

@@ -53,9 +53,9 @@ void append_kv(const KvLayout& layout, void* k_cache, void* v_cache, const Rows&
   copy_rows(layout, static_cast<char*>(v_cache), v, slots, begin, end);
 }
 
-RowState state_at(float* memory, std::int64_t rows, std::int64_t head_dim) {
-  float* const after_acc = memory + rows * padded_dim(head_dim);
-  return RowState{after_acc, after_acc + rows, memory};
+RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim) {
+  float* const after_acc = memory + heads * vectors * padded_dim(head_dim);
+  return RowState{after_acc, after_acc + heads * vectors, memory, vectors};
 }
 
 int supported_isas(const char** names, int capacity) {

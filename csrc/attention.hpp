@@ -71,30 +71,49 @@ struct Rows {
 void append_kv(const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
                const std::int32_t* slots, std::int64_t begin, std::int64_t end);
 
-// Query rows [row_begin, row_end) of one request, counted within the request, with all query heads of the kv heads
-// [head_begin, head_end).
+// Query rows with all query heads of the kv heads [head_begin, head_end): rows [row_begin, row_end) of one request,
+// counted within the request; or, where `shared`, carried rows [row_begin, row_end) of several requests (see Batch)
+// that all have the pages of `request` and see every key of the span, but for the window.
 struct Block {
   std::int32_t request;
   std::int32_t head_begin;
   std::int32_t head_end;
   std::int32_t row_begin;
   std::int32_t row_end;
+  bool shared = false;
 };
 
-// The running softmax of the R = heads * rows * group query vectors of a block, ordered (kv head, row, query head). A
-// query vector that has met no key has sum 0. Between chunks this is all there is to carry: a caller may stop a block
-// after any chunk and go on with the next one elsewhere.
+// The running softmax of the heads * rows * group query vectors of a block, ordered (kv head, row, query head): a
+// head's vectors lie together, head_stride vectors after those of the head before. A query vector that has met no key
+// has sum 0. Between chunks this is all there is to carry: a caller may stop a block after any chunk and go on with the
+// next one elsewhere. Between the tiles of a chunk there are two, the state of the chunks before it and its own.
 struct RowState {
-  float* max;  // [R], in units of log2
-  float* sum;  // [R]
-  float* acc;  // [R, padded_dim(head_dim)]
+  float* max;  // [vectors], in units of log2
+  float* sum;  // [vectors]
+  float* acc;  // [vectors, padded_dim(head_dim)]
+  std::int64_t head_stride;
+};
+
+// Keys [key_begin, key_end) at tile boundaries, cut where the rows end to see keys. A span that begins inside a chunk
+// goes on with that chunk's state from open_in; one that ends inside a chunk leaves its state in open_out.
+struct Span {
+  std::int64_t key_begin;
+  std::int64_t key_end;
+  RowState open_in;
+  RowState open_out;
 };
 
 constexpr std::int64_t padded_dim(std::int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 constexpr std::int64_t state_floats(std::int64_t rows, std::int64_t head_dim) {
   return rows * padded_dim(head_dim) + (2 * rows + 15) / 16 * 16;
 }
-RowState state_at(float* memory, std::int64_t rows, std::int64_t head_dim);
+// The state of a block of `heads` heads with `vectors` query vectors each, end to end.
+RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim);
+
+// The same state from another vector on.
+inline RowState state_from(const RowState& state, std::int64_t vector, std::int64_t head_dim) {
+  return RowState{state.max + vector, state.sum + vector, state.acc + vector * padded_dim(head_dim), state.head_stride};
+}
 
 // Everything that the blocks of one call have in common.
 struct Batch {
@@ -106,6 +125,9 @@ struct Batch {
   const void* v_cache;
   Rows q;
   void* out;  // [rows, num_kv_heads * group, head_dim], contiguous, in the layout's dtype
+  // Carried rows: those that shared blocks compute, the users of a segment next to each other.
+  const std::int32_t* carried_rows = nullptr;       // for each its row in q
+  const std::int64_t* carried_positions = nullptr;  // and its position in its sequence
 };
 
 // The kernel, compiled once per instruction set.
@@ -113,11 +135,11 @@ struct Kernel {
   const char* isa;
   // Bytes of scratch memory (64-byte aligned) that attend needs for blocks of up to `rows` query vectors.
   std::size_t (*scratch_bytes)(std::int64_t rows, std::int64_t head_dim);
-  // Carries the block's state over the keys of chunks [chunk_begin, chunk_end).
-  void (*attend)(const Batch& batch, const Block& block, std::int64_t chunk_begin, std::int64_t chunk_end,
-                 const RowState& state, void* scratch);
-  // Merges the state of a later chunk into the state of the chunks before it.
-  void (*merge)(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state);
+  // Carries the block's state over the keys of the span.
+  void (*attend)(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch);
+  // Merges the state of a later chunk into the state of the chunks before it: `heads` heads of `vectors` each.
+  void (*merge)(std::int64_t heads, std::int64_t vectors, std::int64_t head_dim, const RowState& later,
+                const RowState& state);
   // Writes acc / sum to the block's rows of batch.out.
   void (*finish)(const Batch& batch, const Block& block, const RowState& state);
 };

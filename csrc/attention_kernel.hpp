@@ -1,20 +1,16 @@
 // The attention kernel. Included by one translation unit per instruction set, which defines RADIXKV_ISA; it uses
 // nothing of the standard library that could be emitted as an inline function for one machine and run on another.
 //
-// One block = some consecutive rows of one request, with the query heads of some consecutive kv heads. For every tile
+// One block = some consecutive rows of one request, or some rows that share a prefix, with the query heads of some
+// consecutive kv heads. For every tile
 // of keys and every kv head: pack K transposed and V into scratch memory, scores = Q K^T for all query vectors at once,
 // softmax row by row, acc += P V.
 #pragma once
 
 #include "attention.hpp"
-#include "attention_math.hpp"
+#include "attention_state.hpp"
 
 namespace radixkv::attention::RADIXKV_ISA {
-
-RADIXKV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
-RADIXKV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
-RADIXKV_INLINE std::int64_t min_int64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-RADIXKV_INLINE std::int64_t max_int64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 constexpr int kTileVectors = kTileKeys / kLanes;
 
@@ -37,8 +33,9 @@ static std::size_t scratch_bytes(std::int64_t rows, std::int64_t head_dim) {
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
 
-RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t rows, std::int64_t head_dim) {
+RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim) {
   Scratch s;
+  const std::int64_t rows = heads * vectors;
   float* at = static_cast<float*>(memory);
   s.q = at, at += aligned_floats(rows * head_dim);
   s.scores = at, at += rows * kTileKeys;
@@ -47,7 +44,7 @@ RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t rows, std::int64_t 
   s.single = at, at += padded_dim(head_dim);
   s.zeros = at, at += kMaxHeadDim;
   const std::int64_t padded = padded_dim(head_dim);
-  s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at};
+  s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at, vectors};
   return s;
 }
 
@@ -72,6 +69,7 @@ struct BlockKernel {
   int heads;                           // kv heads
   int head = 0;                        // the one at hand, counted from the block's first
   std::int64_t first_position;         // of the block's first row
+  const std::int64_t* positions;       // of every row, if the block is shared
   Addresses tiles[2];
   Addresses *here = tiles, *next = tiles + 1;    // of the tile at hand and the one after it
   int turn = 0, share = 0;                       // the rows of the next tile that the head at hand prefetches
@@ -83,7 +81,7 @@ struct BlockKernel {
     rows = block.row_end - block.row_begin;
     vectors = static_cast<int>(padded_dim(head_dim)) / kLanes;
     heads = block.head_end - block.head_begin;
-    s = scratch_at(scratch, static_cast<std::int64_t>(heads) * rows * group, head_dim);
+    s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, head_dim);
     for (int i = 0; i < kMaxHeadDim; ++i) s.zeros[i] = 0.0f;
     const std::int64_t kv_len = batch.table.kv_len(block.request, batch.layout.page_size);
     const bool together = batch.layout.head_stride == head_dim;
@@ -91,9 +89,10 @@ struct BlockKernel {
     run_bytes = (together ? heads : 1) * static_cast<std::int64_t>(head_dim) * Format::kBytes;
     run_stride = together ? run_bytes : batch.layout.head_stride * Format::kBytes;
     first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
+    positions = block.shared ? batch.carried_positions + block.row_begin : nullptr;
   }
 
-  std::int64_t position(int row) const { return first_position + row; }
+  std::int64_t position(int row) const { return positions == nullptr ? first_position + row : positions[row]; }
   std::int64_t first_key(int row) const {
     const std::int64_t window = batch.params.window_left;
     return window < 0 || position(row) < window ? 0 : position(row) - window;
@@ -109,7 +108,8 @@ struct BlockKernel {
     for (int h = 0; h < heads; ++h) {
       const std::int64_t first_head = static_cast<std::int64_t>(block.head_begin + h) * group;
       for (int i = 0; i < rows * group; ++i, to += head_dim / kStep) {
-        const std::int64_t row = first_row + i / group, query_head = first_head + i % group;
+        const std::int64_t row = block.shared ? batch.carried_rows[block.row_begin + i / group] : first_row + i / group;
+        const std::int64_t query_head = first_head + i % group;
         pack_query(data + (row * batch.q.row_stride + query_head * batch.q.head_stride) * Format::kBytes, to);
       }
     }
@@ -348,19 +348,33 @@ struct BlockKernel {
 
   // The tile of keys at `tile`, for the rows that see some of it.
   void visit(std::int64_t tile) {
-    const int begin = static_cast<int>(max_int64(0, tile - first_position));
+    int begin = block.shared ? 0 : static_cast<int>(max_int64(0, tile - first_position));
     int end = rows;
-    while (end > begin && first_key(end - 1) >= tile + kTileKeys) --end;
-    // Rows that left the tile behind are at the end: first_key never falls from row to row.
+    while (end > begin && left_behind(end - 1, tile)) --end;
+    // Rows of a request that left the tile behind are at the end: first_key never falls from row to row.
+    if (block.shared) begin = next_row(begin, end, tile, true);
     if (begin >= end) return;
     for (head = 0; head < heads; ++head) {
       turn = head * kTileKeys / heads;
       share = (head + 1) * kTileKeys / heads - turn;
       pack_keys();
       pack_values();
-      multiply_scores(begin * group, end * group, (here->count + kLanes - 1) / kLanes);
-      consume(begin * group, end * group, tile);
+      for (int from = begin; from < end;) {
+        const int to = block.shared ? next_row(from, end, tile, false) : end;
+        multiply_scores(from * group, to * group, (here->count + kLanes - 1) / kLanes);
+        consume(from * group, to * group, tile);
+        from = block.shared ? next_row(to, end, tile, true) : to;
+      }
     }
+  }
+
+  bool left_behind(int row, std::int64_t tile) const { return first_key(row) >= tile + kTileKeys; }
+
+  // The first row from `from` on that sees the tile, or that does not; `end` if there is none.
+  int next_row(int from, int end, std::int64_t tile, bool sees) const {
+    if (batch.params.window_left < 0) return sees ? from : end;
+    while (from < end && left_behind(from, tile) == sees) ++from;
+    return from;
   }
 
   void reset_chunk() {
@@ -372,40 +386,50 @@ struct BlockKernel {
     for (std::int64_t i = 0; i < static_cast<std::int64_t>(n) * vectors; ++i) store(s.chunk.acc + i * kLanes, zero());
   }
 
-  void attend(std::int64_t chunk_begin, std::int64_t chunk_end, const RowState& state);
-};
-
-static void merge(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state) {
-  const std::int64_t stride = padded_dim(head_dim);
-  for (std::int64_t i = 0; i < rows; ++i) {
-    if (later.sum[i] == 0.0f) continue;
-    const float* from = later.acc + i * stride;
-    float* to = state.acc + i * stride;
-    if (state.sum[i] == 0.0f) {
-      state.max[i] = later.max[i];
-      state.sum[i] = later.sum[i];
-      for (std::int64_t d = 0; d < stride; d += kLanes) store(to + d, load(from + d));
-      continue;
-    }
-    const float top = state.max[i] > later.max[i] ? state.max[i] : later.max[i];
-    const float keep = exp2_nonpositive(state.max[i] - top), gain = exp2_nonpositive(later.max[i] - top);
-    state.max[i] = top;
-    state.sum[i] = state.sum[i] * keep + later.sum[i] * gain;
-    for (std::int64_t d = 0; d < stride; d += kLanes) {
-      store(to + d, fma(load(from + d), set1(gain), mul(load(to + d), set1(keep))));
+  // Copies the block's states, head by head.
+  void copy_state(const RowState& from, const RowState& to) const {
+    const std::int64_t n = static_cast<std::int64_t>(rows) * group, width = static_cast<std::int64_t>(vectors) * kLanes;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const std::int64_t a = h * from.head_stride, b = h * to.head_stride;
+      __builtin_memcpy(to.max + b, from.max + a, static_cast<std::size_t>(n) * sizeof(float));
+      __builtin_memcpy(to.sum + b, from.sum + a, static_cast<std::size_t>(n) * sizeof(float));
+      __builtin_memcpy(to.acc + b * width, from.acc + a * width, static_cast<std::size_t>(n * width) * sizeof(float));
     }
   }
-}
+
+  // The end of the keys that the rows see, and the tile of the first.
+  std::int64_t end_of_keys() const {
+    return block.shared ? batch.table.kv_len(block.request, batch.layout.page_size) : position(rows - 1) + 1;
+  }
+  std::int64_t first_tile() const {
+    std::int64_t first = first_key(0);
+    for (int row = 1; block.shared && row < rows; ++row) first = min_int64(first, first_key(row));
+    return first / kTileKeys * kTileKeys;
+  }
+
+  void attend(const Span& span, const RowState& state);
+};
 
 template <class Format>
-void BlockKernel<Format>::attend(std::int64_t chunk_begin, std::int64_t chunk_end, const RowState& state) {
-  pack_queries();
-  const std::int64_t last = min_int64(position(rows - 1) + 1, chunk_end * kChunkKeys);
-  const std::int64_t first = max_int64(chunk_begin * kChunkKeys, first_key(0) / kTileKeys * kTileKeys);
-  resolve(first, last, *next);
-  for (std::int64_t begin = first; begin < last;) {
-    const std::int64_t end = min_int64((begin / kChunkKeys + 1) * kChunkKeys, last);
+void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
+  const bool leaves_open = span.key_end % kChunkKeys != 0;
+  const std::int64_t last = min_int64(end_of_keys(), span.key_end);
+  const std::int64_t first = max_int64(span.key_begin, first_tile());
+  if (first >= last && leaves_open) {  // no row has seen a key of the open chunk
     reset_chunk();
+    copy_state(s.chunk, span.open_out);
+  }
+  resolve(first, last, *next);
+  for (int i = 0; i < next->count; ++i) prefetch(next->keys[i]);
+  for (int i = 0; i < next->count; ++i) prefetch(next->values[i]);
+  pack_queries();
+  for (std::int64_t begin = first; begin < last;) {
+    const std::int64_t chunk = begin / kChunkKeys * kChunkKeys, end = min_int64(chunk + kChunkKeys, last);
+    if (chunk < span.key_begin) {
+      copy_state(span.open_in, s.chunk);
+    } else {
+      reset_chunk();
+    }
     for (; begin < end; begin += kTileKeys) {
       Addresses* const done = here;
       here = next;
@@ -413,34 +437,15 @@ void BlockKernel<Format>::attend(std::int64_t chunk_begin, std::int64_t chunk_en
       resolve(begin + kTileKeys, last, *next);
       visit(begin);
     }
-    merge(static_cast<std::int64_t>(heads) * rows * group, head_dim, s.chunk, state);
-  }
-}
-
-template <class Format>
-static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
-  const int head_dim = batch.layout.head_dim, group = batch.group;
-  const std::int64_t stride = padded_dim(head_dim);
-  const std::int64_t out_heads = static_cast<std::int64_t>(batch.layout.num_kv_heads) * group;
-  const std::int64_t first_row = batch.table.qo_indptr[block.request];
-  std::int64_t i = 0;
-  for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
-    for (int row = block.row_begin; row < block.row_end; ++row) {
-      for (int g = 0; g < group; ++g, ++i) {
-        const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
-        char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * head_dim * Format::kBytes;
-        const F sum = set1(state.sum[i]);
-        for (int d = 0; d < head_dim; d += kLanes) {
-          const int n = min_int(head_dim - d, kLanes);
-          Format::store(to + d * Format::kBytes, div(load(state.acc + i * stride + d), sum), n);
-        }
-      }
+    if (leaves_open && end == span.key_end) {
+      copy_state(s.chunk, span.open_out);
+    } else {
+      merge(heads, static_cast<std::int64_t>(rows) * group, head_dim, s.chunk, state);
     }
   }
 }
 
-static void attend(const Batch& batch, const Block& block, std::int64_t chunk_begin, std::int64_t chunk_end,
-                   const RowState& state, void* scratch) {
+static void attend(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch) {
 #if defined(RADIXKV_SIMD_PAIRS)
   using BF16 = FormatPairs;
 #else
@@ -448,11 +453,11 @@ static void attend(const Batch& batch, const Block& block, std::int64_t chunk_be
 #endif
   switch (batch.layout.dtype) {
     case DType::f32:
-      return BlockKernel<FormatF32>(batch, block, scratch).attend(chunk_begin, chunk_end, state);
+      return BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
     case DType::bf16:
-      return BlockKernel<BF16>(batch, block, scratch).attend(chunk_begin, chunk_end, state);
+      return BlockKernel<BF16>(batch, block, scratch).attend(span, state);
     case DType::f16:
-      return BlockKernel<FormatF16>(batch, block, scratch).attend(chunk_begin, chunk_end, state);
+      return BlockKernel<FormatF16>(batch, block, scratch).attend(span, state);
   }
 }
 

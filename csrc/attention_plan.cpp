@@ -6,8 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+
+#include "table_check.hpp"
 
 namespace radixkv::attention {
 namespace {
@@ -16,49 +19,13 @@ constexpr std::int64_t kBlockVectorsTarget = 96;  // query vectors per block: en
 constexpr std::int32_t kFewRows = 4;              // new rows of a request up to which it is bound by memory
 constexpr double kSerialCost = 2.0e6;             // multiply-adds: below this, waking a thread costs more than it gives
 constexpr double kKeyCost = 4.0;                  // loading and packing a key, in query vectors' worth of work
-constexpr std::int64_t kAppendRows = 256;         // rows per item of a parallel append
+constexpr std::int32_t kSharedVectorsTarget = 256;  // query vectors per block of a shared segment, over all heads
+constexpr std::int32_t kSharedVectorsLimit = 256;   // and of one head: beyond it K and V are read again
+constexpr std::int64_t kAppendRows = 256;           // rows per item of a parallel append
 
 std::string text(std::int64_t n) { return std::to_string(n); }
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
-
-void check_indptr(const char* name, const std::int32_t* indptr, std::int32_t batch_size) {
-  if (indptr[0] != 0) fail(std::string(name) + "[0] is " + text(indptr[0]) + ": it must be 0");
-  for (std::int32_t b = 0; b < batch_size; ++b) {
-    if (indptr[b + 1] < indptr[b]) {
-      fail(std::string(name) + "[" + text(b + 1) + "] is " + text(indptr[b + 1]) + " after " + text(indptr[b]) +
-           ": it must not decrease");
-    }
-  }
-}
-
-void check_request(const PageTableView& table, std::int32_t b, std::int32_t page_size) {
-  const std::int64_t rows = table.num_rows(b);
-  const std::int64_t pages = table.kv_indptr[b + 1] - table.kv_indptr[b];
-  const std::int32_t last = table.kv_last_page_len[b];
-  const std::string who = "request " + text(b);
-  if (rows == 0) fail(who + " has no new row: leave it out of the step");
-  if (pages == 0) fail(who + " has " + text(rows) + " rows and no page: give it ceil(length / page_size) pages");
-  if (last < 1 || last > page_size) {
-    fail(who + ": kv_last_page_len is " + text(last) + ": it must be 1 to page_size = " + text(page_size));
-  }
-  const std::int64_t kv_len = table.kv_len(b, page_size);
-  if (kv_len < rows) {
-    fail(who + " has " + text(rows) + " new rows but a length of " + text(kv_len) +
-         ": its length includes the new rows");
-  }
-}
-
-void check_range(const char* name, const std::int32_t* ids, std::int64_t count, std::int64_t limit) {
-  std::uint32_t largest = 0;  // a negative id is a large unsigned one
-  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<std::uint32_t>(ids[i]));
-  if (count == 0 || static_cast<std::int64_t>(largest) < limit) return;
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (ids[i] < 0 || ids[i] >= limit) {
-      fail(std::string(name) + "[" + text(i) + "] is " + text(ids[i]) + ": it must be 0 to " + text(limit - 1));
-    }
-  }
-}
 
 }  // namespace
 
@@ -105,96 +72,151 @@ void AttentionPlan::set_num_threads(int num_threads) {
 
 void AttentionPlan::plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots) {
   const std::int32_t batch_size = table.batch_size;
-  check_indptr("qo_indptr", table.qo_indptr, batch_size);
-  check_indptr("kv_indptr", table.kv_indptr, batch_size);
-  for (std::int32_t b = 0; b < batch_size; ++b) check_request(table, b, layout_.page_size);
-  check_range("kv_indices", table.kv_indices, table.kv_indptr[batch_size], layout_.num_pages);
+  check_table(table, layout_.page_size, layout_.num_pages);
   check_range("slots", slots, num_slots, static_cast<std::int64_t>(layout_.num_pages) * layout_.page_size);
   if (table.qo_indptr[batch_size] != num_slots) {
     fail("slots has " + text(num_slots) + " entries for " + text(table.qo_indptr[batch_size]) +
          " rows: give one slot for each row");
   }
   const std::lock_guard lock(mutex_);
-  qo_indptr_.assign(table.qo_indptr, table.qo_indptr + batch_size + 1);
-  kv_indptr_.assign(table.kv_indptr, table.kv_indptr + batch_size + 1);
-  kv_indices_.assign(table.kv_indices, table.kv_indices + table.kv_indptr[batch_size]);
-  kv_last_page_len_.assign(table.kv_last_page_len, table.kv_last_page_len + batch_size);
   slots_.assign(slots, slots + num_slots);
+  if (cascade_.use_count() > 1) cascade_ = std::make_shared<Cascade>();  // somebody keeps the last one
+  cascade_->derive(table, layout_.page_size, costs_);
   schedule();
 }
 
-PageTableView AttentionPlan::view() const {
-  return PageTableView{static_cast<std::int32_t>(kv_last_page_len_.size()), qo_indptr_.data(), kv_indptr_.data(),
-                       kv_indices_.data(), kv_last_page_len_.data()};
+std::shared_ptr<const Cascade> AttentionPlan::cascade() {
+  const std::lock_guard lock(mutex_);
+  return cascade_;
+}
+
+void AttentionPlan::set_costs(const CascadeCosts& costs) {
+  if (costs.granularity < 1 || costs.granularity % kTileKeys != 0) {
+    fail("granularity is " + text(costs.granularity) + ": it must be a multiple of " + text(kTileKeys));
+  }
+  const std::lock_guard lock(mutex_);
+  costs_ = costs;
 }
 
 std::int64_t AttentionPlan::block_vectors(const Block& block) const {
   return static_cast<std::int64_t>(block.head_end - block.head_begin) * (block.row_end - block.row_begin) * group_;
 }
 
+// Numbers the rows of requests that have a used segment, in the order in which the users of a segment are neighbours.
+void AttentionPlan::carry_rows() {
+  const PageTableView table = view();
+  carried_rows_.clear();
+  carried_positions_.clear();
+  carried_of_request_.assign(static_cast<std::size_t>(table.batch_size), -1);
+  for (const std::int32_t b : cascade_->order) {
+    if (cascade_->shared_pages[b] == 0) continue;
+    carried_of_request_[b] = static_cast<std::int32_t>(carried_rows_.size());
+    const std::int32_t rows = table.num_rows(b);
+    for (std::int32_t r = 0; r < rows; ++r) {
+      carried_rows_.push_back(table.qo_indptr[b] + r);
+      carried_positions_.push_back(kv_len(b) - rows + r);
+    }
+  }
+}
+
+// The rows of all users against the keys of their segment.
+void AttentionPlan::add_segment(const Segment& segment, std::vector<Item>& items) const {
+  const std::int32_t first_user = cascade_->order[segment.user_begin];
+  const std::int32_t last_user = cascade_->order[segment.user_end - 1];
+  const std::int32_t begin = carried_of_request_[first_user];
+  const std::int32_t end = carried_of_request_[last_user] + view().num_rows(last_user);
+  const std::int32_t heads = layout_.num_kv_heads;
+  const std::int32_t step = std::clamp(kSharedVectorsTarget / (group_ * (end - begin)), 1, heads);
+  const std::int32_t rows_per_block = std::max(1, kSharedVectorsLimit / group_);
+  const std::int64_t key_begin = cascade_->token_begin(segment), key_end = cascade_->token_end(segment);
+  for (std::int32_t row = begin; row < end; row += rows_per_block) {
+    for (std::int32_t head = 0; head < heads; head += step) {
+      const Block block{first_user, head, std::min(heads, head + step), row, std::min(end, row + rows_per_block), true};
+      const double per_key = static_cast<double>(block_vectors(block)) + kKeyCost * (block.head_end - head);
+      const double cost = per_key * static_cast<double>((key_end - key_begin) * layout_.head_dim);
+      items.push_back(Item{block, key_begin, key_end, segment.level, segment.level, row, cost});
+    }
+  }
+}
+
 // Blocks of about kBlockVectorsTarget query vectors. Where a request has few rows, reading K and V is what costs, and a
 // block takes all kv heads so that memory is read in the order of addresses; unless that leaves threads without work.
-std::vector<AttentionPlan::Item> AttentionPlan::make_blocks() const {
+void AttentionPlan::add_requests(std::vector<Item>& items) const {
   const PageTableView table = view();
   const std::int32_t heads = layout_.num_kv_heads;
   const auto target = static_cast<std::int32_t>(std::max<std::int64_t>(1, kBlockVectorsTarget / group_));
+  const auto served = [&](std::int32_t b) { return cascade_->token_at(cascade_->shared_pages[b]); };
   std::int64_t chunks = 0;
   for (std::int32_t b = 0; b < table.batch_size; ++b) {
-    chunks += table.num_rows(b) * ((table.kv_len(b, layout_.page_size) + kChunkKeys - 1) / kChunkKeys);
+    chunks += table.num_rows(b) * ((kv_len(b) - served(b) + kChunkKeys - 1) / kChunkKeys);
   }
   const std::int32_t threads = pool_.num_threads();
   const std::int32_t widest = chunks >= threads ? heads : std::max(1, heads / threads);
-  std::vector<Item> blocks;
   for (std::int32_t b = 0; b < table.batch_size; ++b) {
     const std::int32_t rows = table.num_rows(b);
-    const std::int64_t kv_len = table.kv_len(b, layout_.page_size);
+    const std::int64_t key_begin = served(b);
     const bool few = rows <= kFewRows;
     const std::int32_t step = few ? widest : 1;
     const std::int32_t rows_per_block = few ? rows : target;
     for (std::int32_t begin = 0; begin < rows; begin += rows_per_block) {
       const std::int32_t end = std::min(rows, begin + rows_per_block);
-      const std::int64_t keys = kv_len - rows + end;
-      const auto chunks_of_block = static_cast<std::int32_t>((keys + kChunkKeys - 1) / kChunkKeys);
+      const std::int64_t keys = kv_len(b) - rows + end;
+      const std::int64_t key_end = (keys + kChunkKeys - 1) / kChunkKeys * kChunkKeys;
+      const std::int32_t carried = carried_of_request_[b] < 0 ? -1 : carried_of_request_[b] + begin;
       for (std::int32_t head = 0; head < heads; head += step) {
         const Block block{b, head, std::min(heads, head + step), begin, end};
         const double per_key = static_cast<double>(block_vectors(block)) + kKeyCost * (block.head_end - head);
-        const double cost = per_key * static_cast<double>(keys * layout_.head_dim);
-        blocks.push_back(Item{block, 0, chunks_of_block, -1, cost});
+        const double cost = per_key * static_cast<double>((keys - key_begin) * layout_.head_dim);
+        items.push_back(Item{block, key_begin, key_end, cascade_->levels, cascade_->depths[b], carried, cost});
       }
     }
   }
-  return blocks;
 }
 
-// One item per block, the costly ones first. A block that would keep one thread busy while the others idle is split
-// into its chunks. Neither changes a bit of the result.
+// The items of every phase, the costly ones first. Nothing of this changes a bit of the result.
 void AttentionPlan::schedule() {
-  const std::vector<Item> blocks = make_blocks();
-  double total = 0.0;
+  carry_rows();
+  std::vector<Item> blocks;
+  for (const Segment& segment : cascade_->segments) {
+    if (segment.verdict == Verdict::used) add_segment(segment, blocks);
+  }
+  add_requests(blocks);
+  std::vector<double> totals(static_cast<std::size_t>(cascade_->levels) + 1, 0.0);
   max_block_rows_ = 0;
   for (const Item& item : blocks) {
-    total += item.cost;
+    totals[item.phase] += item.cost;
     max_block_rows_ = std::max(max_block_rows_, block_vectors(item.block));
   }
-  serial_ = pool_.num_threads() == 1 || total < kSerialCost;
-  const double fair = total / (4.0 * pool_.num_threads());
+  serial_ = pool_.num_threads() == 1 || std::accumulate(totals.begin(), totals.end(), 0.0) < kSerialCost;
   items_.clear();
   splits_.clear();
   states_floats_ = 0;
   for (const Item& item : blocks) {
-    if (serial_ || item.cost <= fair || item.chunk_end < 2) {
-      items_.push_back(item);
-      continue;
-    }
-    const auto split = static_cast<std::int32_t>(splits_.size());
-    splits_.push_back(Split{states_floats_, item.chunk_end});
-    states_floats_ += item.chunk_end * state_floats(block_vectors(item.block), layout_.head_dim);
-    for (std::int32_t c = 0; c < item.chunk_end; ++c) {
-      items_.push_back(Item{item.block, c, c + 1, split, item.cost / item.chunk_end});
-    }
+    const double fair = totals[item.phase] / (4.0 * pool_.num_threads());
+    serial_ ? items_.push_back(item) : add_item(item, fair);
   }
-  std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) {
+    return a.phase != b.phase ? a.phase < b.phase : a.cost > b.cost;
+  });
+  phase_ends_.assign(totals.size(), 0);
+  for (const Item& item : items_) ++phase_ends_[item.phase];
+  std::partial_sum(phase_ends_.begin(), phase_ends_.end(), phase_ends_.begin());
   pending_ = std::make_unique<std::atomic<std::int32_t>[]>(splits_.size());
+}
+
+// A block that would keep one thread busy while the others idle is split into its chunks.
+void AttentionPlan::add_item(const Item& item, double fair) {
+  const auto parts =
+      static_cast<std::int32_t>((item.key_end + kChunkKeys - 1) / kChunkKeys - item.key_begin / kChunkKeys);
+  if (item.cost <= fair || parts < 2) return items_.push_back(item);
+  Item part = item;
+  part.split = static_cast<std::int32_t>(splits_.size());
+  splits_.push_back(Split{states_floats_, parts});
+  states_floats_ += parts * state_floats(block_vectors(item.block), layout_.head_dim);
+  for (part.cost = item.cost / parts; part.part < parts; ++part.part, part.key_begin = part.key_end) {
+    part.key_end = std::min(item.key_end, (part.key_begin / kChunkKeys + 1) * kChunkKeys);
+    items_.push_back(part);
+  }
 }
 
 void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v) {
@@ -211,45 +233,80 @@ void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache
 void AttentionPlan::run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
                         const AttentionParams& params) {
   const std::lock_guard lock(mutex_);
-  const Batch batch{strides, view(), params, group_, k_cache, v_cache, q, out};
+  const Batch batch{
+      strides, view(), params, group_, k_cache, v_cache, q, out, carried_rows_.data(), carried_positions_.data()};
   const std::size_t state_bytes =
       static_cast<std::size_t>(state_floats(max_block_rows_, layout_.head_dim)) * sizeof(float);
   const std::size_t bytes = state_bytes + kernel_.scratch_bytes(max_block_rows_, layout_.head_dim);
   for (AlignedBuffer& scratch : scratch_) scratch.reserve(bytes);
   states_.reserve(static_cast<std::size_t>(states_floats_) * sizeof(float));
-  for (std::size_t i = 0; i < splits_.size(); ++i) pending_[i].store(splits_[i].num_chunks, std::memory_order_relaxed);
-  const auto work = [&](std::int64_t i, int worker) { run_item(batch, items_[static_cast<std::size_t>(i)], worker); };
-  const auto count = static_cast<std::int64_t>(items_.size());
-  if (serial_) {
-    for (std::int64_t i = 0; i < count; ++i) work(i, 0);
-  } else {
-    pool_.for_each(count, work);
+  for (std::size_t i = 0; i < splits_.size(); ++i) pending_[i].store(splits_[i].num_parts, std::memory_order_relaxed);
+  if (num_carried() > 0) {
+    auto* const memory =
+        static_cast<float*>(carried_.reserve(3 * static_cast<std::size_t>(carried_floats()) * sizeof(float)));
+    const std::int64_t vectors = num_carried() * num_qo_heads_;
+    std::fill_n(state_at(memory, 1, vectors, layout_.head_dim).sum, vectors, 0.0f);
+  }
+  std::int64_t begin = 0;
+  for (const std::int64_t end : phase_ends_) {
+    const auto work = [&](std::int64_t i, int worker) {
+      run_item(batch, items_[static_cast<std::size_t>(begin + i)], worker);
+    };
+    if (serial_) {
+      for (std::int64_t i = 0; i < end - begin; ++i) work(i, 0);
+    } else {
+      pool_.for_each(end - begin, work);
+    }
+    begin = end;
   }
 }
 
+// The item's part of a state of all carried rows.
+RowState AttentionPlan::carried(Carried which, const Item& item) {
+  float* const memory = static_cast<float*>(carried_.reserve(0)) + static_cast<int>(which) * carried_floats();
+  const RowState all = state_at(memory, layout_.num_kv_heads, num_carried() * group_, layout_.head_dim);
+  const std::int64_t row = item.block.head_begin * num_carried() + item.carried;
+  return state_from(all, row * group_, layout_.head_dim);
+}
+
+// Where a part of a split block gathers its state. What precedes a carried block's first part is merged into already.
+RowState AttentionPlan::part_state(const Item& item, std::int32_t part) {
+  if (part == 0 && item.carried >= 0) return carried(Carried::state, item);
+  const std::int64_t heads = item.block.head_end - item.block.head_begin, vectors = block_vectors(item.block);
+  float* const memory = static_cast<float*>(states_.reserve(0)) +
+                        splits_[static_cast<std::size_t>(item.split)].state_offset +
+                        part * state_floats(vectors, layout_.head_dim);
+  return state_at(memory, heads, vectors / heads, layout_.head_dim);
+}
+
 void AttentionPlan::run_item(const Batch& batch, const Item& item, int worker) {
-  const std::int64_t rows = block_vectors(item.block);
-  const std::int64_t floats = state_floats(rows, layout_.head_dim);
+  const std::int64_t vectors = block_vectors(item.block);
+  const std::int64_t heads = item.block.head_end - item.block.head_begin;
   auto* scratch = static_cast<float*>(scratch_[static_cast<std::size_t>(worker)].reserve(0));
   void* kernel_scratch = scratch + state_floats(max_block_rows_, layout_.head_dim);
-  float* memory = scratch;
+  const bool carries = item.carried >= 0 && item.part == 0;
+  const bool whole_here = item.split < 0 && item.carried < 0;
+  const RowState state =
+      whole_here ? state_at(scratch, heads, vectors / heads, layout_.head_dim) : part_state(item, item.part);
+  if (!carries) std::fill_n(state.sum, vectors, 0.0f);
+  Span span{item.key_begin, item.key_end, state, state};
+  if (item.carried >= 0) {
+    // Every depth reads one of the two and writes the other: the parts of a split may run at the same time.
+    const bool odd = item.depth % 2 != 0;
+    span.open_in = carried(odd ? Carried::open_odd : Carried::open_even, item);
+    span.open_out = carried(odd ? Carried::open_even : Carried::open_odd, item);
+  }
+  kernel_.attend(batch, item.block, span, state, kernel_scratch);
+  RowState whole = state;
   if (item.split >= 0) {
-    memory = static_cast<float*>(states_.reserve(0)) + splits_[static_cast<std::size_t>(item.split)].state_offset +
-             item.chunk_begin * floats;
+    const std::size_t split = static_cast<std::size_t>(item.split);
+    if (pending_[split].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    whole = part_state(item, 0);
+    for (std::int32_t part = 1; part < splits_[split].num_parts; ++part) {
+      kernel_.merge(heads, vectors / heads, layout_.head_dim, part_state(item, part), whole);
+    }
   }
-  const RowState state = state_at(memory, rows, layout_.head_dim);
-  std::fill_n(state.sum, rows, 0.0f);
-  kernel_.attend(batch, item.block, item.chunk_begin, item.chunk_end, state, kernel_scratch);
-  if (item.split < 0) return kernel_.finish(batch, item.block, state);
-
-  const Split& split = splits_[static_cast<std::size_t>(item.split)];
-  if (pending_[static_cast<std::size_t>(item.split)].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-  float* const first = static_cast<float*>(states_.reserve(0)) + split.state_offset;
-  const RowState whole = state_at(first, rows, layout_.head_dim);
-  for (std::int32_t c = 1; c < split.num_chunks; ++c) {
-    kernel_.merge(rows, layout_.head_dim, state_at(first + c * floats, rows, layout_.head_dim), whole);
-  }
-  kernel_.finish(batch, item.block, whole);
+  if (!item.block.shared) kernel_.finish(batch, item.block, whole);
 }
 
 }  // namespace radixkv::attention

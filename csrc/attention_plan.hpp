@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "cascade.hpp"
 #include "thread_pool.hpp"
 
 namespace radixkv::attention {
@@ -42,30 +43,51 @@ class AttentionPlan {
   void run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
            const AttentionParams& params);
 
+  // What the planned requests share. It stays as it is when the next step is planned.
+  std::shared_ptr<const Cascade> cascade();
+
+  // When shared segments are read once for all of their users; takes effect with the next plan. It never changes a bit
+  // of the result. Throws std::invalid_argument unless the granularity is a multiple of kTileKeys.
+  void set_costs(const CascadeCosts& costs);
+
   std::int64_t num_rows() const { return static_cast<std::int64_t>(slots_.size()); }
   const char* isa() const { return kernel_.isa; }
   int num_threads() const { return pool_.num_threads(); }
   void set_num_threads(int num_threads);
 
  private:
-  // A block, whole (split == -1) or one chunk of it.
+  // A block over some keys. Phases run one after the other: first the segments that begin at the root, then those that
+  // continue them, and so on; last what is each request's own.
   struct Item {
     Block block;
-    std::int32_t chunk_begin;
-    std::int32_t chunk_end;
-    std::int32_t split;
+    std::int64_t key_begin;
+    std::int64_t key_end;
+    std::int32_t phase;
+    std::int32_t depth;    // used segments before it on its rows' path
+    std::int32_t carried;  // the block's first carried row, or -1
     double cost;
+    std::int32_t split = -1;  // or it is a part of this one
+    std::int32_t part = 0;
   };
   // A block whose chunks are computed independently and merged by whoever finishes last.
   struct Split {
-    std::int64_t state_offset;  // floats into states_, one state per chunk
-    std::int32_t num_chunks;
+    std::int64_t state_offset;  // floats into states_, one state per part
+    std::int32_t num_parts;
   };
+  enum class Carried { state, open_even, open_odd };
 
   void schedule();
-  std::vector<Item> make_blocks() const;
+  void carry_rows();
+  void add_segment(const Segment& segment, std::vector<Item>& items) const;
+  void add_requests(std::vector<Item>& items) const;
+  void add_item(const Item& item, double fair);
   std::int64_t block_vectors(const Block& block) const;
-  PageTableView view() const;
+  std::int64_t kv_len(std::int32_t b) const { return view().kv_len(b, layout_.page_size); }
+  PageTableView view() const { return cascade_->view(); }
+  std::int64_t num_carried() const { return static_cast<std::int64_t>(carried_rows_.size()); }
+  std::int64_t carried_floats() const { return state_floats(num_carried() * num_qo_heads_, layout_.head_dim); }
+  RowState carried(Carried which, const Item& item);
+  RowState part_state(const Item& item, std::int32_t part);
   void run_item(const Batch& batch, const Item& item, int worker);
 
   std::int32_t num_qo_heads_;
@@ -75,14 +97,21 @@ class AttentionPlan {
   ThreadPool pool_;
   std::mutex mutex_;  // one call at a time: the calls share scratch memory
 
-  std::vector<std::int32_t> qo_indptr_{0}, kv_indptr_{0}, kv_indices_, kv_last_page_len_, slots_;
-  std::vector<Item> items_;
+  CascadeCosts costs_;
+  std::shared_ptr<Cascade> cascade_ = std::make_shared<Cascade>();
+  std::vector<std::int32_t> slots_;
+  std::vector<std::int32_t> carried_rows_;        // the rows whose state goes from segment to segment, in cascade order
+  std::vector<std::int64_t> carried_positions_;   // and their positions
+  std::vector<std::int32_t> carried_of_request_;  // first carried row of each request, or -1
+  std::vector<Item> items_;                       // by phase
+  std::vector<std::int64_t> phase_ends_;
   std::vector<Split> splits_;
-  std::unique_ptr<std::atomic<std::int32_t>[]> pending_;  // chunks of each split not yet done
+  std::unique_ptr<std::atomic<std::int32_t>[]> pending_;  // parts of each split not yet done
   std::int64_t states_floats_ = 0;
   std::int64_t max_block_rows_ = 0;
   bool serial_ = true;  // too little work to wake a thread for
   AlignedBuffer states_;
+  AlignedBuffer carried_;  // of all carried rows: the state, and that of the open chunk, twice
   std::vector<AlignedBuffer> scratch_;
 };
 

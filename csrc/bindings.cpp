@@ -20,6 +20,7 @@ using namespace nb::literals;
 
 namespace radixkv {
 
+void bind_cascade(nb::module_& m);    // bindings_cascade.cpp
 void bind_attention(nb::module_& m);  // bindings_attention.cpp
 
 namespace {
@@ -326,6 +327,7 @@ NB_MODULE(_core, m) {
   radixkv::bind_cache(m);
   radixkv::bind_lease(m);
   radixkv::bind_page_table(m);
+  radixkv::bind_cascade(m);
   radixkv::bind_attention(m);
   m.def("prefer_huge_pages", &radixkv::prefer_huge_pages, "address"_a, "nbytes"_a,
         "Ask that memory be backed by huge pages as it is first touched. A wish: never an error.");

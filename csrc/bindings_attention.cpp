@@ -2,14 +2,17 @@
 // the arrays of a page table cross as int32 numpy arrays, checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention_plan.hpp"
+#include "bindings_cascade.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,8 +29,6 @@ using attention::DType;
 using attention::KvLayout;
 using attention::PageTableView;
 using attention::Rows;
-
-using Int32Array = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;
@@ -46,13 +47,7 @@ class Plan {
 
   void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
             const Int32Array& kv_last_page_len, const Int32Array& slots) {
-    const std::size_t batch_size = kv_last_page_len.shape(0);
-    expect_length("qo_indptr", qo_indptr.shape(0), batch_size + 1);
-    expect_length("kv_indptr", kv_indptr.shape(0), batch_size + 1);
-    const std::int64_t num_pages = kv_indptr.data()[batch_size];
-    expect_length("kv_indices", kv_indices.shape(0), static_cast<std::size_t>(num_pages < 0 ? 0 : num_pages));
-    const PageTableView view{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(),
-                             kv_indices.data(), kv_last_page_len.data()};
+    const PageTableView view = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
     const nb::gil_scoped_release release;
     plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
   }
@@ -75,6 +70,8 @@ class Plan {
               reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap});
   }
 
+  std::shared_ptr<const attention::Cascade> cascade() { return plan_.cascade(); }
+  void set_costs(const attention::CascadeCosts& costs) { plan_.set_costs(costs); }
   std::int64_t num_rows() const { return plan_.num_rows(); }
   std::string isa() const { return plan_.isa(); }
   int num_threads() const { return plan_.num_threads(); }
@@ -84,12 +81,6 @@ class Plan {
   }
 
  private:
-  static void expect_length(const char* name, std::size_t have, std::size_t want) {
-    if (have == want) return;
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(have) + " entries: it must have " +
-                                std::to_string(want));
-  }
-
   KvLayout strided(std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride) const {
     KvLayout layout = layout_;
     layout.page_stride = page_stride;
@@ -124,6 +115,8 @@ void bind_attention(nb::module_& m) {
       .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)
+      .def_prop_ro("cascade", &Plan::cascade)
+      .def("set_costs", &Plan::set_costs, "costs"_a)
       .def_prop_ro("num_rows", &Plan::num_rows)
       .def_prop_ro("isa", &Plan::isa)
       .def_prop_rw("num_threads", &Plan::num_threads, &Plan::set_num_threads);

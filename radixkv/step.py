@@ -14,6 +14,7 @@ from radixkv.cache import Lease
 from radixkv.errors import InvalidArgument, LeaseError
 
 if TYPE_CHECKING:
+    from radixkv.attention.cascade import CascadePlan
     from radixkv.engine import Engine
 
 __all__ = ["Step"]
@@ -40,6 +41,7 @@ class Step:
         self._leases = list(leases)
         self._layers_done: set[int] = set()
         self._open = False
+        self._plan: CascadePlan | None = None
 
     def __enter__(self) -> Step:
         if not self._engine.step_lock.acquire(blocking=False):
@@ -65,6 +67,22 @@ class Step:
         self.last_rows = torch.from_numpy(table.last_rows).to(engine.device)
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
         self._layers_done.clear()
+        self._plan = None
+
+    @property
+    def plan(self) -> CascadePlan:
+        """What the leases of this step share and what is made of it: ``print(step.plan.explain())``.
+
+        Made when first asked for, which the step must be open for; it stays valid after the step.
+
+        Raises:
+            LeaseError: the step is not open.
+        """
+        if self._plan is None:
+            if not self._open:
+                raise LeaseError("the step is not open: ask for its plan inside `with engine.step(leases) as step`")
+            self._plan = self._engine.attention.cascade
+        return self._plan
 
     def attend(
         self,

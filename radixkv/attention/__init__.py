@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from radixkv.attention.cascade import CascadePlan
+
 __all__ = ["Attention", "PageTable"]
 
 
@@ -52,6 +54,10 @@ class Attention(Protocol):
 
     def plan(self, table: PageTable) -> None:
         """Take a copy of the table, check it and schedule the work of every later call."""
+
+    @property
+    def cascade(self) -> CascadePlan:
+        """What the planned requests share, which of it is read once for all of them, and why."""
 
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the caches.

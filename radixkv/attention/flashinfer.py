@@ -22,6 +22,7 @@ import torch
 
 from ..errors import BackendUnavailable, InvalidArgument
 from . import PageTable
+from .cascade import OFF, CascadePlan
 from .checks import check_options, check_table
 from .flashinfer_plans import IndexArrays, PlanSet, Wrapper
 from .fp8 import FP8, check_storage, quantize
@@ -139,6 +140,13 @@ class FlashInferAttention:
         self._step = _Step(rows == len(table.kv_last_page_len), rows, arrays) if rows else None
         self._planned = {}
         self._set_rows(rows)
+
+    @property
+    def cascade(self) -> CascadePlan:
+        """What the planned requests share. This backend does not run it: no segment is used."""
+        empty = [torch.zeros(n, dtype=torch.int32) for n in (1, 1, 0, 0, 0)]
+        arrays = self._step.arrays.host[:5] if self._step is not None else empty
+        return CascadePlan.derive(PageTable(*(a.numpy() for a in arrays)), self._pages[1], OFF)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""

@@ -7,6 +7,7 @@ the batch and the number of threads (see csrc/attention.hpp).
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from typing import NoReturn
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from .. import _core
 from ..errors import InvalidArgument
 from . import PageTable
+from .cascade import NATIVE, CascadeCosts, CascadePlan
 from .checks import check_int32, check_options
 
 __all__ = ["NativeAttention"]
@@ -26,6 +28,8 @@ class NativeAttention:
 
     dtype (float32, bfloat16 or float16) is that of every tensor; sums are float32 throughout. num_threads defaults to
     torch's. isa forces an instruction set; by default it is the machine's best, or the environment's RADIXKV_ISA.
+    Keys that several requests share are read once for all of them where `cascade` says that it pays (`cascade.OFF`:
+    never); it changes the time, not a bit of the result.
     One call runs at a time. Raises `InvalidArgument` for a geometry the kernels do not take: head_dim not a multiple
     of 8 or above 256, num_qo_heads not a multiple of num_kv_heads, an isa this machine lacks.
     """
@@ -41,6 +45,7 @@ class NativeAttention:
         dtype: torch.dtype,
         num_threads: int | None = None,
         isa: str | None = None,
+        cascade: CascadeCosts = NATIVE,
     ) -> None:
         if dtype not in _DTYPES:
             raise InvalidArgument(f"dtype is {dtype}: use torch.float32, torch.bfloat16 or torch.float16")
@@ -57,6 +62,9 @@ class NativeAttention:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise InvalidArgument(f"{name} is {value!r}: give an integer from 1 to 2**31 - 1")
         self._plan = _core.AttentionPlan(**sizes, dtype=_DTYPES[dtype], isa=isa or "")
+        self._plan.set_costs(_core.CascadeCosts(*astuple(cascade)))
+        self._costs = cascade
+        self._token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
         self._dtype = dtype
         self._sm_scale = head_dim**-0.5
         self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
@@ -86,6 +94,11 @@ class NativeAttention:
 
     def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Nothing to do: the kernels are compiled with the package."""
+
+    @property
+    def cascade(self) -> CascadePlan:
+        """What the planned requests share and what is made of it. It stays valid when the next step is planned."""
+        return CascadePlan(self._plan.cascade, self._token_bytes, self._costs)
 
     def plan(self, table: PageTable) -> None:
         """Copy and check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""

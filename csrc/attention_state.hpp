@@ -1,0 +1,67 @@
+// What becomes of the states of chunks: they are merged from left to right and written out. Part of
+// attention_kernel.hpp; see there.
+#pragma once
+
+#include "attention.hpp"
+#include "attention_math.hpp"
+
+namespace radixkv::attention::RADIXKV_ISA {
+
+RADIXKV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
+RADIXKV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
+RADIXKV_INLINE std::int64_t min_int64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+RADIXKV_INLINE std::int64_t max_int64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+static void merge_head(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state) {
+  const std::int64_t stride = padded_dim(head_dim);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    if (later.sum[i] == 0.0f) continue;
+    const float* from = later.acc + i * stride;
+    float* to = state.acc + i * stride;
+    if (state.sum[i] == 0.0f) {
+      state.max[i] = later.max[i];
+      state.sum[i] = later.sum[i];
+      for (std::int64_t d = 0; d < stride; d += kLanes) store(to + d, load(from + d));
+      continue;
+    }
+    const float top = state.max[i] > later.max[i] ? state.max[i] : later.max[i];
+    const float keep = exp2_nonpositive(state.max[i] - top), gain = exp2_nonpositive(later.max[i] - top);
+    state.max[i] = top;
+    state.sum[i] = state.sum[i] * keep + later.sum[i] * gain;
+    for (std::int64_t d = 0; d < stride; d += kLanes) {
+      store(to + d, fma(load(from + d), set1(gain), mul(load(to + d), set1(keep))));
+    }
+  }
+}
+
+static void merge(std::int64_t heads, std::int64_t vectors, std::int64_t head_dim, const RowState& later,
+                  const RowState& state) {
+  for (std::int64_t h = 0; h < heads; ++h) {
+    merge_head(vectors, head_dim, state_from(later, h * later.head_stride, head_dim),
+               state_from(state, h * state.head_stride, head_dim));
+  }
+}
+
+template <class Format>
+static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
+  const int head_dim = batch.layout.head_dim, group = batch.group;
+  const std::int64_t stride = padded_dim(head_dim);
+  const std::int64_t out_heads = static_cast<std::int64_t>(batch.layout.num_kv_heads) * group;
+  const std::int64_t first_row = batch.table.qo_indptr[block.request];
+  for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
+    std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
+    for (int row = block.row_begin; row < block.row_end; ++row) {
+      for (int g = 0; g < group; ++g, ++i) {
+        const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
+        char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * head_dim * Format::kBytes;
+        const F sum = set1(state.sum[i]);
+        for (int d = 0; d < head_dim; d += kLanes) {
+          const int n = min_int(head_dim - d, kLanes);
+          Format::store(to + d * Format::kBytes, div(load(state.acc + i * stride + d), sum), n);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace radixkv::attention::RADIXKV_ISA

@@ -1,0 +1,61 @@
+#include "table_check.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace radixkv::attention {
+namespace {
+
+std::string text(std::int64_t n) { return std::to_string(n); }
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+void check_indptr(const char* name, const std::int32_t* indptr, std::int32_t batch_size) {
+  if (indptr[0] != 0) fail(std::string(name) + "[0] is " + text(indptr[0]) + ": it must be 0");
+  for (std::int32_t b = 0; b < batch_size; ++b) {
+    if (indptr[b + 1] < indptr[b]) {
+      fail(std::string(name) + "[" + text(b + 1) + "] is " + text(indptr[b + 1]) + " after " + text(indptr[b]) +
+           ": it must not decrease");
+    }
+  }
+}
+
+void check_request(const PageTableView& table, std::int32_t b, std::int32_t page_size) {
+  const std::int64_t rows = table.num_rows(b);
+  const std::int64_t pages = table.kv_indptr[b + 1] - table.kv_indptr[b];
+  const std::int32_t last = table.kv_last_page_len[b];
+  const std::string who = "request " + text(b);
+  if (rows == 0) fail(who + " has no new row: leave it out of the step");
+  if (pages == 0) fail(who + " has " + text(rows) + " rows and no page: give it ceil(length / page_size) pages");
+  if (last < 1 || last > page_size) {
+    fail(who + ": kv_last_page_len is " + text(last) + ": it must be 1 to page_size = " + text(page_size));
+  }
+  const std::int64_t kv_len = table.kv_len(b, page_size);
+  if (kv_len < rows) {
+    fail(who + " has " + text(rows) + " new rows but a length of " + text(kv_len) +
+         ": its length includes the new rows");
+  }
+}
+
+}  // namespace
+
+void check_range(const char* name, const std::int32_t* ids, std::int64_t count, std::int64_t limit) {
+  std::uint32_t largest = 0;  // a negative id is a large unsigned one
+  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<std::uint32_t>(ids[i]));
+  if (count == 0 || static_cast<std::int64_t>(largest) < limit) return;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= limit) {
+      fail(std::string(name) + "[" + text(i) + "] is " + text(ids[i]) + ": it must be 0 to " + text(limit - 1));
+    }
+  }
+}
+
+void check_table(const PageTableView& table, std::int32_t page_size, std::int64_t num_pages) {
+  check_indptr("qo_indptr", table.qo_indptr, table.batch_size);
+  check_indptr("kv_indptr", table.kv_indptr, table.batch_size);
+  for (std::int32_t b = 0; b < table.batch_size; ++b) check_request(table, b, page_size);
+  check_range("kv_indices", table.kv_indices, table.kv_indptr[table.batch_size], num_pages);
+}
+
+}  // namespace radixkv::attention

@@ -1,0 +1,271 @@
+"""Cascade: the K and V that several requests of one step share are read once for all of them.
+
+From a step's page table the native core derives the shared segments: runs of pages that two or more requests begin
+with, by identity of the pages, at any depth and in any number of families. A cost model decides which of them pay. The
+native backend runs the plan with a bit-identical result; for FlashInfer `CascadePlan.levels` gives its CSR arrays.
+
+    plan = CascadePlan.derive(table, page_size=16, costs=FLASHINFER)
+    q = q[plan.rows]                      # users of a segment become neighbours
+    for level in plan.levels():           # the last is each request's own rest, causal
+        ...                               # attend with these arrays, merge the states
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _core
+from . import PageTable
+
+__all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment"]
+
+_VERDICTS = ("used", "too few users", "too short", "does not pay", "too many levels")
+
+
+@dataclass(frozen=True)
+class CascadeCosts:
+    """When a shared segment pays. The unit is the time that reading one token's K and V takes.
+
+    A segment of n tokens with u users, who have r new rows together, saves (u - 1) * n and costs launch_tokens +
+    merge_tokens * r. The defaults are the native backend's.
+    """
+
+    min_users: int = 2
+    """Segments of fewer users are not used."""
+    min_tokens: int = 64
+    """Nor are segments that are shorter than this."""
+    launch_tokens: float = 64.0
+    """What one more unit of work costs: a barrier and a work item here, a kernel launch on a GPU."""
+    merge_tokens: float = 160.0
+    """What carrying the state of one row from segment to segment costs. The native default is where decoding began to
+    gain when measured: at 384 shared tokens for two requests, at 192 for eight."""
+    max_levels: int = 0
+    """Used segments on one request's path, counted from the root; 0: any number."""
+    max_rows: int = 16
+    """Requests with more new rows share nothing, because they are bound by arithmetic; 0: no limit."""
+    granularity: int = 64
+    """Tokens a backend handles at once: it serves a segment's tokens rounded down to a multiple."""
+
+
+NATIVE = CascadeCosts()
+"""Costs of the CPU backend: 64 tokens are a tile, which is the finest cut that keeps the bits."""
+
+FLASHINFER = CascadeCosts(
+    min_users=4, min_tokens=512, launch_tokens=4096.0, merge_tokens=4.0, max_levels=2, max_rows=0, granularity=1
+)
+"""A start for GPUs: a launch of some microseconds is worth thousands of tokens' reading. Tune it on the device."""
+
+
+OFF = CascadeCosts(min_users=2**31 - 1)
+"""No cascade: every request reads its own."""
+
+
+class Segment(NamedTuple):
+    """A run of pages that all of its users, and no other request of the step, have after its parent's pages."""
+
+    users: tuple[int, ...]
+    """Requests, by their place in the table."""
+    page_begin: int
+    """Place of its first page in its users' lists of pages."""
+    page_end: int
+    first_page: int
+    """Where a backend begins: before page_begin if the segments above are not used."""
+    token_begin: int
+    """What it serves, rounded down to the costs' granularity."""
+    token_end: int
+    parent: int | None
+    """Index of the segment that it continues."""
+    level: int
+    """How many used segments lie above it."""
+    used: bool
+    reason: str
+    """Why it is or is not used."""
+
+    @property
+    def tokens_saved(self) -> int:
+        """Tokens whose K and V need not be read again, if it is used."""
+        return (len(self.users) - 1) * (self.token_end - self.token_begin)
+
+
+class Level(NamedTuple):
+    """One level's arrays in FlashInfer's layout: a group of permuted rows for each stretch of pages."""
+
+    qo_indptr: npt.NDArray[np.int32]
+    kv_indptr: npt.NDArray[np.int32]
+    kv_indices: npt.NDArray[np.int32]
+    kv_last_page_len: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class CascadePlan:
+    """The shared segments of one step and which of them are used. It does not change with later steps."""
+
+    core: _core.Cascade
+    token_bytes: int = 0
+    """Bytes of one token's K and V in one layer, for `explain`."""
+    costs: CascadeCosts = field(default=NATIVE)
+
+    @classmethod
+    def derive(
+        cls, table: PageTable, page_size: int, costs: CascadeCosts = NATIVE, token_bytes: int = 0
+    ) -> CascadePlan:
+        """Raises `InvalidArgument` for a table that a backend would refuse."""
+        return cls(_core.derive_cascade(*table[:4], page_size, _core.CascadeCosts(*astuple(costs))), token_bytes, costs)
+
+    @cached_property
+    def order(self) -> npt.NDArray[np.int32]:
+        """[B]: a permutation of the requests in which the users of every segment are neighbours."""
+        return self.core.order
+
+    @cached_property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """[rows]: the rows in that order; row i of the levels is row rows[i] of the table."""
+        indptr = self.core.qo_indptr
+        return np.concatenate(
+            [np.arange(indptr[b], indptr[b + 1], dtype=np.int64) for b in self.order] or [np.empty(0, np.int64)]
+        )
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Every shared segment, used or not; parents come before their children."""
+        page_size, step = self.core.page_size, self.costs.granularity
+        found = []
+        fields = self.core.segments.reshape(-1, 8).tolist()
+        for begin, end, first, user_begin, user_end, parent, level, verdict in fields:
+            found.append(
+                Segment(
+                    users=tuple(self.order[user_begin:user_end].tolist()),
+                    page_begin=begin,
+                    page_end=end,
+                    first_page=first,
+                    token_begin=first * page_size // step * step,
+                    token_end=end * page_size // step * step,
+                    parent=None if parent < 0 else parent,
+                    level=level,
+                    used=verdict == 0,
+                    reason=_VERDICTS[verdict],
+                )
+            )
+        return tuple(found)
+
+    @property
+    def shared(self) -> bool:
+        """Whether any segment is used."""
+        return self.core.levels > 0
+
+    @property
+    def tokens_saved(self) -> int:
+        """Tokens whose K and V are not read again, of all used segments."""
+        return sum(s.tokens_saved for s in self.segments if s.used)
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens whose K and V a layer reads when every request reads its own."""
+        pages, last = np.diff(self.core.kv_indptr), self.core.kv_last_page_len
+        return int(((pages - 1) * self.core.page_size + last).sum())
+
+    def levels(self) -> list[Level]:
+        """One level for each depth of used segments, and a last one with what is left to every request.
+
+        All levels have the same rows in the same order (`rows`). A request without a segment on a level has a group of
+        no page there, with kv_last_page_len 0; the last level's groups hold at least the new rows.
+        """
+        return [self._shared_level(level) for level in range(self.core.levels)] + [self._last_level()]
+
+    def _pages(self, request: int, begin: int, end: int | None = None) -> npt.NDArray[np.int32]:
+        indptr = self.core.kv_indptr
+        return self.core.kv_indices[indptr[request] : indptr[request + 1]][begin:end]
+
+    def _shared_level(self, level: int) -> Level:
+        starts = {s.users[0]: s for s in self.segments if s.used and s.level == level}
+        groups, pages, lasts = [], [], []
+        place = 0
+        while place < len(self.order):
+            segment = starts.get(int(self.order[place]))
+            users = self.order[place : place + 1] if segment is None else segment.users
+            groups.append(sum(int(self._row_counts[b]) for b in users))
+            if segment is None:
+                pages.append(np.empty(0, np.int32))
+            else:
+                pages.append(self._pages(segment.users[0], segment.first_page, segment.page_end))
+            lasts.append(0 if segment is None else self.core.page_size)
+            place += len(users)
+        return _level(groups, pages, lasts)
+
+    def _last_level(self) -> Level:
+        shared, last = self.core.shared_pages, self.core.kv_last_page_len
+        pages = [self._pages(b, int(shared[b])) for b in self.order]
+        return _level([int(self._row_counts[b]) for b in self.order], pages, [int(last[b]) for b in self.order])
+
+    @cached_property
+    def _row_counts(self) -> npt.NDArray[np.int32]:
+        return np.diff(self.core.qo_indptr)
+
+    def explain(self) -> str:
+        """What the requests of the step share, what is made of it and why, in a few lines."""
+        requests = len(self.order)
+        if not self.segments:
+            many = f" (those of more than {self.costs.max_rows} new rows aside)" if self.costs.max_rows else ""
+            why = f"no two{many} share a full page before their new rows"
+            return f"{requests} requests: {why}, each reads its own K and V"
+        read, saved = self.tokens_read, self.tokens_saved
+        lines = [
+            f"{requests} requests, {len(self.segments)} shared segments, {sum(s.used for s in self.segments)} used in "
+            f"{self.core.levels} levels: a layer reads K and V of {read - saved} tokens instead of {read}"
+            + (f", {_bytes(saved * self.token_bytes)} less" if self.token_bytes else "")
+        ]
+        for index, s in enumerate(self.segments):
+            after = "the root" if s.parent is None else f"segment {s.parent}"
+            tokens = s.token_end - s.token_begin
+            bytes_saved = f" ({_bytes(s.tokens_saved * self.token_bytes)})" if self.token_bytes else ""
+            lines.append(
+                f"  segment {index} after {after}: {len(s.users)} users {_some(s.users)}, pages {s.page_begin} to "
+                f"{s.page_end - 1}, serves {tokens} tokens: {self._why(s, bytes_saved)}"
+            )
+        return "\n".join(lines)
+
+    def _why(self, s: Segment, bytes_saved: str) -> str:
+        costs, tokens = self.costs, s.token_end - s.token_begin
+        rows = sum(int(self._row_counts[b]) for b in s.users)
+        spent = costs.launch_tokens + costs.merge_tokens * rows
+        if s.used:
+            saves = f"saves reading {s.tokens_saved} tokens{bytes_saved}"
+            return f"used at level {s.level}, {saves} for the price of {spent:g}"
+        details = {
+            _VERDICTS[1]: f"{len(s.users)}, at least {costs.min_users} wanted",
+            _VERDICTS[2]: f"{tokens} tokens in units of {costs.granularity}, at least {costs.min_tokens} wanted",
+            _VERDICTS[3]: f"would save {s.tokens_saved} tokens for the price of {spent:g}",
+            _VERDICTS[4]: f"at most {costs.max_levels}",
+        }
+        return f"not used, {s.reason}: {details[s.reason]}"
+
+
+def _level(groups: list[int], pages: list[npt.NDArray[np.int32]], lasts: list[int]) -> Level:
+    return Level(
+        _indptr(groups),
+        _indptr([len(p) for p in pages]),
+        np.concatenate([*pages, np.empty(0, np.int32)]).astype(np.int32),
+        np.array(lasts, dtype=np.int32),
+    )
+
+
+def _indptr(counts: list[int]) -> npt.NDArray[np.int32]:
+    return np.cumsum([0, *counts]).astype(np.int32)
+
+
+def _some(users: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, users[:8]))
+    return f"({shown}, ...)" if len(users) > 8 else f"({shown})"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"
