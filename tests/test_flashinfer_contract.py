@@ -108,6 +108,15 @@ def half(*shape: int, **options: Any) -> torch.Tensor:
     return torch.zeros(*shape, **({"dtype": torch.float16} | options))
 
 
+def test_the_plan_says_that_this_backend_shares_nothing():
+    backend, _ = recorded(num_pages=8)
+    assert backend.cascade.segments == ()
+    shared = PageTable(int32(0, 1, 2), int32(0, 2, 4), int32(5, 1, 5, 2), int32(1, 1), int32(4, 8))
+    backend.plan(shared)
+    [segment] = backend.cascade.segments
+    assert (segment.users, segment.used) == ((0, 1), False)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 BROKEN_CONTRACTS = [
