@@ -44,13 +44,13 @@ class Cache(Protocol):
         """A whole request: match, lock, take room (evicting), publish, unlock. Timed in the replay. Hit tokens."""
 
     def prepare(self, prompt: Any, whole: Any) -> Any:
-        """A claim on `whole`, whose prefix `prompt` is cached, with room for the rest. Not timed."""
+        """A claim on `whole`, whose prefix `prompt` is cached, with room for the rest. Timed in a turn only."""
 
     def commit(self, claim: Any) -> None:
         """Publish the rest. Timed."""
 
     def finish(self, claim: Any) -> None:
-        """Unlock. Not timed."""
+        """Unlock. Timed in a turn only."""
 
     def evict(self, pages: int) -> int:
         """Evict up to `pages` pages; how many. Timed."""
@@ -84,7 +84,7 @@ def lookups(make: Make, count: int, repeats: int) -> dict[str, Any]:
         for tokens in workload.long_turns(length):
             cache.serve(cache.native(tokens))
     empty = overhead_us()
-    out: dict[str, Any] = {"acquire_us": {}, "acquire_release_us": {}, "commit_us": {}}
+    out: dict[str, Any] = {"acquire_us": {}, "acquire_release_us": {}, "commit_us": {}, "turn_us": {}}
     for length in workload.LENGTHS:
         prompt = cache.native(workload.long_prompt(length))
         acquires, both = [], []
@@ -97,12 +97,16 @@ def lookups(make: Make, count: int, repeats: int) -> dict[str, Any]:
         out["acquire_release_us"][length] = statistics.median(both)
     for length in workload.COMMIT_UNDER:
         prompt = workload.long_prompt(length)[:length]
-        commits = []
+        commits, turns = [], []
         for suffix in workload.suffixes(repeats):
-            claim = cache.prepare(cache.native(prompt), cache.native(np.concatenate([prompt, suffix])))
-            commits.append(timed(cache.commit, claim)[0] / 1e3 - empty)
-            cache.finish(claim)
+            first, whole = cache.native(prompt), cache.native(np.concatenate([prompt, suffix]))
+            prepared, claim = timed(cache.prepare, first, whole)
+            committed, _ = timed(cache.commit, claim)
+            finished, _ = timed(cache.finish, claim)
+            commits.append(committed / 1e3 - empty)
+            turns.append((prepared + committed + finished) / 1e3 - 3 * empty)
         out["commit_us"][length] = statistics.median(commits)
+        out["turn_us"][length] = statistics.median(turns)
     return out
 
 
@@ -123,7 +127,8 @@ def eviction(make: Make, nodes: int) -> dict[str, float]:
 
 
 def replay(make: Make, trace: Path, limit: int | None, repeats: int) -> dict[str, float]:
-    rates, seconds = [], 0.0
+    rates: list[float] = []
+    seconds = 0.0
     while len(rates) < repeats and seconds < REPLAY_SECONDS / 3:
         cache = make(workload.REPLAY_TOKENS // PAGE)
         hits = inputs = requests = spent = 0

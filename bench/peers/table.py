@@ -73,6 +73,7 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
     for length in map(str, COMMIT_UNDER):
         name = f"commit 1k under {int(length) / 1024:g}k"
         yield make.row(name, "us", ("commit_us", length), ">= 10x", _at_least(10))
+        yield make.row(f"turn of 1k on {int(length) / 1024:g}k", "us", ("turn_us", length), "", None)
     commits = make.ours.get("commit_us")
     if commits:
         yield _spread("commit, most / least", list(commits.values()), "<= 1.2")
