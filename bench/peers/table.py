@@ -91,10 +91,9 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
     if rate.figures:
         replays = [found["replay"] for name, found in make.contenders.items() if name != OURS and "replay" in found]
         same = make.ours.get("replay", {}).get("requests")
-        best = max((found["hit_rate"] for found in replays if found["requests"] == same), default=0.0)
-        yield make.row(
-            "replay, hit rate", "%", ("replay", "hit_rate"), "no peer's is better", _least(best - HIT_TOLERANCE), True
-        )
+        best = max((found["hit_rate"] for found in replays if found["requests"] == same), default=None)
+        met = None if best is None else _least(best - HIT_TOLERANCE)
+        yield make.row("replay, hit rate", "%", ("replay", "hit_rate"), "no peer's is better", met, True)
     yield make.row("cold start", "ms", ("cold_start_ms",), "<= 60", _most(60))
 
 
