@@ -93,10 +93,17 @@ bench: build  ## bench/operations.py, bench/attention.py, bench/cascade.py
 	$(PY) -m bench.attention
 	$(PY) -m bench.cascade
 
+peers-venv: .venv/.deps  ## install the peers that bench-peers compares with, into build/peers-venv
+	$(PY) -m bench.peers.setup
+
+bench-peers: build  ## bench/peers: beside SGLang and vLLM (needs RADIXKV_TRACES or ../shared/traces for the replay)
+	@test -e build/peers-venv/failed.json || $(PY) -m bench.peers.setup
+	$(PY) -m bench.peers
+
 pictures: build  ## draw the pictures of README and docs
 	$(PY) -c 'import runpy; runpy.run_path("docs/pictures.py", run_name="__main__")'
 
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench peers-venv bench-peers clean
