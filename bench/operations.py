@@ -54,7 +54,8 @@ def conversations(cache: radixkv.PrefixCache, count: int, seed: int = 0) -> None
 
 
 def lookups(count: int, repeats: int) -> list[dict[str, Any]]:
-    pages = (SYSTEM + count * TURNS * 128 + 2 * sum(LENGTHS)) // PAGE + 4096
+    suffixes = len(LENGTHS) * repeats * 1024  # of the commits; nothing is evicted, so runs of pages stay contiguous
+    pages = (SYSTEM + count * TURNS * 128 + 2 * sum(LENGTHS) + suffixes) // PAGE + 4096
     cache = radixkv.PrefixCache(pages, PAGE)
     conversations(cache, count)
     rng = np.random.default_rng(1)

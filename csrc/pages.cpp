@@ -37,8 +37,13 @@ void Pages::give_back(PageId page) {
 
 // How many pages of the run that starts at `first`, at most `most`, have ascending ids.
 std::int32_t Pages::contiguous(PageId first, std::int32_t most) const {
-  constexpr std::int32_t kBlock = 16;  // links looked at together
+  constexpr std::int32_t kBlock = 16;  // links looked at together, once a run has shown itself to be long
   std::int32_t n = 1;
+  const auto step_to = [&](std::int32_t end) {
+    while (n < end && next_[first + n - 1] == first + n) ++n;
+  };
+  step_to(std::min(most, kBlock));
+  if (n < kBlock) return n;
   while (n + kBlock <= most && first + n + kBlock <= num_pages_) {
     const PageId* next = next_.data() + first + n - 1;
     std::int32_t differ = 0;
@@ -46,7 +51,7 @@ std::int32_t Pages::contiguous(PageId first, std::int32_t most) const {
     if (differ != 0) break;
     n += kBlock;
   }
-  while (n < most && next_[first + n - 1] == first + n) ++n;
+  step_to(most);
   return n;
 }
 
