@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..errors import InvalidArgument
 from . import PageTable
 
-__all__ = ["RowPlaces", "check_int32", "check_options", "check_table"]
+__all__ = ["RowPlaces", "check_int32", "check_options", "check_sizes", "check_table"]
 
 
 class RowPlaces(NamedTuple):
@@ -28,6 +28,13 @@ def check_int32(name: str, array: Any) -> None:
     if str(getattr(array, "dtype", None)) != "int32" or array.ndim != 1 or not array.flags.c_contiguous:
         kind = f"{array.dtype} with {array.ndim} dimensions" if hasattr(array, "dtype") else type(array).__name__
         raise InvalidArgument(f"{name} is {kind}: pass a contiguous one-dimensional int32 numpy array")
+
+
+def check_sizes(sizes: dict[str, int]) -> None:
+    """Raise `InvalidArgument` unless every size is an int from 1 to 2**31 - 1."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise InvalidArgument(f"{name} is {value!r}: give an integer from 1 to 2**31 - 1")
 
 
 def check_options(sm_scale: float, window_left: int, logits_soft_cap: float) -> None:

@@ -23,7 +23,7 @@ import torch
 from ..errors import BackendUnavailable, InvalidArgument
 from . import PageTable
 from .cascade import OFF, CascadePlan
-from .checks import check_options, check_table
+from .checks import check_options, check_sizes, check_table
 from .flashinfer_plans import IndexArrays, PlanSet, Wrapper
 from .fp8 import FP8, check_storage, quantize
 
@@ -356,9 +356,7 @@ def _load(device: torch.device) -> Any:
 
 def _check_sizes(num_qo_heads: int, num_kv_heads: int, num_pages: int, page_size: int) -> None:
     sizes = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "num_pages": num_pages, "page_size": page_size}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise InvalidArgument(f"{name} is {value!r}: give an integer from 1 to 2**31 - 1")
+    check_sizes(sizes)
     if num_qo_heads % num_kv_heads:
         raise InvalidArgument(
             f"num_qo_heads is {num_qo_heads} and num_kv_heads is {num_kv_heads}: the first must be a multiple of the "

@@ -16,7 +16,7 @@ from .. import _core
 from ..errors import InvalidArgument
 from . import PageTable
 from .cascade import NATIVE, CascadeCosts, CascadePlan
-from .checks import check_int32, check_options
+from .checks import check_int32, check_options, check_sizes
 
 __all__ = ["NativeAttention"]
 
@@ -58,9 +58,7 @@ class NativeAttention:
             "page_size": page_size,
             "num_threads": threads,
         }
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise InvalidArgument(f"{name} is {value!r}: give an integer from 1 to 2**31 - 1")
+        check_sizes(sizes)
         self._plan = _core.AttentionPlan(**sizes, dtype=_DTYPES[dtype], isa=isa or "")
         self._plan.set_costs(_core.CascadeCosts(*astuple(cascade)))
         self._costs = cascade

@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -104,10 +105,8 @@ class EngineCache(Cache):  # type: ignore[misc]
 
     def _copy_shared_pages(self) -> None:
         """Do the copies that the lease asks for before anything is written to its pages."""
-        for source, target, count in self.lease.copies:
-            for tensors in (self.engine.pool.k, self.engine.pool.v):
-                for tensor in tensors:
-                    tensor[target, :count] = tensor[source, :count]
+        for source, target, _ in self.lease.copies:
+            self.engine.pool.copy_pages(np.array([source], np.int32), np.array([target], np.int32))
 
     def _update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new K and V, `[1, num_kv_heads, rows, head_dim]`, and return those of the whole sequence."""
