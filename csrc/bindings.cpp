@@ -55,6 +55,19 @@ Raises:
     NotCached: not all of the tokens are cached.
     PoolExhausted: pins would hold more than 7/8 of the pool.)";
 
+constexpr const char* kDropDoc =
+    R"(No later row sees the first num_tokens tokens (a sliding window): take the pages that lie wholly in them from its view.
+
+Pages that are shared through the tree stay there, as long as the lease lives. Private ones are freed, and nothing from
+there on can be published any more: commit() first what later requests shall find. Positions do not change, nor
+lease.tokens. With an Engine use Engine.drop.
+
+Returns:
+    The number of pages freed.
+
+Raises:
+    InvalidArgument: more than the tokens written.)";
+
 constexpr std::int64_t kLongWork = 4096;  // tokens; shorter calls are over before another thread could use the GIL
 
 template <typename F>
@@ -107,6 +120,11 @@ nb::list copies(const PyLease& l) {
   nb::list out;
   if (PageCopy c; l.lease->copy(&c)) out.append(nb::make_tuple(c.source, c.target, c.tokens));
   return out;
+}
+
+nb::object lease_pages(const PyLease& l) {
+  const std::vector<PageId>& pages = l.lease->pages();
+  return to_numpy(std::vector<PageId>(pages.begin() + l.lease->first_page(), pages.end()));
 }
 
 nb::object lease_tokens(const PyLease& l) {
@@ -249,8 +267,11 @@ void bind_lease(nb::module_& m) {
       .def_prop_ro("namespace", [](const PyLease& l) { return l.lease->name(); })
       .def_prop_ro("released", [](const PyLease& l) { return l.lease->released(); })
       .def_prop_ro(
-          "pages", [](const PyLease& l) { return to_numpy(l.lease->pages()); },
-          "int32 array (a copy): the page of each run of page_size tokens, in order. commit() may change it.")
+          "num_dropped", [](const PyLease& l) { return l.lease->num_dropped(); },
+          "Tokens, from the first on, whose pages it dropped; a multiple of page_size.")
+      .def_prop_ro("pages", &lease_pages,
+                   "int32 array (a copy): the page of each run of page_size tokens after those that were dropped, in "
+                   "order. commit() may change it.")
       .def_prop_ro("tokens", &lease_tokens, "int32 array (a copy) of all its tokens. O(num_tokens).")
       .def_prop_ro("copies", &copies,
                    "[(source page, target page, tokens)]: copy the K and V of these leading tokens before writing; "
@@ -269,6 +290,9 @@ void bind_lease(nb::module_& m) {
             l.lease->advance(n ? *n : -1);
           },
           "n"_a = nb::none(), "K and V of the next n tokens (all by default) are written, and pending copies made.")
+      .def(
+          "drop", [](PyLease& l, std::int64_t num_tokens) { return l.lease->drop(num_tokens); }, "num_tokens"_a,
+          kDropDoc)
       .def(
           "commit", [](PyLease& l) { l.lease->commit(); },
           "Publish what is written, so that other requests match it. Duplicates of pages that another request "
@@ -297,6 +321,7 @@ void bind_page_table(nb::module_& m) {
       .def(nb::init<>())
       .def(
           "assemble", [](PageTable& t, nb::sequence leases) { t.assemble(batch(leases)); }, "leases"_a)
+      .def_ro("window_limit", &PageTable::window_limit)
       .def_prop_ro("qo_indptr", [](const PageTable& t) { return to_numpy(t.qo_indptr); })
       .def_prop_ro("kv_indptr", [](const PageTable& t) { return to_numpy(t.kv_indptr); })
       .def_prop_ro("kv_indices", [](const PageTable& t) { return to_numpy(t.kv_indices); })

@@ -105,6 +105,7 @@ void bind_attention(nb::module_& m) {
   m.def(
       "isa", [] { return std::string(attention::kernel().isa); },
       "The instruction set that attention uses: the machine's best, or the environment's RADIXKV_ISA.");
+  m.attr("CHUNK_KEYS") = attention::kChunkKeys;
   m.def("isas", &isas, "The instruction sets that this machine supports, best first.");
 
   nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")

@@ -171,6 +171,29 @@ void Cache::advance(Lease& lease, std::int64_t n) {
   lease.num_written_ += n;
 }
 
+// Shared pages leave the view only. Private ones are freed, last first, so that their ids come back in ascending order.
+std::int64_t Cache::drop(Lease& lease, std::int64_t num_tokens) {
+  if (num_tokens < 0 || num_tokens > lease.num_written_) {
+    throw Error(ErrorKind::InvalidArgument, "drop the first " + str(num_tokens) + " tokens: only the " +
+                                                str(lease.num_written_) + " written ones can be dropped");
+  }
+  const auto first = static_cast<std::int32_t>(num_tokens / page_size());
+  if (first <= lease.first_page_) return 0;
+  const std::int64_t known = lease.num_dropped(), to = static_cast<std::int64_t>(first) * page_size();
+  std::vector<Token> tokens(to - known);
+  lease.read_tokens(known, to, tokens.data());
+  lease.dropped_.insert(lease.dropped_.end(), tokens.begin(), tokens.end());
+
+  // Nothing below fails.
+  const std::int32_t own = std::max(lease.num_shared_, lease.first_page_);
+  for (std::int32_t i = first; i-- > own;) {
+    tree_.pages.give_back(lease.pages_[i]);
+    lease.pages_[i] = kNone;
+  }
+  lease.first_page_ = first;
+  return std::max(0, first - own);
+}
+
 void Cache::advance_all(const std::vector<Lease*>& leases) {
   for (const Lease* lease : leases) lease->use();
   Guard guard(mutex_);
@@ -184,6 +207,7 @@ void Cache::commit(Lease& lease, bool closing) {
   if (tree_.nodes[lease.root_].detached) return;  // its namespace was cleared: these tokens are not to be found again
   if (lease.tail_ != kNone) return;               // an earlier commit published the open page, and nothing came after
   if (lease.source_ != kNone) return;  // nobody has said that the open page's copy is made; the rest is shared
+  if (lease.first_page_ > lease.num_shared_) return;  // what comes next was dropped
   const auto full = static_cast<std::int32_t>(lease.num_written_ / page_size());
   const auto rest = static_cast<std::int32_t>(lease.num_written_ % page_size());
   while (lease.num_shared_ < full) {
@@ -294,9 +318,15 @@ std::unique_ptr<Lease> Cache::fork(Lease& lease) {
   if (tree_.nodes[lease.root_].detached) {
     throw Error(ErrorKind::LeaseError, "cannot fork: the namespace was cleared; acquire the tokens again");
   }
+  if (lease.first_page_ > lease.num_shared_) {
+    throw Error(ErrorKind::LeaseError, "cannot fork: the first " + str(lease.num_dropped()) + " tokens were dropped, " +
+                                           str(static_cast<std::int64_t>(lease.num_shared_) * page_size()) +
+                                           " of them committed; commit() before drop()");
+  }
   const auto rest = static_cast<std::int32_t>(lease.num_tokens_ % page_size());
   auto child = std::make_unique<Lease>(shared_from_this(), lease.name_);
   child->pages_.reserve(lease.pages_.size());
+  child->dropped_ = lease.dropped_;
   require_pages(rest > 0, 0);
 
   commit(lease, false);  // sharing goes through the tree
@@ -304,6 +334,7 @@ std::unique_ptr<Lease> Cache::fork(Lease& lease) {
   child->root_ = lease.root_;
   child->node_ = lease.node_;
   child->num_shared_ = lease.num_shared_;
+  child->first_page_ = lease.first_page_;
   child->num_prompt_ = lease.num_prompt_;
   child->num_cached_ = child->num_written_ = child->num_tokens_ = lease.num_tokens_;
   tree_.lock(child->node_);

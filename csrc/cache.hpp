@@ -7,10 +7,14 @@
 //   locked through `node`                    page that a
 //                                            commit published
 //
+// A lease may drop its first pages from its view, once no later row sees them (a sliding window): shared ones stay in
+// the tree, locked as before; private ones are freed, and then nothing from there on can be published any more.
+//
 // Every operation checks first and changes afterwards, so what throws has changed nothing. One mutex guards a cache;
 // a lease belongs to one thread at a time, the one that acquired or adopted it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <list>
 #include <memory>
@@ -46,11 +50,14 @@ class Lease {
   std::int64_t num_prompt() const { return use()->num_prompt_; }
   const std::vector<PageId>& pages() const { return use()->pages_; }
   const std::string& name() const { return use()->name_; }
-  bool copy(PageCopy* out) const;  // the pending copy, if there is one
+  std::int64_t num_dropped() const;  // leading tokens whose pages left the view; a multiple of the page size
+  std::int32_t first_page() const { return use()->first_page_; }  // of the view, as an index into pages()
+  bool copy(PageCopy* out) const;                                 // the pending copy, if there is one
   void read_tokens(std::int64_t from, std::int64_t to, Token* out) const;
 
   void extend(const Token* tokens, std::int64_t n);
-  void advance(std::int64_t n);  // n < 0: all
+  void advance(std::int64_t n);                // n < 0: all
+  std::int64_t drop(std::int64_t num_tokens);  // returns the pages freed
   void commit();
   void release(bool commit);
   std::unique_ptr<Lease> fork();
@@ -65,18 +72,20 @@ class Lease {
   const Lease* use() const;
   Lease* use() { return const_cast<Lease*>(static_cast<const Lease*>(this)->use()); }
   std::int64_t num_private() const {
-    return static_cast<std::int64_t>(pages_.size()) - num_shared_ - (tail_ != kNone ? 1 : 0);
+    return static_cast<std::int64_t>(pages_.size()) - std::max(num_shared_, first_page_) - (tail_ != kNone ? 1 : 0);
   }
 
   std::shared_ptr<Cache> cache_;
   std::string name_;
-  std::vector<PageId> pages_;
-  NodeId root_ = kNone;    // of its namespace, as it was at acquire
-  NodeId node_ = kNone;    // locked; its end is the end of the shared pages
-  NodeId tail_ = kNone;    // locked; the open page that a commit published, while the lease still has it
-  NodeId source_ = kNone;  // held; the node to copy from
+  std::vector<PageId> pages_;   // by place in the sequence; kNone where a private page was dropped
+  std::vector<Token> dropped_;  // the tokens before first_page_, whose own places may have new owners
+  NodeId root_ = kNone;         // of its namespace, as it was at acquire
+  NodeId node_ = kNone;         // locked; its end is the end of the shared pages
+  NodeId tail_ = kNone;         // locked; the open page that a commit published, while the lease still has it
+  NodeId source_ = kNone;       // held; the node to copy from
   PageCopy copy_{kNone, kNone, 0};
   std::int32_t num_shared_ = 0;
+  std::int32_t first_page_ = 0;  // the pages before it were dropped
   std::int64_t num_tokens_ = 0, num_written_ = 0, num_cached_ = 0, num_prompt_ = 0;
   std::atomic<std::thread::id> thread_;
   std::atomic<bool> released_{true};
@@ -163,6 +172,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
   void enlist(Lease& lease);
   void extend(Lease& lease, const Token* tokens, std::int64_t n);
   void advance(Lease& lease, std::int64_t n);
+  std::int64_t drop(Lease& lease, std::int64_t num_tokens);
   void commit(Lease& lease, bool closing);
   void fold(Lease& lease, NodeId child, std::int32_t full);
   void publish(Lease& lease, std::int32_t full, NodeId shorter);

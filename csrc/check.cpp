@@ -139,6 +139,9 @@ void Cache::check() {
     if (l->source_ != kNone) audit.holder(l->source_), audit.hold(l->source_);
     expect(l->num_written_ <= l->num_tokens_ && l->num_cached_ <= l->num_written_, "a lease's lengths are disordered");
     expect(static_cast<std::int64_t>(l->pages_.size()) == pages_for(l->num_tokens_), "a lease has too many pages");
+    const std::int64_t dropped = static_cast<std::int64_t>(l->first_page_) * page_size();
+    expect(dropped == static_cast<std::int64_t>(l->dropped_.size()), "a lease lost the tokens of pages it dropped");
+    expect(dropped <= l->num_written_, "a lease dropped what is not written");
     std::int32_t depth = 0;
     for (NodeId n = l->node_; n != kNone; n = tree_.nodes[n].parent) depth += tree_.nodes[n].num_pages;
     expect(depth == l->num_shared_, "a lease's place in the tree and its shared pages disagree");

@@ -33,6 +33,10 @@ bool Lease::copy(PageCopy* out) const {
 void Lease::read_tokens(std::int64_t from, std::int64_t to, Token* out) const {
   use();
   const std::int64_t page_size = cache_->page_size();
+  if (const auto dropped = std::min(to, num_dropped()); from < dropped) {
+    out = std::copy(dropped_.begin() + from, dropped_.begin() + dropped, out);
+    from = dropped;
+  }
   while (from < to) {
     const std::int64_t offset = from % page_size, part = std::min(page_size - offset, to - from);
     const Token* tokens = cache_->tree_.pages.tokens(pages_[from / page_size]) + offset;
@@ -52,6 +56,14 @@ void Lease::advance(std::int64_t n) {
   use();
   Cache::Guard guard(cache_->mutex_);
   cache_->advance(*this, n);
+}
+
+std::int64_t Lease::num_dropped() const { return static_cast<std::int64_t>(use()->first_page_) * cache_->page_size(); }
+
+std::int64_t Lease::drop(std::int64_t num_tokens) {
+  use();
+  Cache::Guard guard(cache_->mutex_);
+  return cache_->drop(*this, num_tokens);
 }
 
 void Lease::commit() {

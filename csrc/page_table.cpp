@@ -29,15 +29,20 @@ void PageTable::assemble(const std::vector<Lease*>& leases) {
   for (auto* v : {&input_ids, &positions, &last_rows}) v->clear();
   qo_indptr.assign(1, 0);
   kv_indptr.assign(1, 0);
+  window_limit = -1;
   const std::int32_t page_size = leases[0]->cache().page_size();
   for (const Lease* lease : leases) {
     const std::vector<PageId>& pages = lease->pages();
-    kv_indices.insert(kv_indices.end(), pages.begin(), pages.end());
+    kv_indices.insert(kv_indices.end(), pages.begin() + lease->first_page(), pages.end());
     kv_indptr.push_back(static_cast<std::int32_t>(kv_indices.size()));
     kv_last_page_len.push_back(static_cast<std::int32_t>((lease->num_tokens() - 1) % page_size + 1));
     add_rows(*lease);
     qo_indptr.push_back(static_cast<std::int32_t>(slots.size()));
     last_rows.push_back(static_cast<std::int64_t>(slots.size()) - 1);
+    if (lease->first_page() > 0) {  // the lease's first row looks back the furthest
+      const std::int64_t limit = lease->num_written() - lease->num_dropped();
+      window_limit = window_limit < 0 ? limit : std::min(window_limit, limit);
+    }
     if (PageCopy copy; lease->copy(&copy)) {
       copy_source.push_back(copy.source);
       copy_target.push_back(copy.target);

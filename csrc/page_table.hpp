@@ -21,6 +21,9 @@ class PageTable {
   // or with nothing to compute) and is then unchanged in what it means: call assemble again. O(pages + rows).
   void assemble(const std::vector<Lease*>& leases);
 
+  // How far back every row may look without missing a dropped page, in keys before its own; -1: as far as it likes.
+  std::int64_t window_limit = -1;
+
   std::vector<std::int32_t> qo_indptr, kv_indptr, kv_indices, kv_last_page_len, slots;
   std::vector<std::int32_t> copy_source, copy_target;
   std::vector<std::int64_t> input_ids, positions, last_rows;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -87,6 +88,25 @@ class Engine:
     def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
         """`PrefixCache.acquire`. The next step with this lease makes its pending copies."""
         return self.cache.acquire(tokens, namespace)
+
+    def drop(self, lease: Lease, window_left: int) -> int:
+        """No layer sees more than window_left keys before a row's own: take older pages from the lease's view.
+
+        For models whose every layer has a sliding window, between steps. Pages in the tree stay there; the lease's own
+        are freed and cannot be published any more (`Lease.drop`): commit first what later requests shall find. Drops
+        whole pages, on the CPU in units of 512 tokens, which keeps answers bit-identical. Steps with such a lease
+        refuse rows that look further back.
+
+        Returns:
+            The number of pages freed.
+
+        Raises:
+            InvalidArgument: window_left is negative.
+        """
+        if window_left < 0:
+            raise InvalidArgument(f"window_left is {window_left}: only a window, 0 or more, lets pages be dropped")
+        unit = math.lcm(self.attention.view_unit, self.page_size)
+        return lease.drop(max(0, lease.num_written - window_left) // unit * unit)
 
     def step(self, leases: Sequence[Lease]) -> Step:
         """One forward pass over the unwritten tokens of these leases: prefill, extend and decode rows mixed.

@@ -66,6 +66,7 @@ class Step:
         self.positions = torch.from_numpy(table.positions).to(engine.device)
         self.last_rows = torch.from_numpy(table.last_rows).to(engine.device)
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
+        self._window_limit = table.window_limit
         self._layers_done.clear()
         self._plan = None
 
@@ -102,20 +103,26 @@ class Step:
             q: [rows, num_qo_heads, head_dim]; k, v: [rows, num_kv_heads, head_dim]; of the engine's dtype, rotary
                 embedding applied, last dimension contiguous (other strides are free: no copy is made).
             sm_scale: factor on the logits; head_dim ** -0.5 by default.
-            window_left: a query sees at most this many keys before its own; -1: all.
+            window_left: a query sees at most this many keys before its own; -1: all, which no lease that dropped pages
+                allows.
             logits_soft_cap: c > 0 turns a scaled logit x into c * tanh(x / c).
 
         Returns:
             [rows, num_qo_heads, head_dim], contiguous, of the engine's dtype.
 
         Raises:
-            InvalidArgument: a shape, dtype or stride that does not fit. LeaseError: the step is not open.
+            InvalidArgument: a shape, dtype, stride or window that does not fit. LeaseError: the step is not open.
         """
         if not self._open:
             raise LeaseError("the step is not open: attend inside `with engine.step(leases) as step`")
         engine = self._engine
         if not 0 <= layer < engine.geometry.num_layers:
             raise InvalidArgument(f"layer {layer}: the engine has layers 0 to {engine.geometry.num_layers - 1}")
+        if self._window_limit >= 0 and not 0 <= window_left <= self._window_limit:
+            raise InvalidArgument(
+                f"window_left is {window_left}, but a lease of this step has dropped its first tokens: rows may look "
+                f"back {self._window_limit} keys at most"
+            )
         k_cache, v_cache = engine.pool.k[layer], engine.pool.v[layer]
         out = torch.empty(self._shape, dtype=engine.dtype, device=engine.device)
         engine.attention.append(k, v, k_cache, v_cache)

@@ -33,11 +33,12 @@ class ModelLease:
     written: int = 0
     cached: int = 0
     cleared: bool = False
-    pages: int = 0  # in all
+    pages: int = 0  # in all, dropped ones included
+    dropped: int = 0  # of them, from the first on: no longer in its view
 
     @property
     def private(self) -> int:
-        return self.pages - len(self.path) - (self.tail is not None)
+        return self.pages - max(len(self.path), self.dropped) - (self.tail is not None)
 
 
 class Model:
@@ -196,8 +197,13 @@ class Model:
             self.bury(lease.source)
             lease.source = None
 
+    def drop(self, lease: ModelLease, n: int) -> None:
+        private = lease.private
+        lease.dropped = max(lease.dropped, n // self.page_size)
+        self.free += private - lease.private
+
     def commit(self, lease: ModelLease, closing: bool = False) -> None:
-        if lease.cleared or lease.tail is not None or lease.source is not None:
+        if lease.cleared or lease.tail is not None or lease.source is not None or lease.dropped > len(lease.path):
             return
         size = self.page_size
         while len(lease.path) < lease.written // size:
@@ -246,12 +252,15 @@ class Model:
     def fork(self, lease: ModelLease) -> ModelLease:
         if lease.written != len(lease.tokens) or lease.source is not None or lease.cleared:
             raise Misuse
+        if lease.dropped > len(lease.path):
+            raise Misuse
         rest = lease.written % self.page_size
         if (rest > 0) > self.free + self.states()["evictable"]:
             raise Exhausted
         self.commit(lease)
         child = ModelLease(lease.namespace, list(lease.tokens), list(lease.path), pages=lease.pages)
         child.written = child.cached = lease.written
+        child.dropped = lease.dropped
         self.lock(child.path)
         if rest:
             at = len(lease.path) * self.page_size

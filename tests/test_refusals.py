@@ -10,7 +10,7 @@ from tests.test_cache import state
 
 
 def lease_state(lease):
-    lengths = (lease.num_tokens, lease.num_written, lease.num_cached, lease.num_prompt)
+    lengths = (lease.num_tokens, lease.num_written, lease.num_cached, lease.num_prompt, lease.num_dropped)
     return *lengths, lease.copies, lease.pages.tolist(), lease.tokens.tolist()
 
 
@@ -18,9 +18,9 @@ def script(page_size):
     """A long mixed run of operations that take pages, each as (name, function of the live leases)."""
     rng = np.random.default_rng(7)
     steps = []
-    for i in range(60):
+    for i in range(80):
         tokens = rng.integers(0, 3, rng.integers(1, 14)).tolist()
-        kind = ("acquire", "extend", "fork", "finish")[int(rng.integers(4))]
+        kind = ("acquire", "extend", "fork", "finish", "drop")[int(rng.integers(5))]
         steps.append((kind, tokens, str(i % 2)))
     return steps
 
@@ -40,6 +40,9 @@ def run(cache, steps, refuse_at):
                 leases[-1].advance()
                 before, held = state(cache), [lease_state(lease) for lease in leases]
                 leases.append(leases[-1].fork())
+            elif kind == "drop" and leases:
+                leases[-1].commit()  # what is dropped uncommitted cannot be forked
+                leases[-1].drop(leases[-1].num_written)
             elif kind == "finish" and leases:
                 leases[0].advance()
                 leases.pop(0).release()

@@ -57,12 +57,12 @@ class Machine(RuleBasedStateMachine):
 
     def slot(self, lease: radixkv.Lease, at: int) -> tuple[int, int]:
         size = self.cache.page_size
-        return int(lease.pages[at // size]), at % size
+        return int(lease.pages[(at - lease.num_dropped) // size]), at % size
 
     def verify(self, lease: radixkv.Lease, model: ModelLease) -> None:
-        """Every written token's K/V is in the lease's pages, once pending copies are made."""
+        """The K/V of every written token in its view is in the lease's pages, once pending copies are made."""
         copied = {(target, i): self.slots[source, i] for source, target, n in lease.copies for i in range(n)}
-        for at in range(lease.num_written):
+        for at in range(lease.num_dropped, lease.num_written):
             where = self.slot(lease, at)
             assert copied.get(where, self.slots.get(where)) == (model.namespace, tuple(model.tokens[: at + 1]))
 
@@ -131,6 +131,14 @@ class Machine(RuleBasedStateMachine):
             self.write(*pair, n)
             pair[0].advance(n)
             self.model.advance(pair[1], n)
+
+    @rule(pair=leases, data=st.data())
+    def drop(self, pair, data):
+        if pair in self.live:
+            n = data.draw(st.integers(0, pair[1].written))
+            free = self.model.free
+            self.model.drop(pair[1], n)
+            assert pair[0].drop(n) == self.model.free - free
 
     @rule(pair=leases)
     def commit(self, pair):
@@ -208,7 +216,8 @@ class Machine(RuleBasedStateMachine):
         for lease, model in self.live:
             assert list(lease.tokens) == model.tokens
             assert (lease.num_written, lease.num_cached) == (model.written, model.cached)
-            assert len(lease.pages) == model.pages
+            assert lease.num_dropped == model.dropped * self.cache.page_size
+            assert len(lease.pages) == model.pages - model.dropped
             self.verify(lease, model)
 
     def teardown(self):

@@ -49,6 +49,9 @@ class Attention(Protocol):
     except where a shape says contiguous. Whatever does not fit raises `InvalidArgument` before anything is written.
     """
 
+    view_unit: int
+    """A request's first tokens may be missing from a table in multiples of this, and its bits stay the same."""
+
     def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Get ready what would make the first steps slow. The caches must hold nothing yet: they may be written to."""
 

@@ -67,6 +67,8 @@ class FlashInferAttention:
     machine lacks; it says what to change.
     """
 
+    view_unit = 1
+
     def __init__(
         self,
         *,

@@ -34,6 +34,8 @@ class NativeAttention:
     of 8 or above 256, num_qo_heads not a multiple of num_kv_heads, an isa this machine lacks.
     """
 
+    view_unit = _core.CHUNK_KEYS  # tiles and chunks lie at absolute positions
+
     def __init__(
         self,
         *,
