@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
-CORE = ("tests/test_state_machine.py", "tests/test_cache.py", "tests/test_refusals.py")
+CORE = ("tests/test_drop.py", "tests/test_cache.py", "tests/test_refusals.py", "tests/test_state_machine.py")
 ATTENTION = ("tests/test_cascade.py", "tests/test_attention.py", "tests/test_attention_identity.py")
 
 
