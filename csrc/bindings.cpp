@@ -1,6 +1,5 @@
 // radixkv._core: the native core as Python sees it. Only the bindings*.cpp files include Python.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -10,6 +9,7 @@
 
 #include <optional>
 
+#include "bindings_numpy.hpp"
 #include "bindings_tokens.hpp"
 #include "cache.hpp"
 #include "huge_pages.hpp"
@@ -77,13 +77,6 @@ auto work(std::int64_t tokens, F&& f) {
   return f();
 }
 
-template <typename T>
-nb::object to_numpy(std::vector<T> values) {
-  auto* kept = new std::vector<T>(std::move(values));
-  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
-}
-
 // What Python's cache object holds; its leases share it.
 struct Host {
   std::shared_ptr<Cache> cache;
@@ -124,24 +117,32 @@ nb::list copies(const PyLease& l) {
 
 nb::object lease_pages(const PyLease& l) {
   const std::vector<PageId>& pages = l.lease->pages();
-  return to_numpy(std::vector<PageId>(pages.begin() + l.lease->first_page(), pages.end()));
+  const std::size_t first = l.lease->first_page();
+  return to_numpy(pages.data() + first, pages.size() - first);
 }
 
 nb::object lease_tokens(const PyLease& l) {
   std::vector<Token> out(l.lease->num_tokens());
   l.lease->read_tokens(0, l.lease->num_tokens(), out.data());
-  return to_numpy(std::move(out));
+  return to_numpy(out);
 }
 
-std::vector<Lease*> batch(nb::sequence leases) {
+// The leases lie anywhere in memory, and a step touches each of them: what it will read is fetched ahead.
+std::vector<Lease*> batch(const nb::list& leases) {
+  const nb::handle type = nb::type<PyLease>();
   std::vector<Lease*> out;
-  for (nb::handle item : leases) {
-    PyLease* l = nullptr;
-    if (!nb::try_cast(item, l) || !l) {
+  const std::size_t count = nb::len(leases);
+  out.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i + 8 < count) prefetch(PyList_GetItem(leases.ptr(), static_cast<Py_ssize_t>(i + 8)), 64);
+    const nb::handle item = PyList_GetItem(leases.ptr(), static_cast<Py_ssize_t>(i));
+    if (!item.type().is(type) && !nb::isinstance<PyLease>(item)) {
       throw Error(ErrorKind::InvalidArgument,
                   std::string("a step takes leases; got ") + nb::type_name(item.type()).c_str());
     }
-    out.push_back(l->lease.get());
+    Lease* const lease = nb::inst_ptr<PyLease>(item)->lease.get();
+    prefetch(lease, sizeof(Lease));
+    out.push_back(lease);
   }
   return out;
 }
@@ -149,14 +150,14 @@ std::vector<Lease*> batch(nb::sequence leases) {
 nb::list snapshot(const PyCache& c) {
   nb::list roots;
   std::vector<nb::dict> made;
-  for (SnapshotNode& node : c.host->cache->snapshot()) {
+  for (const SnapshotNode& node : c.host->cache->snapshot()) {
     nb::dict d;
     if (node.parent < 0) {
       d["namespace"] = node.name;
       roots.append(d);
     } else {
-      d["tokens"] = to_numpy(std::move(node.tokens));
-      d["pages"] = to_numpy(std::move(node.pages));
+      d["tokens"] = to_numpy(node.tokens);
+      d["pages"] = to_numpy(node.pages);
       nb::cast<nb::list>(made[node.parent]["children"]).append(d);
     }
     d["locks"] = node.locks;
@@ -320,7 +321,7 @@ void bind_page_table(nb::module_& m) {
   nb::class_<PageTable>(m, "PageTable", "The arrays of one step over a batch of leases; each property is a copy.")
       .def(nb::init<>())
       .def(
-          "assemble", [](PageTable& t, nb::sequence leases) { t.assemble(batch(leases)); }, "leases"_a)
+          "assemble", [](PageTable& t, const nb::list& leases) { t.assemble(batch(leases)); }, "leases"_a)
       .def_ro("window_limit", &PageTable::window_limit)
       .def_prop_ro("qo_indptr", [](const PageTable& t) { return to_numpy(t.qo_indptr); })
       .def_prop_ro("kv_indptr", [](const PageTable& t) { return to_numpy(t.kv_indptr); })
@@ -334,7 +335,7 @@ void bind_page_table(nb::module_& m) {
       .def_prop_ro("last_rows", [](const PageTable& t) { return to_numpy(t.last_rows); });
   m.def(
       "advance_all",
-      [](nb::sequence leases) {
+      [](const nb::list& leases) {
         const std::vector<Lease*> b = batch(leases);
         if (!b.empty()) b[0]->cache().advance_all(b);
       },

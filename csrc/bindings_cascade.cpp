@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_numpy.hpp"
 #include "cascade.hpp"
 #include "table_check.hpp"
 
@@ -36,17 +37,11 @@ void expect_length(const char* name, std::size_t have, std::size_t want) {
                               std::to_string(want));
 }
 
-nb::object copied(const std::vector<std::int32_t>& values) {
-  auto* const kept = new std::vector<std::int32_t>(values);
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<std::int32_t>*>(p); });
-  return nb::cast(nb::ndarray<nb::numpy, std::int32_t, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
-}
-
 // One row of kSegmentFields numbers for each segment, end to end.
 nb::object segment_fields(const Cascade& cascade) {
   std::vector<std::int32_t> fields(cascade.segments.size() * kSegmentFields);
   if (!fields.empty()) std::memcpy(fields.data(), cascade.segments.data(), fields.size() * sizeof(std::int32_t));
-  return copied(fields);
+  return to_numpy(fields);
 }
 
 std::shared_ptr<Cascade> derive(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
@@ -87,13 +82,13 @@ void bind_cascade(nb::module_& m) {
           "granularity"_a);
 
   nb::class_<Cascade>(m, "Cascade", "A step's page table and the segments that its requests share.")
-      .def_prop_ro("qo_indptr", [](const Cascade& c) { return copied(c.qo_indptr); })
-      .def_prop_ro("kv_indptr", [](const Cascade& c) { return copied(c.kv_indptr); })
-      .def_prop_ro("kv_indices", [](const Cascade& c) { return copied(c.kv_indices); })
-      .def_prop_ro("kv_last_page_len", [](const Cascade& c) { return copied(c.kv_last_page_len); })
-      .def_prop_ro("order", [](const Cascade& c) { return copied(c.order); })
+      .def_prop_ro("qo_indptr", [](const Cascade& c) { return to_numpy(c.qo_indptr); })
+      .def_prop_ro("kv_indptr", [](const Cascade& c) { return to_numpy(c.kv_indptr); })
+      .def_prop_ro("kv_indices", [](const Cascade& c) { return to_numpy(c.kv_indices); })
+      .def_prop_ro("kv_last_page_len", [](const Cascade& c) { return to_numpy(c.kv_last_page_len); })
+      .def_prop_ro("order", [](const Cascade& c) { return to_numpy(c.order); })
       .def_prop_ro("segments", &segment_fields)
-      .def_prop_ro("shared_pages", [](const Cascade& c) { return copied(c.shared_pages); })
+      .def_prop_ro("shared_pages", [](const Cascade& c) { return to_numpy(c.shared_pages); })
       .def_ro("levels", &Cascade::levels)
       .def_ro("page_size", &Cascade::page_size);
   m.def("derive_cascade", &derive, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "page_size"_a,

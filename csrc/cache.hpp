@@ -69,8 +69,10 @@ class Lease {
 
  private:
   friend class Cache;
+  friend class PageTable;  // checks each lease of a step once, then reads it
   const Lease* use() const;
   Lease* use() { return const_cast<Lease*>(static_cast<const Lease*>(this)->use()); }
+  const Token* tokens_of(PageId page) const;
   std::int64_t num_private() const {
     return static_cast<std::int64_t>(pages_.size()) - std::max(num_shared_, first_page_) - (tail_ != kNone ? 1 : 0);
   }

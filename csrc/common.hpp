@@ -24,6 +24,10 @@ class Error : public std::runtime_error {
   const ErrorKind kind;
 };
 
+inline void prefetch(const void* address, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i);
+}
+
 // A zeroed array of fixed size. The operating system backs it page by page at first touch, so a large pool costs
 // what is used of it, and no operation after construction can run out of memory on its account.
 template <typename T>

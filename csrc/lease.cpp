@@ -30,6 +30,8 @@ bool Lease::copy(PageCopy* out) const {
   return source_ != kNone;
 }
 
+const Token* Lease::tokens_of(PageId page) const { return cache_->tree_.pages.tokens(page); }
+
 void Lease::read_tokens(std::int64_t from, std::int64_t to, Token* out) const {
   use();
   const std::int64_t page_size = cache_->page_size();
@@ -39,7 +41,7 @@ void Lease::read_tokens(std::int64_t from, std::int64_t to, Token* out) const {
   }
   while (from < to) {
     const std::int64_t offset = from % page_size, part = std::min(page_size - offset, to - from);
-    const Token* tokens = cache_->tree_.pages.tokens(pages_[from / page_size]) + offset;
+    const Token* tokens = tokens_of(pages_[from / page_size]) + offset;
     std::memcpy(out, tokens, part * sizeof(Token));
     out += part;
     from += part;

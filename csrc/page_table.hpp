@@ -29,8 +29,9 @@ class PageTable {
   std::vector<std::int64_t> input_ids, positions, last_rows;
 
  private:
-  void add_rows(const Lease& lease);
-  std::vector<Token> row_tokens_;
+  static void check(const std::vector<Lease*>& leases);
+  void add(const Lease& lease, std::int32_t page_size);
+  void add_rows(const Lease& lease, std::int32_t page_size);
 };
 
 }  // namespace radixkv
