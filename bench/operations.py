@@ -1,4 +1,4 @@
-"""Times of the cache's operations: match, acquire, commit, release, evict, page table; bytes of metadata a token.
+"""Times of the cache's operations: match, acquire, commit, release, evict, page table, step; bytes of metadata a token.
 
     python -m bench.operations [--json] [--quick]
 
@@ -146,6 +146,32 @@ def page_table(repeats: int, batch: int = 256, length: int = 2048) -> dict[str, 
     }
 
 
+def step(repeats: int, batch: int, length: int = 2048) -> float:
+    """Entering and leaving a decode step of `batch` requests with all of its planning, without attention, in µs."""
+    import torch
+
+    pages = batch * (length // PAGE + 2 + repeats // PAGE)
+    sizes = {"num_layers": 1, "num_qo_heads": 1, "num_kv_heads": 1, "head_dim": 8, "num_pages": pages}
+    engine = radixkv.Engine(**sizes, dtype=torch.bfloat16)
+    rng = np.random.default_rng(4)
+    leases = [engine.acquire(rng.integers(0, 32000, length, dtype=np.int32)) for _ in range(batch)]
+    for lease in leases:
+        lease.advance(length - 1)
+    rows = torch.zeros(batch, 1, 8, dtype=torch.bfloat16)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        opened = engine.step(leases).__enter__()
+        entered = time.perf_counter_ns()
+        opened.attend(0, rows, rows, rows, window_left=0)
+        attended = time.perf_counter_ns()
+        opened.__exit__(None, None, None)
+        times.append(time.perf_counter_ns() - attended + entered - start)
+        for lease in leases:
+            lease.extend([1])
+    return statistics.median(times) / 1e3
+
+
 def metadata(tokens: int) -> float:
     """Resident bytes a cached token, everything included, in a fresh process."""
     code = f"""
@@ -178,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         "turn_us": turn(repeats),
         "evict_ns_per_page": {n: eviction(n) for n in ((1000, 10_000) if args.quick else (1000, 100_000, 1_000_000))},
         "page_table_256x2k": page_table(repeats),
+        "step_us": {n: step(repeats, n) for n in (1, 32, 256)},
         "metadata_bytes_per_token": metadata(1_000_000 if args.quick else 8_000_000),
         "max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -191,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     print("evict: " + ", ".join(f"{ns:.1f} ns/page at {n} nodes" for n, ns in out["evict_ns_per_page"].items()))
     t = out["page_table_256x2k"]
     print(f"page table 256 x 2k tokens: {t['assemble_us']:.1f} us (memcpy of kv_indices {t['memcpy_us']:.1f} us)")
+    print("step, planned, without attention: " + ", ".join(f"{us:.1f} us for {n}" for n, us in out["step_us"].items()))
     print(f"metadata: {out['metadata_bytes_per_token']:.2f} bytes a cached token")
 
 

@@ -14,6 +14,9 @@ from . import PageTable
 __all__ = ["RowPlaces", "check_int32", "check_options", "check_sizes", "check_table"]
 
 
+_INT32 = np.dtype(np.int32)
+
+
 class RowPlaces(NamedTuple):
     """Where each row of a table stands, both int32 [rows]."""
 
@@ -25,7 +28,8 @@ class RowPlaces(NamedTuple):
 
 def check_int32(name: str, array: Any) -> None:
     """Raise unless `array` is a contiguous one-dimensional int32 numpy array."""
-    if str(getattr(array, "dtype", None)) != "int32" or array.ndim != 1 or not array.flags.c_contiguous:
+    ok = isinstance(array, np.ndarray) and array.dtype == _INT32 and array.ndim == 1 and array.flags.c_contiguous
+    if not ok:
         kind = f"{array.dtype} with {array.ndim} dimensions" if hasattr(array, "dtype") else type(array).__name__
         raise InvalidArgument(f"{name} is {kind}: pass a contiguous one-dimensional int32 numpy array")
 
