@@ -88,16 +88,18 @@ asan: build/asan/.built  ## the core tests under AddressSanitizer and UBSan
 tsan: build/tsan/.built  ## the core tests under ThreadSanitizer
 	PRELOAD=libtsan.so $(PY) .ci/sanitized.py build/tsan $(CORE_TESTS)
 
-bench: build  ## bench/operations.py, bench/attention.py, bench/cascade.py
-	$(PY) -m bench.operations
-	$(PY) -m bench.attention
-	$(PY) -m bench.cascade
+bench: build build/peers-venv/failed.json  ## all benchmarks beside all peers, one table (needs RADIXKV_TRACES or ../shared/traces for the replay)
+	$(PY) -m bench
 
-peers-venv: .venv/.deps  ## install the peers that bench-peers compares with, into build/peers-venv
+bench-quick: build build/peers-venv/failed.json  ## the same in about three minutes
+	$(PY) -m bench --quick
+
+peers-venv: build/peers-venv/failed.json  ## install the peers that the benchmarks compare with
+
+build/peers-venv/failed.json: | .venv/.deps
 	$(PY) -m bench.peers.setup
 
-bench-peers: build  ## bench/peers: beside SGLang and vLLM (needs RADIXKV_TRACES or ../shared/traces for the replay)
-	@test -e build/peers-venv/failed.json || $(PY) -m bench.peers.setup
+bench-peers: build build/peers-venv/failed.json  ## the cache alone, beside SGLang and vLLM
 	$(PY) -m bench.peers
 
 pictures: build  ## draw the pictures of README and docs
@@ -106,4 +108,4 @@ pictures: build  ## draw the pictures of README and docs
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench peers-venv bench-peers clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench bench-quick peers-venv bench-peers clean

@@ -16,13 +16,15 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench.table import OURS, Row, beside, rows_of
 from radixkv.attention import PageTable
 from radixkv.attention.native import NativeAttention
 
@@ -176,6 +178,20 @@ def prefill(heads: Heads, rows: int, cached: int, dtype: torch.dtype, threads: i
     }  # fmt: skip
 
 
+def rows(results: list[dict[str, Any]]) -> Iterator[Row]:
+    """Decode against the streaming read and against gather + SDPA; prefill against SDPA."""
+    for r in results:
+        if r["case"] == "decode":
+            name = f"decode {r['heads']}, {r['batch']} x {r['context']}"
+            floor = r["us"] * r["of_stream"]
+            figures = {OURS: r["us"], "streaming read": floor, "gather + SDPA": r["gather+sdpa_us"]}
+            yield Row(name, "us", figures, r["of_stream"], ">= 0.8 of stream", r["of_stream"] >= 0.8)
+            yield beside(f"{name}, of SDPA", "us", r["us"], "gather + SDPA", r["gather+sdpa_us"], 1)
+        else:
+            name = f"prefill {r['heads']} {r['dtype']}, {r['rows']} on {r['cached']}"
+            yield beside(name, "ms", r["ms"], "SDPA, contiguous", r["sdpa_ms"], 1)
+
+
 def show(result: dict[str, object]) -> None:
     print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()), flush=True)
 
@@ -212,7 +228,7 @@ def main() -> None:
             for rows, cached in extents:
                 record(prefill(heads, rows, cached, dtype, options.threads, max(3, repeats // 2)))
     if options.json:
-        json.dump({**machine, "stream_GB/s": stream, "results": results}, sys.stdout, indent=1)
+        json.dump({**machine, "stream_GB/s": stream, "results": results} | rows_of(rows(results)), sys.stdout, indent=1)
         print()
 
 

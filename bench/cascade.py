@@ -16,12 +16,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from bench.attention import OUT_OF_CACHE_BYTES, PAGE_SIZE, Heads, Layers, show
+from bench.table import Row, beside, rows_of
 from radixkv.attention import PageTable
 from radixkv.attention.cascade import NATIVE, OFF, CascadeCosts
 from radixkv.attention.native import NativeAttention
@@ -98,6 +100,14 @@ def measure(name: str, batch: int, shared: int, private: int, threads: int, repe
     }  # fmt: skip
 
 
+def rows(results: list[dict[str, Any]]) -> Iterator[Row]:
+    """With the cascade against without it."""
+    for r in results:
+        least = {(8, 8192): 3.5, (32, 8192): 5.0}.get((r["batch"], r["shared"]), 0.97)
+        name = f"cascade {r['heads']}, {r['batch']} x {r['shared']}"
+        yield beside(name, "us", r["us"], "no cascade", r["us_without"], least)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -118,7 +128,7 @@ def main() -> None:
                 if not options.json:
                     show(results[-1])
     if options.json:
-        json.dump({**machine, "results": results}, sys.stdout, indent=1)
+        json.dump({**machine, "results": results} | rows_of(rows(results)), sys.stdout, indent=1)
         print()
 
 

@@ -18,9 +18,10 @@ from datetime import datetime, timezone
 from typing import Any
 
 from bench.peers.memory_compare import memcmp_us
-from bench.peers.run import CONTENDERS, OURS, cpu_model, measure, trace_file
+from bench.peers.run import CONTENDERS, cpu_model, measure, trace_file
 from bench.peers.setup import ROOT
-from bench.peers.table import rows, text
+from bench.peers.table import notes, rows, text
+from bench.table import OURS, rows_of
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -48,7 +49,7 @@ def main() -> int:
             results["memcmp_us"] = memcmp_us()
         results["contenders"][contender.name] = measure(contender, args.quick, trace)
     results["load_after"] = round(os.getloadavg()[0], 2)
-    results["rows"] = [row.to_dict() for row in rows(results)]
+    results |= rows_of(rows(results)) | {"notes": list(notes(results))}
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / ("peers_quick.json" if args.quick else "peers.json")
     file.write_text(json.dumps(results, indent=1) + "\n")

@@ -30,6 +30,14 @@ class Ours:
         lease.release()
         return hit
 
+    def serve_full_pages(self, tokens: Tokens) -> int:
+        """As the peers do: only full pages are published, and count as hit."""
+        lease = self.cache.acquire(tokens)
+        hit = lease.num_cached // PAGE * PAGE
+        lease.advance(max(0, len(tokens) // PAGE * PAGE - lease.num_cached))
+        lease.release()
+        return hit
+
     def prepare(self, prompt: Tokens, whole: Tokens) -> Any:
         lease = self.cache.acquire(whole)
         lease.advance()

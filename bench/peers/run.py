@@ -15,9 +15,9 @@ from typing import Any
 
 from bench.npz_traces import traces_folder
 from bench.peers.setup import FAILED, PYTHON, ROOT
+from bench.table import OURS
 
 TRACE = "mooncake_conversation.jsonl"
-OURS = "radixkv"
 
 
 @dataclass(frozen=True)
