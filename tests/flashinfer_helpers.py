@@ -92,11 +92,63 @@ def twin() -> Any:
 
         return WithWorkspace
 
+    def merge_state_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor) -> None:
+        assert v.shape[2] in (64, 128, 256, 512), "FlashInfer has no merge kernel for this head_dim"
+        assert all(x.is_contiguous() for x in (v, s, v_other, s_other))
+        semantic.merge_state_in_place(v, s, v_other, s_other)
+
     return SimpleNamespace(
-        BatchDecodeWithPagedKVCacheWrapper=with_workspace(semantic.BatchDecodeWithPagedKVCacheWrapper),
+        BatchDecodeWithPagedKVCacheWrapper=_with_graphs(with_workspace(semantic.BatchDecodeWithPagedKVCacheWrapper)),
         BatchPrefillWithPagedKVCacheWrapper=with_workspace(semantic.BatchPrefillWithPagedKVCacheWrapper),
         append_paged_kv_cache=semantic.append_paged_kv_cache,
+        merge_state_in_place=merge_state_in_place,
     )
+
+
+def _with_graphs(wrapper: Any) -> Any:
+    """The twin's decode wrapper with use_cuda_graph, as FlashInfer has it.
+
+    The kernels read pages and lengths from the caller's memory when they run; plan() writes both there. The batch size
+    is that of the memory, and the workspaces stay as the first plan found them.
+    """
+
+    class WithGraphs(wrapper):  # type: ignore[misc]
+        buffers: tuple[torch.Tensor, ...] | None = None
+
+        def __init__(self, *arguments: Any, use_cuda_graph: bool = False, **keywords: Any) -> None:
+            names = [f"paged_kv_{name}_buffer" for name in ("indptr", "indices", "last_page_len")]
+            buffers = tuple(keywords.pop(name) for name in names if name in keywords)
+            assert len(buffers) == 3 * use_cuda_graph
+            super().__init__(*arguments, **keywords)
+            if use_cuda_graph:
+                assert len(buffers[0]) == len(buffers[2]) + 1
+                self.buffers = buffers
+                self.plans = 0
+
+        def reset_workspace_buffer(self, *arguments: Any) -> None:
+            assert self.buffers is None or self.plans == 0, "a captured graph has the places of the workspaces"
+            super().reset_workspace_buffer(*arguments)
+
+        def plan(self, indptr: Any, indices: Any, last: Any, *sizes: Any, **keywords: Any) -> None:
+            super().plan(indptr, indices, last, *sizes, **keywords)
+            if self.buffers is not None:
+                assert len(last) == len(self.buffers[2]), "the batch size is fixed"
+                assert len(indices) <= len(self.buffers[1])
+                for buffer, values in zip(self.buffers, (indptr, indices, last), strict=True):
+                    buffer[: len(values)].copy_(values)
+                self.plans += 1
+                self.sizes = sizes
+
+        def run(self, *arguments: Any, **keywords: Any) -> Any:
+            if self.buffers is not None:
+                indptr, indices, last = (b.cpu() for b in self.buffers)
+                planned, page_size = self._prefill._plan, self.sizes[3]
+                lengths = ((indptr.diff() - 1) * page_size + last).tolist()
+                assert lengths == planned["lens"], "the plan is of an earlier step than the memory"
+                planned["indices"] = indices[: planned["indptr"][-1]].long()
+            return super().run(*arguments, **keywords)
+
+    return WithGraphs
 
 
 def backend(target: str, **sizes: Any) -> FlashInferAttention:
@@ -105,11 +157,16 @@ def backend(target: str, **sizes: Any) -> FlashInferAttention:
     return FlashInferAttention(**sizes, device=torch.device("cuda"))
 
 
-def engine_attention(target: str) -> Callable[..., Attention]:
+def engine_attention(target: str, **options: Any) -> Callable[..., Attention]:
     """What can stand in for radixkv.engine._attention: makes this target's backend for an engine on the CPU."""
 
     def attention(
-        g: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device, storage: dict[str, Any]
+        g: Geometry,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        storage: dict[str, Any],
+        cuda_graphs: bool,
     ) -> Attention:
         return backend(
             target,
@@ -120,6 +177,8 @@ def engine_attention(target: str) -> Callable[..., Attention]:
             page_size=g.page_size,
             dtype=dtype,
             **storage,
+            cuda_graphs=cuda_graphs,
+            **options,
         )
 
     return attention

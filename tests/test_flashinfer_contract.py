@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-import radixkv.attention.flashinfer
+import radixkv.attention.flashinfer_kernels
 from radixkv.attention import PageTable
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8
@@ -39,7 +39,7 @@ needs_flashinfer = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(radixkv.attention.flashinfer, "_prepared", set())
+    monkeypatch.setattr(radixkv.attention.flashinfer_kernels, "_prepared", set())
 
 
 class Recorder:

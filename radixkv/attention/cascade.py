@@ -314,7 +314,7 @@ class CascadePlan:
 
     def _why(self, s: Segment, bytes_saved: str) -> str:
         costs, tokens = self.costs, s.token_end - s.token_begin
-        if costs == OFF:
+        if costs.min_users == OFF.min_users:
             return "not used, cascade is off"
         rows = sum(int(self._row_counts[b]) for b in s.users)
         spent = costs.launch_tokens + costs.merge_tokens * rows
