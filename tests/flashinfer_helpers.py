@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import radixkv
+import radixkv.engine
 from radixkv.attention import Attention
+from radixkv.attention.cascade import FLASHINFER, CascadeCosts
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.geometry import Geometry
@@ -124,6 +127,11 @@ def _with_graphs(wrapper: Any) -> Any:
                 assert len(buffers[0]) == len(buffers[2]) + 1
                 self.buffers = buffers
                 self.plans = 0
+
+        def workspace_size(self, *arguments: Any, **keywords: Any) -> tuple[int, int]:
+            if self.buffers is None:
+                return super().workspace_size(*arguments, **keywords)
+            return 3_000_000, 9000 * len(self.buffers[2])  # by the batch size, whatever the lengths
 
         def reset_workspace_buffer(self, *arguments: Any) -> None:
             assert self.buffers is None or self.plans == 0, "a captured graph has the places of the workspaces"
@@ -242,3 +250,38 @@ class FlashInferPool(Pool):
 
 def heads_of(group: int, kv: int = 2, dim: int = 64) -> Heads:
     return Heads(group * kv, kv, dim)
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 2, 4, 2, 64, 50
+
+
+def make_engine(
+    monkeypatch: pytest.MonkeyPatch, target: str, cascade: CascadeCosts = FLASHINFER, **options: Any
+) -> radixkv.Engine:
+    """An engine over FlashInfer: on the CPU with the twin, else as anyone makes it. Or, as target, "native"."""
+    sizes = {"num_layers": LAYERS, "num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, **options}
+    if target == "native":
+        return radixkv.Engine(**sizes, device="cpu")
+    with monkeypatch.context() as patch:
+        if target == "twin" or cascade != FLASHINFER:
+            patch.setattr(radixkv.engine, "_attention", engine_attention(target, cascade=cascade))
+        return radixkv.Engine(**sizes, device="cpu" if target == "twin" else "cuda")
+
+
+def run_step(engine: radixkv.Engine, leases: list[radixkv.Lease], dtype: torch.dtype, step: Any = None) -> torch.Tensor:
+    """A toy model whose rows do not see each other outside of attention, in a step or one of its own; the last rows."""
+    if step is None:
+        with engine.step(leases) as step:
+            return run_step(engine, leases, dtype, step)
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(VOCAB, HEADS, DIM, generator=generator)
+    weights = torch.randn(LAYERS, 3, HEADS, DIM, generator=generator)
+    assert step.input_ids.device == engine.pool.k[0].device
+    positions = step.positions.cpu()
+    x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None, None] / 64)).to(dtype).to(engine.device)
+    for layer in range(LAYERS):
+        q, k, v = (x * weights[layer, i].to(dtype).to(engine.device) for i in range(3))
+        x = x + step.attend(layer, q, k[:, :KV_HEADS], v[:, :KV_HEADS])
+    return x.cpu()[step.last_rows.cpu()]

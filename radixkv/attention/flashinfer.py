@@ -198,6 +198,8 @@ class FlashInferAttention:
         if self._step is None:
             return
         _, kv_indptr, last_page_len, slots, request, position, kv_indices = self._step.arrays.device
+        if self._step.graphs is not None:
+            kv_indices = self._step.arrays.tail  # a replay reads as many as its own step has
         if self._fp8:
             k, v = quantize(k, self._scales["k_scale"]), quantize(v, self._scales["v_scale"])
         if not self._common:
