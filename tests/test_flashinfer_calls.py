@@ -235,6 +235,7 @@ def test_warm_up_runs_a_token_and_then_two() -> None:
             "BatchPrefill",
         ]
         assert len(api.named("append_paged_kv_cache")) == 2
+        assert len(api.named("merge_state_in_place")) == 1
 
 
 @needs_flashinfer

@@ -14,7 +14,7 @@ import radixkv
 from radixkv.attention.cascade import CascadePlan, Level
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8, quantize
-from tests.attention_helpers import PLAIN, Heads, Options, Request, Tokens, error
+from tests.attention_helpers import PLAIN, Heads, Options, Request, Tokens, dense, error
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.cascade_helpers import ALL, Forest, random_forest
 from tests.flashinfer_helpers import (
@@ -97,7 +97,11 @@ class Batch:
         self.caches = caches.view(2, forest.num_pages, forest.page_size, heads.kv, heads.dim)
 
     def error(self, options: Options = PLAIN) -> float:
-        """The largest difference of one step from the oracle; infinite if anything is NaN."""
+        """The largest error of one step, relative where an output is larger than 1; infinite if anything is NaN.
+
+        A state is rounded once for each level. Between 2 and 4, rounding to bfloat16 alone is an error of up to 0.008,
+        so an absolute limit of 0.01 would be one for the data, not for the kernels. `absolute` keeps that error too.
+        """
         device = self.attention.device
         k_cache, v_cache = (x.to(device) for x in self.caches)
         self.attention.plan(self.forest.table())
@@ -113,7 +117,11 @@ class Batch:
             window_left=options.window_left,
             logits_soft_cap=options.logits_soft_cap,
         )
-        return error(list(out.cpu().split(self.forest.rows)), self.requests, options)
+        rows = list(out.cpu().split(self.forest.rows))
+        self.absolute = error(rows, self.requests, options)
+        wanted = torch.cat([dense(request, options) for request in self.requests])
+        found = ((torch.cat(rows).double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
+        return found if found == found else float("inf")
 
 
 def merges(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -209,7 +217,7 @@ def test_8_bit_caches_with_a_window(target: str, monkeypatch: pytest.MonkeyPatch
 def test_random_forests(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     """RADIXKV_BATCHES random forests of decode, extend and prefill rows; prints the worst error of each kind."""
     rng = np.random.default_rng(1)
-    worst: dict[tuple[str, str], tuple[float, int, int]] = {}
+    worst: dict[tuple[str, str], tuple[float, float, int, int]] = {}
     for seed in range(RANDOM_BATCHES):
         dtype = DTYPES[seed % 2]
         page_size = int(rng.choice([1, 16, 64]))
@@ -224,14 +232,16 @@ def test_random_forests(target: str, capsys: pytest.CaptureFixture[str]) -> None
         assert found <= TOLERANCE[dtype], (seed, batch.attention.cascade.explain())
         levels = len(batch.attention.cascade.levels(options.window_left)) - 1
         name = (str(dtype).removeprefix("torch."), kind)
-        before = worst.get(name, (0.0, 0, 0))
-        worst[name] = (max(before[0], found), before[1] + 1, before[2] + (levels > 0))
-    assert sum(shared for _, _, shared in worst.values()) >= RANDOM_BATCHES // 3
+        before = worst.get(name, (0.0, 0.0, 0, 0))
+        largest = max(before[0], found), max(before[1], batch.absolute)
+        worst[name] = (*largest, before[2] + 1, before[3] + (levels > 0))
+    assert sum(cascades for _, _, _, cascades in worst.values()) >= RANDOM_BATCHES // 3
     with capsys.disabled():
-        print(f"\n{RANDOM_BATCHES} random forests on {target}; largest error, allowed:")
-        for (name, kind), (value, count, shared) in sorted(worst.items()):
+        print(f"\n{RANDOM_BATCHES} random forests on {target}; largest error, allowed, largest absolute error:")
+        for (name, kind), (value, absolute, count, cascades) in sorted(worst.items()):
             limit = TOLERANCE[getattr(torch, name)]
-            print(f"  {name:<9} {kind:<17} {count:>4} batches, {shared:>3} cascades  {value:.1e}  {limit:.0e}")
+            counts = f"{count:>4} batches, {cascades:>3} cascades"
+            print(f"  {name:<9} {kind:<17} {counts}  {value:.1e}  {limit:.0e}  {absolute:.1e}")
 
 
 # --- what these tests would notice ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..errors import BackendUnavailable, InvalidArgument
 from . import PageTable
 from .cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, may_share
 from .checks import check_options, check_sizes, check_table
-from .flashinfer_cascade import CascadeRun, plan_cascade
+from .flashinfer_cascade import CascadeRun, merge, plan_cascade
 from .flashinfer_graphs import DecodeGraphs, refuse_capture
 from .flashinfer_kernels import COMMON_HEAD_DIMS, check_supported, preparing
 from .flashinfer_plans import IndexArrays, Options, Planner, PlanSet, Schedule, Wrapper
@@ -123,7 +123,7 @@ class FlashInferAttention:
         self._kv_shape = (rows, num_kv_heads, head_dim)
 
     def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """Compile and load the kernels of decode and prefill by running a token and then two.
+        """Compile and load the kernels of decode, prefill and cascade by running a token and then two.
 
         Overwrites the first two slots of the caches. Layers with a window or a soft cap need kernels of their own,
         which are compiled when such a layer first runs. Says on standard error what it waits for.
@@ -136,6 +136,10 @@ class FlashInferAttention:
             kv = torch.zeros(self._kv_shape, dtype=self._dtype, device=self.device)
             self.append(kv, kv, k_cache, v_cache)
             self.run(q, k_cache, v_cache, torch.empty_like(q))
+        if self._common:
+            states = torch.zeros((2, *self._q_shape), dtype=self._dtype, device=self.device)
+            lses = torch.zeros(states.shape[:3], dtype=torch.float32, device=self.device)
+            merge(self._planner, states[0], lses[0], states[1], lses[1])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -18,7 +18,7 @@ from .cascade import CascadePlan
 from .flashinfer_kernels import preparing
 from .flashinfer_plans import Options, Planner, PlanSet, Schedule, Wrapper
 
-__all__ = ["CascadeRun", "plan_cascade"]
+__all__ = ["CascadeRun", "merge", "plan_cascade"]
 
 
 @dataclass
@@ -47,12 +47,19 @@ class CascadeRun:
         self.own.handle.run(q, caches, out=state, lse=lse, return_lse=True, **keys_only)
         for wrapper in self.shared:
             wrapper.handle.run(q, caches, out=level_state, lse=level_lse, return_lse=True, **keys_only)
-            with preparing(f"merge {self.planner.suffix}"):
-                self.planner.api.merge_state_in_place(state, lse, level_state, level_lse)
+            merge(self.planner, state, lse, level_state, level_lse)
         if scales and scales["v_scale"] != 1:
             state.mul_(scales["v_scale"])
         if self.order is not None:
             torch.index_select(state, 0, self.order[1], out=out)
+
+
+def merge(
+    planner: Planner, state: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """Make a state [rows, heads, head_dim] with its lse [rows, heads] in float32 that over its keys and the other's."""
+    with preparing(f"merge {planner.suffix}"):
+        planner.api.merge_state_in_place(state, lse, other, other_lse)
 
 
 def plan_cascade(planner: Planner, plans: PlanSet, plan: CascadePlan, options: Options) -> CascadeRun | None:
