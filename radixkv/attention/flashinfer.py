@@ -57,10 +57,9 @@ class FlashInferAttention:
     float8_e4m3fn, where k_scale and v_scale times what is stored are the values. cascade says when keys that several
     requests share are read once for all of them (`cascade.OFF`: never). cuda_graphs: decode steps of one number of
     requests use the same memory every time, so that they can be captured and replayed; they have no cascade.
-    kernels names FlashInfer's kernels: "fa2", or "auto" for
-    FlashInfer's own choice. api is the module to call in place of flashinfer (a stand-in for tests; device may then
-    be any). Raises `InvalidArgument` for sizes that cannot work, `BackendUnavailable` for what FlashInfer or this
-    machine lacks; it says what to change.
+    kernels names FlashInfer's kernels: "fa2", or "auto" for FlashInfer's own choice. api is the module to call in place
+    of flashinfer (a stand-in for tests; device may then be any). Raises `InvalidArgument` for sizes that cannot work,
+    `BackendUnavailable` for what FlashInfer or this machine lacks; it says what to change.
     """
 
     def __init__(
