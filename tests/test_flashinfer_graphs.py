@@ -19,6 +19,7 @@ import radixkv
 from radixkv.attention import PageTable, flashinfer
 from radixkv.attention.cascade import OFF
 from radixkv.attention.flashinfer import FlashInferAttention
+from radixkv.attention.flashinfer_graphs import DecodeGraphs
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.errors import BackendUnavailable, InvalidArgument, LeaseError
 from radixkv.step import Step
@@ -91,14 +92,13 @@ def graph_pool(target: str, group: int, dtype: torch.dtype, scales: tuple[float,
     return pool
 
 
-@each_target
-@each_dtype
-@pytest.mark.parametrize("group", [2, 4])
-@pytest.mark.parametrize("scales", [None, (0.5, 0.0625)], ids=["16-bit", "8-bit"])
-def test_launches_repeated_after_a_new_plan(
-    target: str, dtype: torch.dtype, group: int, scales: tuple[float, float] | None
-) -> None:
-    """Captured at short contexts, replayed at others, longer and shorter; two layers with different windows."""
+def replayed_errors(
+    target: str, dtype: torch.dtype, group: int, scales: tuple[float, float] | None = None
+) -> Iterator[float]:
+    """The error of each layer of five steps: captured at short contexts, replayed at others, longer and shorter.
+
+    Two layers with different windows, or one over 8-bit caches.
+    """
     pool = graph_pool(target, group, dtype, scales)
     attention, device = pool.flashinfer, pool.flashinfer.device
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
@@ -136,8 +136,33 @@ def test_launches_repeated_after_a_new_plan(
         else:
             launches.replay()
         for options, out in zip(layers, outs, strict=True):
-            assert error(list(out.cpu().split(1)), requests, options) <= TOLERANCE[dtype]
+            yield error(list(out.cpu().split(1)), requests, options)
             out.fill_(torch.nan)
+
+
+@each_target
+@each_dtype
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("scales", [None, (0.5, 0.0625)], ids=["16-bit", "8-bit"])
+def test_launches_repeated_after_a_new_plan(
+    target: str, dtype: torch.dtype, group: int, scales: tuple[float, float] | None
+) -> None:
+    errors = list(replayed_errors(target, dtype, group, scales))
+    assert len(errors) == (5 if scales else 10)
+    assert max(errors) <= TOLERANCE[dtype]
+
+
+@each_target
+@pytest.mark.parametrize("group", [2, 4])
+def test_a_schedule_of_an_earlier_step_is_noticed(target: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaying without having planned the wrappers again: the twin raises, the kernels compute something else."""
+    monkeypatch.setattr(DecodeGraphs, "plan", lambda self, batch, schedule: self._wrappers.setdefault(batch, {}))
+    errors = []
+    with pytest.raises(AssertionError):
+        for found in replayed_errors(target, torch.float16, group):
+            errors.append(found)
+            assert found <= 100 * TOLERANCE[torch.float16]
+    assert len(errors) >= 2
 
 
 @each_target
