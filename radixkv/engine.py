@@ -38,6 +38,8 @@ class Engine:
         kv_dtype: what K and V are stored as: dtype, or on CUDA torch.float8_e4m3fn, which halves the pool.
         k_scale, v_scale: with an 8-bit kv_dtype, what a stored value is multiplied with to be K or V; choose them so
             that the largest K and V are below 448 times their scale.
+        cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
+            `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
 
     Raises:
         InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device, dtype or head_dim,
@@ -59,6 +61,7 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        cuda_graphs: bool = False,
     ) -> None:
         self.dtype, self.device = dtype, torch.device(device)
         self.kv_dtype = kv_dtype or dtype
@@ -70,11 +73,12 @@ class Engine:
         assert num_pages is not None
         self.cache = PrefixCache(num_pages, page_size)
         storage = {"kv_dtype": self.kv_dtype, "k_scale": k_scale, "v_scale": v_scale}
-        self.attention = _attention(self.geometry, num_pages, dtype, self.device, storage)
+        self.attention = _attention(self.geometry, num_pages, dtype, self.device, storage, cuda_graphs)
         self.pool = KVPool(self.geometry, num_pages, self.kv_dtype, self.device)
         self.device = self.pool.storage.device  # "cuda" has become the device it stood for
         self.attention.warm_up(self.pool.k[0], self.pool.v[0])
         self.table = _core.PageTable()
+        self.graph_inputs: dict[int, list[torch.Tensor]] = {}
         self.step_lock = threading.Lock()
 
     @property
@@ -133,7 +137,12 @@ class Engine:
 
 
 def _attention(
-    geometry: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device, storage: dict[str, Any]
+    geometry: Geometry,
+    num_pages: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: dict[str, Any],
+    cuda_graphs: bool,
 ) -> Attention:
     """The backend for this device. `storage`: kv_dtype, k_scale and v_scale."""
     sizes: dict[str, Any] = {
@@ -146,6 +155,8 @@ def _attention(
     if device.type == "cpu":
         from radixkv.attention.native import NativeAttention
 
+        if cuda_graphs:
+            raise BackendUnavailable(f"cuda_graphs on {device}: leave it out there, or use device='cuda'")
         if storage != {"kv_dtype": dtype, "k_scale": 1, "v_scale": 1}:
             raise BackendUnavailable(
                 f"kv_dtype {storage['kv_dtype']} or scales on {device}: store {dtype} there, or use device='cuda'"
@@ -154,5 +165,5 @@ def _attention(
     if device.type == "cuda":
         from radixkv.attention.flashinfer import FlashInferAttention
 
-        return FlashInferAttention(**sizes, dtype=dtype, device=device, **storage)
+        return FlashInferAttention(**sizes, dtype=dtype, device=device, **storage, cuda_graphs=cuda_graphs)
     raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu' or device='cuda'")

@@ -30,11 +30,16 @@ class Step:
         input_ids: int64 [rows], the rows' tokens.
         positions: int64 [rows], each row's index in its sequence.
         last_rows: int64 [leases], the last row of each lease: its logits predict the lease's next token.
+        graph_key: the number of leases, if the step can be captured in a CUDA graph or replayed from one; else None.
+            So it is for steps with one row for each lease of an engine with cuda_graphs=True. Steps with equal keys
+            have the same memory for the three tensors above and all that `attend` reads beside its arguments: see
+            `replay`.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     last_rows: torch.Tensor
+    graph_key: int | None = None
 
     def __init__(self, engine: Engine, leases: Sequence[Lease]) -> None:
         self._engine = engine
@@ -62,13 +67,54 @@ class Step:
         engine.attention.plan(
             PageTable(table.qo_indptr, table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.slots)
         )
-        self.input_ids = torch.from_numpy(table.input_ids).to(engine.device)
-        self.positions = torch.from_numpy(table.positions).to(engine.device)
-        self.last_rows = torch.from_numpy(table.last_rows).to(engine.device)
+        self.graph_key = engine.attention.graph_key
+        self.input_ids, self.positions, self.last_rows = self._inputs()
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
         self._window_limit = table.window_limit
         self._layers_done.clear()
         self._plan = None
+
+    def _inputs(self) -> list[torch.Tensor]:
+        """The rows' arrays on the device; those of steps with equal graph_key in the same memory."""
+        engine, table = self._engine, self._engine.table
+        arrays = [torch.from_numpy(a) for a in (table.input_ids, table.positions, table.last_rows)]
+        key = self.graph_key
+        if key is None:
+            return [a.to(engine.device) for a in arrays]
+        if key not in engine.graph_inputs:
+            engine.graph_inputs[key] = [torch.empty_like(a, device=engine.device) for a in arrays]
+        for kept, array in zip(engine.graph_inputs[key], arrays, strict=True):
+            kept.copy_(array)
+        return engine.graph_inputs[key]
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Launch a forward pass that was captured in a step with the same graph_key, in place of attending.
+
+            with engine.step(leases) as step:
+                if step.graph_key in graphs:
+                    graph, logits = graphs[step.graph_key]
+                    step.replay(graph)
+                else:
+                    logits = forward(step)
+                    if step.graph_key is not None:
+                        graph = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graph):  # records, runs nothing
+                            graphs[step.graph_key] = graph, forward(step)
+
+        The graph's output lies in its own memory and is overwritten by its next replay.
+
+        Raises:
+            LeaseError: the step is not open. InvalidArgument: the step has no graph_key.
+        """
+        if not self._open:
+            raise LeaseError("the step is not open: replay inside `with engine.step(leases) as step`")
+        if self.graph_key is None:
+            raise InvalidArgument(
+                f"a step of {len(self._leases)} leases and {self._shape[0]} rows without a graph_key cannot be "
+                "replayed: run its layers, or make the engine with cuda_graphs=True"
+            )
+        graph.replay()
+        self._layers_done.update(range(self._engine.geometry.num_layers))
 
     @property
     def plan(self) -> CascadePlan:

@@ -9,6 +9,9 @@ import numpy as np
 from radixkv.attention import PageTable
 from radixkv.attention.cascade import CascadeCosts
 
+ALL = CascadeCosts(min_tokens=1, launch_tokens=-1.0, merge_tokens=0.0, max_rows=0, granularity=1)
+"""Every shared segment is used."""
+
 
 class Forest(NamedTuple):
     """Requests as lists of pages, with their lengths and new rows."""

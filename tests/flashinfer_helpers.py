@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import radixkv
+import radixkv.engine
 from radixkv.attention import Attention
+from radixkv.attention.cascade import FLASHINFER, CascadeCosts
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.geometry import Geometry
@@ -92,11 +95,68 @@ def twin() -> Any:
 
         return WithWorkspace
 
+    def merge_state_in_place(v: torch.Tensor, s: torch.Tensor, v_other: torch.Tensor, s_other: torch.Tensor) -> None:
+        assert v.shape[2] in (64, 128, 256, 512), "FlashInfer has no merge kernel for this head_dim"
+        assert all(x.is_contiguous() for x in (v, s, v_other, s_other))
+        semantic.merge_state_in_place(v, s, v_other, s_other)
+
     return SimpleNamespace(
-        BatchDecodeWithPagedKVCacheWrapper=with_workspace(semantic.BatchDecodeWithPagedKVCacheWrapper),
+        BatchDecodeWithPagedKVCacheWrapper=_with_graphs(with_workspace(semantic.BatchDecodeWithPagedKVCacheWrapper)),
         BatchPrefillWithPagedKVCacheWrapper=with_workspace(semantic.BatchPrefillWithPagedKVCacheWrapper),
         append_paged_kv_cache=semantic.append_paged_kv_cache,
+        merge_state_in_place=merge_state_in_place,
     )
+
+
+def _with_graphs(wrapper: Any) -> Any:
+    """The twin's decode wrapper with use_cuda_graph, as FlashInfer has it.
+
+    The kernels read pages and lengths from the caller's memory when they run; plan() writes both there. The batch size
+    is that of the memory, and the workspaces stay as the first plan found them.
+    """
+
+    class WithGraphs(wrapper):  # type: ignore[misc]
+        buffers: tuple[torch.Tensor, ...] | None = None
+
+        def __init__(self, *arguments: Any, use_cuda_graph: bool = False, **keywords: Any) -> None:
+            names = [f"paged_kv_{name}_buffer" for name in ("indptr", "indices", "last_page_len")]
+            buffers = tuple(keywords.pop(name) for name in names if name in keywords)
+            assert len(buffers) == 3 * use_cuda_graph
+            super().__init__(*arguments, **keywords)
+            if use_cuda_graph:
+                assert len(buffers[0]) == len(buffers[2]) + 1
+                self.buffers = buffers
+                self.plans = 0
+
+        def workspace_size(self, *arguments: Any, **keywords: Any) -> tuple[int, int]:
+            if self.buffers is None:
+                return super().workspace_size(*arguments, **keywords)
+            return 3_000_000, 9000 * len(self.buffers[2])  # by the batch size, whatever the lengths
+
+        def reset_workspace_buffer(self, *arguments: Any) -> None:
+            assert self.buffers is None or self.plans == 0, "a captured graph has the places of the workspaces"
+            super().reset_workspace_buffer(*arguments)
+
+        def plan(self, indptr: Any, indices: Any, last: Any, *sizes: Any, **keywords: Any) -> None:
+            super().plan(indptr, indices, last, *sizes, **keywords)
+            if self.buffers is not None:
+                assert len(last) == len(self.buffers[2]), "the batch size is fixed"
+                assert len(indices) <= len(self.buffers[1])
+                for buffer, values in zip(self.buffers, (indptr, indices, last), strict=True):
+                    buffer[: len(values)].copy_(values)
+                self.plans += 1
+                self.sizes = sizes
+
+        def run(self, *arguments: Any, **keywords: Any) -> Any:
+            if self.buffers is not None:
+                indptr, indices, last = (b.cpu() for b in self.buffers)
+                planned, page_size = self._prefill._plan, self.sizes[3]
+                lengths = ((indptr.diff() - 1) * page_size + last).tolist()
+                assert lengths == planned["lens"], "the plan is of an earlier step than the memory"
+                planned["indices"] = indices[: planned["indptr"][-1]].long()
+            return super().run(*arguments, **keywords)
+
+    return WithGraphs
 
 
 def backend(target: str, **sizes: Any) -> FlashInferAttention:
@@ -105,11 +165,16 @@ def backend(target: str, **sizes: Any) -> FlashInferAttention:
     return FlashInferAttention(**sizes, device=torch.device("cuda"))
 
 
-def engine_attention(target: str) -> Callable[..., Attention]:
+def engine_attention(target: str, **options: Any) -> Callable[..., Attention]:
     """What can stand in for radixkv.engine._attention: makes this target's backend for an engine on the CPU."""
 
     def attention(
-        g: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device, storage: dict[str, Any]
+        g: Geometry,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        storage: dict[str, Any],
+        cuda_graphs: bool,
     ) -> Attention:
         return backend(
             target,
@@ -120,6 +185,8 @@ def engine_attention(target: str) -> Callable[..., Attention]:
             page_size=g.page_size,
             dtype=dtype,
             **storage,
+            cuda_graphs=cuda_graphs,
+            **options,
         )
 
     return attention
@@ -183,3 +250,38 @@ class FlashInferPool(Pool):
 
 def heads_of(group: int, kv: int = 2, dim: int = 64) -> Heads:
     return Heads(group * kv, kv, dim)
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 2, 4, 2, 64, 50
+
+
+def make_engine(
+    monkeypatch: pytest.MonkeyPatch, target: str, cascade: CascadeCosts = FLASHINFER, **options: Any
+) -> radixkv.Engine:
+    """An engine over FlashInfer: on the CPU with the twin, else as anyone makes it. Or, as target, "native"."""
+    sizes = {"num_layers": LAYERS, "num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, **options}
+    if target == "native":
+        return radixkv.Engine(**sizes, device="cpu")
+    with monkeypatch.context() as patch:
+        if target == "twin" or cascade != FLASHINFER:
+            patch.setattr(radixkv.engine, "_attention", engine_attention(target, cascade=cascade))
+        return radixkv.Engine(**sizes, device="cpu" if target == "twin" else "cuda")
+
+
+def run_step(engine: radixkv.Engine, leases: list[radixkv.Lease], dtype: torch.dtype, step: Any = None) -> torch.Tensor:
+    """A toy model whose rows do not see each other outside of attention, in a step or one of its own; the last rows."""
+    if step is None:
+        with engine.step(leases) as step:
+            return run_step(engine, leases, dtype, step)
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(VOCAB, HEADS, DIM, generator=generator)
+    weights = torch.randn(LAYERS, 3, HEADS, DIM, generator=generator)
+    assert step.input_ids.device == engine.pool.k[0].device
+    positions = step.positions.cpu()
+    x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None, None] / 64)).to(dtype).to(engine.device)
+    for layer in range(LAYERS):
+        q, k, v = (x * weights[layer, i].to(dtype).to(engine.device) for i in range(3))
+        x = x + step.attend(layer, q, k[:, :KV_HEADS], v[:, :KV_HEADS])
+    return x.cpu()[step.last_rows.cpu()]

@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixkv.attention.cascade import FLASHINFER, NATIVE, CascadeCosts, CascadePlan
+from radixkv.attention.cascade import FLASHINFER, NATIVE, OFF, CascadeCosts, CascadePlan, may_share
 from radixkv.errors import InvalidArgument
-from tests.cascade_helpers import Forest, ModelSegment, model_choice, random_forest
-
-ALL = CascadeCosts(min_tokens=1, launch_tokens=-1.0, merge_tokens=0.0, max_rows=0, granularity=1)
+from tests.cascade_helpers import ALL, Forest, ModelSegment, model_choice, random_forest
 
 
 @st.composite
@@ -89,6 +87,70 @@ def test_levels_hold_every_page_of_every_request_once(forest: Forest, chosen: Ca
     assert walked == forest.pages
     assert len(levels) == 1 + max((s.level + 1 for s in plan.segments if s.used), default=0)
     assert plan.shared == (len(levels) > 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(forests(), costs)
+def test_what_may_not_share_does_not(forest: Forest, chosen: CascadeCosts) -> None:
+    table = forest.table()
+    if not may_share(table, forest.page_size, chosen):
+        assert not CascadePlan.derive(table, forest.page_size, chosen).shared
+
+
+def test_what_may_share_is_told_apart() -> None:
+    """Three requests over the same 40 pages of 16: enough users, and the page that holds the last token wanted."""
+    table = Forest([[*range(40), 40 + i] for i in range(3)], [641] * 3, [1] * 3, 16).table()
+    assert may_share(table, 16, CascadeCosts(min_tokens=640))
+    assert not may_share(table, 16, CascadeCosts(min_tokens=641))
+    assert not may_share(table, 16, CascadeCosts(min_tokens=657))
+    assert may_share(table, 16, CascadeCosts(min_users=3))
+    assert not may_share(table, 16, CascadeCosts(min_users=4))
+    assert not may_share(table, 16, OFF)
+
+
+@settings(max_examples=300, deadline=None)
+@given(forests(), st.integers(0, 150))
+def test_levels_show_every_row_the_keys_of_its_window_once(forest: Forest, window: int) -> None:
+    """Shared levels show all their keys, the last one those that the window leaves, counted from the last row back."""
+    plan = CascadePlan.derive(forest.table(), forest.page_size, ALL)
+    size, levels = forest.page_size, plan.levels(window)
+    ends = np.cumsum(forest.rows)
+    assert all(len(level.kv_indices) > 0 for level in levels[:-1])
+    for place, row in enumerate(plan.rows.tolist()):
+        request = int(np.searchsorted(ends, row, side="right"))
+        position = forest.lengths[request] - int(ends[request]) + row
+        seen: list[int] = []
+        for level in levels:
+            group = int(np.searchsorted(level.qo_indptr, place, side="right")) - 1
+            pages = level.kv_indices[level.kv_indptr[group] : level.kv_indptr[group + 1]].tolist()
+            slots = [page * size + offset for page in pages for offset in range(size)]
+            if level is levels[-1]:
+                length = (len(pages) - 1) * size + int(level.kv_last_page_len[group])
+                at = length - int(level.qo_indptr[group + 1]) + place
+                slots = slots[max(0, at - window) : at + 1]
+            seen += slots
+        mine = forest.pages[request]
+        wanted = range(max(0, position - window), position + 1)
+        assert seen == [mine[at // size] * size + at % size for at in wanted]
+
+
+def test_what_a_window_leaves_of_a_chain_of_segments() -> None:
+    """Segments over tokens 0 to 31, 32 to 47 and 48 to 63 of rows at position 70 (one at 68, which has the first)."""
+    forest = Forest(
+        [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 6, 7], [0, 1, 8, 9, 10]], [71, 71, 71, 69], [1] * 4, 16
+    )
+    plan = CascadePlan.derive(forest.table(), 16, ALL)
+
+    def shared(window: int) -> list[list[int]]:
+        return [level.kv_indices.tolist() for level in plan.levels(window)[:-1]]
+
+    assert shared(-1) == shared(70) == [[0, 1], [2], [3]]
+    assert shared(69) == []  # cuts the first segment, and the others follow it
+    assert shared(37) == []  # before all windows is the first, but the second is cut
+    assert shared(36) == []
+    assert shared(22) == [[3]]
+    assert shared(21) == []
+    assert [level.kv_indices.tolist() for level in plan.levels(22)][-1] == [4, 5, 6, 7, 8, 9, 10]
 
 
 def chain(*pages: int, rows: int = 1, page_size: int = 16) -> tuple[list[int], int, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from radixkv.attention import parity
+from radixkv.attention import PageTable, parity
+from radixkv.attention.cascade import OFF
 from radixkv.attention.native import NativeAttention
 from radixkv.cli import main
 from radixkv.errors import BackendUnavailable
@@ -17,7 +19,13 @@ from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.flashinfer_helpers import backend, each_target
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-CASES = {f"{kind}{option}" for kind in ("decode", "mixed") for option in ("", ", scale", ", window", ", soft cap")}
+KINDS = ("decode", "mixed", "extend", "cascade")
+OPTIONS = ("", "scale", "window", "wide window", "soft cap", "window + soft cap", "head_dim 128")
+EIGHT_BIT = ("8-bit", "8-bit, window", "8-bit, head_dim 128")
+
+
+def named(*options: str) -> set[str]:
+    return {f"{kind}, {option}" if option else kind for kind in KINDS for option in options}
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -30,12 +38,12 @@ def test_the_native_backend_is_right(capsys: pytest.CaptureFixture[str]) -> None
     assert (status, found["ok"]) == (0, True)
     assert found["attention"] == {"backend": "native", "why": "asked for, so the C++ kernels of this package run"}
     assert {(c["case"], c["dtype"]) for c in found["cases"]} == {
-        (case, dtype) for case in CASES for dtype in ("float32", "bfloat16", "float16")
+        (case, dtype) for case in named(*OPTIONS) for dtype in ("float32", "bfloat16", "float16")
     }
     assert all(c["batches"] == 3 and 0 < c["error"] <= c["allowed"] and c["problem"] is None for c in found["cases"])
     assert main(["doctor", "--device", "cpu", "--batches", "1", "--dtype", "float16"]) == 0
     text = capsys.readouterr().out
-    assert "8 of 8 cases are right" in text
+    assert "28 of 28 cases are right" in text
     assert f"torch {torch.__version__}" in text
 
 
@@ -60,15 +68,39 @@ def test_a_wrong_backend_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
     assert (status, found["ok"]) == (1, False)
     rows = {c["case"]: c for c in found["cases"]}
-    assert {name for name, row in rows.items() if row["ok"]} == {"decode", "mixed"}
+    wider_than_all = {"decode, wide window", "mixed, wide window", "extend, wide window"}
+    assert {name for name, row in rows.items() if row["ok"]} == named("", "head_dim 128") | wider_than_all
     assert rows["decode, window"]["error"] > 1e-3
     assert rows["mixed, soft cap"]["error"] is None
     assert rows["decode, scale"]["problem"] == "RuntimeError: no kernel image is available"
     assert rows["decode, scale"]["batches"] == 0
     assert main(["doctor", "--device", "cpu", "--batches", "1", "--dtype", "float32"]) == 1
     text = capsys.readouterr().out
-    assert text.count("FAILED") == 6
-    assert "2 of 8 cases are right" in text
+    assert text.count("FAILED") >= 16
+
+
+def test_a_cascade_that_is_not_one_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that leaves the cascade out, or takes a wrong page for shared, has the cascade cases against it."""
+
+    class Misreading(NativeAttention):
+        def plan(self, table: PageTable) -> None:
+            begins, pages = table.kv_indptr[:-1], table.kv_indices.copy()
+            users = begins[pages[begins] == pages[begins[0]]]
+            if len(users) > 1:
+                pages[users] = pages[users + 1]
+            super().plan(table._replace(kv_indices=pages))
+
+    def failed(make: Callable[..., NativeAttention]) -> dict[str, str | None]:
+        monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, sizes: make(**sizes))
+        status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
+        assert status == 1
+        return {c["case"]: c["problem"] for c in found["cases"] if not c["ok"]}
+
+    cascades = {name for name in named(*OPTIONS) if name.startswith("cascade")}
+    without = failed(lambda cascade=None, **sizes: NativeAttention(**sizes, cascade=OFF))
+    assert without == dict.fromkeys(cascades, "AssertionError: a cascade was to be tested, but no segment is used")
+    narrow = {"cascade, window", "cascade, window + soft cap"}  # which do not see the first pages
+    assert failed(Misreading) == dict.fromkeys(cascades - narrow)
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +143,7 @@ def test_flashinfer_is_right(target: str, capsys: pytest.CaptureFixture[str], mo
     device = "cpu" if target == "twin" else "cuda"
     status, found = doctor(capsys, "--device", device, "--dtype", "bfloat16", "--dtype", "float16")
     assert status == 0, [c for c in found["cases"] if not c["ok"]]
-    assert {c["case"] for c in found["cases"]} == CASES | (
-        {"decode, 8-bit", "mixed, 8-bit"} if target == "cuda" else set()
-    )
+    assert {c["case"] for c in found["cases"]} == named(*OPTIONS, *(EIGHT_BIT if target == "cuda" else ()))
 
 
 @each_target

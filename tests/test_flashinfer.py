@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import radixkv
-import radixkv.engine
 from radixkv.attention.fp8 import FP8, quantize
 from tests.attention_helpers import PLAIN, Options, Request, Tokens, error, random_sequence
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.flashinfer_helpers import (
     DTYPES,
     TOLERANCE,
+    VOCAB,
     FlashInferPool,
     each_dtype,
     each_target,
-    engine_attention,
     heads_of,
+    make_engine,
     many_modules,
+    run_step,
 )
 
 GROUPS = [1, 2, 4, 7, 8]
@@ -59,8 +59,6 @@ def test_decode_then_extend_then_decode(target: str, dtype: torch.dtype, page_si
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 5, 64, 2**31 - 1])
 def test_sliding_window(target: str, dtype: torch.dtype, window: int) -> None:
-    if dtype == torch.bfloat16:
-        many_modules()
     pool = FlashInferPool(heads_of(2), dtype, target=target)
     for lengths in ([(180, 60), (65, 3), (40, 1)], [(180, 1), (3, 1)]):
         check(pool, lengths, Options(window_left=window))
@@ -70,8 +68,6 @@ def test_sliding_window(target: str, dtype: torch.dtype, window: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_cap_and_scale(target: str, dtype: torch.dtype) -> None:
     """A cap, a scale, both; the group of 4 decodes with the tensor cores of prefill."""
-    if dtype == torch.float16:
-        many_modules()
     pool = FlashInferPool(heads_of(4), dtype, target=target)
     for lengths in ([(100, 30), (70, 1)], [(100, 1), (70, 1)]):
         check(pool, lengths, Options(sm_scale=0.3), slack=2.0)  # logits 2.4 times as large as usual
@@ -84,7 +80,6 @@ def test_soft_cap_and_scale(target: str, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("group", [2, 4])
 def test_window_soft_cap_and_scale_together(target: str, dtype: torch.dtype, group: int) -> None:
-    many_modules()
     pool = FlashInferPool(heads_of(group), dtype, target=target)
     for lengths in ([(100, 30), (70, 1)], [(100, 1), (70, 1)]):
         check(pool, lengths, Options(0.2, 20, 3.0), slack=2.0)
@@ -94,7 +89,7 @@ def test_window_soft_cap_and_scale_together(target: str, dtype: torch.dtype, gro
 @pytest.mark.parametrize("dim", [128, 192, 256])
 def test_head_dims(target: str, dim: int) -> None:
     """The append kernel and decode without tensor cores do not take 192."""
-    if dim != 192:
+    if dim == 256:
         many_modules()
     pool = FlashInferPool(heads_of(2, 2, dim), target=target)
     check(pool, [(100, 30), (70, 1)])
@@ -135,7 +130,7 @@ def test_layers_with_different_options(target: str) -> None:
 @pytest.mark.parametrize("dim", [64, 192])
 def test_8_bit_caches(target: str, dtype: torch.dtype, group: int, dim: int) -> None:
     """Tokens whose K and V are exact in 8 bits, the cached and the new ones, meet the tolerance of their dtype."""
-    if dtype == torch.bfloat16 or dim != 64:
+    if dim != 64:
         many_modules()
     scales = (0.5, 0.0625)
     pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, scales=scales)
@@ -187,33 +182,6 @@ def test_random_batches(target: str, capsys: pytest.CaptureFixture[str]) -> None
 
 # --- the engine -----------------------------------------------------------------------------------------------------
 
-LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 2, 4, 2, 64, 50
-
-
-def make_engine(monkeypatch: pytest.MonkeyPatch, target: str, **options: Any) -> radixkv.Engine:
-    """An engine over FlashInfer: on the CPU with the twin, else as anyone makes it."""
-    sizes = {"num_layers": LAYERS, "num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, **options}
-    if target == "cuda":
-        return radixkv.Engine(**sizes, device="cuda")
-    with monkeypatch.context() as patch:
-        patch.setattr(radixkv.engine, "_attention", engine_attention(target))
-        return radixkv.Engine(**sizes)
-
-
-def run_step(engine: radixkv.Engine, leases: list[radixkv.Lease], dtype: torch.dtype) -> torch.Tensor:
-    """A toy model whose rows do not see each other outside of attention; returns the leases' last rows."""
-    generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(VOCAB, HEADS, DIM, generator=generator)
-    weights = torch.randn(LAYERS, 3, HEADS, DIM, generator=generator)
-    with engine.step(leases) as step:
-        assert step.input_ids.device == engine.pool.k[0].device
-        positions = step.positions.cpu()
-        x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None, None] / 64)).to(dtype).to(engine.device)
-        for layer in range(LAYERS):
-            q, k, v = (x * weights[layer, i].to(dtype).to(engine.device) for i in range(3))
-            x = x + step.attend(layer, q, k[:, :KV_HEADS], v[:, :KV_HEADS])
-        return x.cpu()[step.last_rows.cpu()]
-
 
 @each_target
 @pytest.mark.parametrize(("page_size", "kv_dtype"), [(1, None), (16, None), (16, FP8)])
@@ -224,9 +192,7 @@ def test_engine_gives_the_answers_of_the_native_engine(
     dtype = torch.float16
     sizes = {"num_pages": 600 // page_size, "page_size": page_size, "dtype": dtype}
     ours = make_engine(monkeypatch, target, **sizes, kv_dtype=kv_dtype)
-    native = radixkv.Engine(
-        num_layers=LAYERS, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, **sizes, device="cpu"
-    )
+    native = make_engine(monkeypatch, "native", **sizes)
     rng = np.random.default_rng(page_size)
     shared = rng.integers(0, VOCAB, 37).tolist()
     leases: list[tuple[radixkv.Lease, radixkv.Lease]] = []

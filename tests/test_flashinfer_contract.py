@@ -1,13 +1,7 @@
-"""What the FlashInfer backend refuses before it calls anything, and exactly what it calls.
-
-FlashInfer is replaced by a recorder here, so this runs everywhere. Where FlashInfer is installed, every recorded call
-is bound to the signature of the real function.
-"""
+"""What the FlashInfer backend refuses before it calls anything, be the step that came before plain or a cascade."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import sys
 from typing import Any
 
@@ -15,106 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-import radixkv.attention.flashinfer
+import radixkv.attention.flashinfer_kernels
 from radixkv.attention import PageTable
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8
 from radixkv.errors import BackendUnavailable, InvalidArgument
+from tests.cascade_helpers import ALL
 from tests.flashinfer_helpers import backend, each_target
+from tests.flashinfer_recorder import DECODE, SIZES, half, recorded
 from tests.test_attention_errors import BAD_TABLES, TABLE, int32
-
-SIZES: dict[str, Any] = {
-    "num_qo_heads": 6,
-    "num_kv_heads": 2,
-    "head_dim": 64,
-    "num_pages": 8,
-    "page_size": 4,
-    "dtype": torch.float16,
-}
-DECODE = PageTable(int32(0, 1, 2), int32(0, 2, 3), int32(3, 1, 0), int32(2, 4), int32(5, 3))
-needs_flashinfer = pytest.mark.skipif(
-    importlib.util.find_spec("flashinfer") is None, reason="no flashinfer to compare with: pip install 'radixkv[cuda]'"
-)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(radixkv.attention.flashinfer, "_prepared", set())
-
-
-class Recorder:
-    """Stands in for flashinfer: notes every call as (name, positional, keywords)."""
-
-    def __init__(self, float_bytes: int = 3 << 20) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self.float_bytes, self.error = float_bytes, None
-        self.BatchPrefillWithPagedKVCacheWrapper = self._wrapper("BatchPrefillWithPagedKVCacheWrapper")
-        self.BatchDecodeWithPagedKVCacheWrapper = self._wrapper("BatchDecodeWithPagedKVCacheWrapper")
-
-    def append_paged_kv_cache(self, *arguments: Any, **keywords: Any) -> None:
-        self.calls.append(("append_paged_kv_cache", arguments, keywords))
-
-    def _wrapper(self, name: str) -> Any:
-        def make(*arguments: Any, **keywords: Any) -> RecordedWrapper:
-            self.calls.append((f"{name}.__init__", arguments, keywords))
-            return RecordedWrapper(self, name, len(arguments[0]))
-
-        return make
-
-    def named(self, end: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """The arguments of the calls whose name ends so."""
-        return [(arguments, keywords) for name, arguments, keywords in self.calls if name.endswith(end)]
-
-
-class RecordedWrapper:
-    def __init__(self, api: Recorder, name: str, float_bytes: int) -> None:
-        self.api, self.name, self.float_bytes = api, name, float_bytes
-
-    def note(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.api.calls.append((f"{self.name}.{method}", arguments, keywords))
-
-    def workspace_size(self, *arguments: Any, **keywords: Any) -> tuple[int, int]:
-        self.note("workspace_size", arguments, keywords)
-        return self.api.float_bytes, 4096
-
-    def reset_workspace_buffer(self, *arguments: Any) -> None:
-        self.note("reset_workspace_buffer", arguments, {})
-        self.float_bytes = len(arguments[0])
-
-    def plan(self, *arguments: Any, **keywords: Any) -> None:
-        if self.api.error is not None:
-            raise self.api.error
-        if self.float_bytes < self.api.float_bytes:
-            raise RuntimeError("Buffer overflow")
-        self.note("plan", arguments, keywords)
-
-    def run(self, *arguments: Any, **keywords: Any) -> None:
-        self.note("run", arguments, keywords)
-        keywords["out"].fill_(1.0)
-
-
-def recorded(**sizes: Any) -> tuple[FlashInferAttention, Recorder]:
-    api = Recorder()
-    return FlashInferAttention(**(SIZES | sizes), device=torch.device("cpu"), api=api), api
+    monkeypatch.setattr(radixkv.attention.flashinfer_kernels, "_prepared", set())
 
 
 def tensors(rows: int = 6, device: str | torch.device = "cpu", **change: Any) -> dict[str, Any]:
     cache = torch.zeros(2, 8, 4, 2, 64, dtype=torch.float16, device=device)
     q, out = (torch.zeros(rows, 6, 64, dtype=torch.float16, device=device) for _ in range(2))
     return {"q": q, "k_cache": cache[0], "v_cache": cache[1], "out": out} | change
-
-
-def half(*shape: int, **options: Any) -> torch.Tensor:
-    return torch.zeros(*shape, **({"dtype": torch.float16} | options))
-
-
-def test_the_plan_says_that_this_backend_shares_nothing():
-    backend, _ = recorded(num_pages=8)
-    assert backend.cascade.segments == ()
-    shared = PageTable(int32(0, 1, 2), int32(0, 2, 4), int32(5, 1, 5, 2), int32(1, 1), int32(4, 8))
-    backend.plan(shared)
-    [segment] = backend.cascade.segments
-    assert (segment.users, segment.used) == ((0, 1), False)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -132,6 +46,29 @@ BROKEN_CONTRACTS = [
     ({"kv_indptr": np.array([0, 2, 3])}, "kv_indptr is int64"),
 ]
 
+# Three requests over pages 5 and 1, then each its own: 3 rows of a prefill, then two rows of decode.
+SHARED = PageTable(
+    int32(0, 3, 4, 5), int32(0, 3, 6, 9), int32(5, 1, 2, 5, 1, 3, 5, 1, 4), int32(3, 1, 4), int32(8, 9, 10, 12, 19)
+)
+BROKEN_CASCADES = [
+    # A surplus page for each, and for the last one only.
+    (
+        {"kv_indptr": int32(0, 4, 8, 12), "kv_indices": int32(5, 1, 2, 0, 5, 1, 3, 0, 5, 1, 4, 0)},
+        r"slots\[0\] is 8: request 0 has 4 pages and kv_last_page_len 3, so its row at position 12 belongs into slot 0",
+    ),
+    (
+        {"kv_indptr": int32(0, 3, 6, 10), "kv_indices": int32(5, 1, 2, 5, 1, 3, 5, 1, 4, 0)},
+        r"slots\[4\] is 19: request 2 has 4 pages .*, so its row at position 15 belongs into slot 3",
+    ),
+    ({"kv_last_page_len": int32(4, 1, 4)}, r"slots\[0\] is 8: request 0 .* position 9 belongs into slot 9"),
+    ({"kv_last_page_len": int32(3, 2, 4)}, r"slots\[3\] is 12: request 1 .* position 9 belongs into slot 13"),
+    ({"kv_last_page_len": int32(3, 1, 3)}, r"slots\[4\] is 19: request 2 .* position 10 belongs into slot 18"),
+    ({"kv_last_page_len": int32(3, 0, 4)}, "request 1: kv_last_page_len is 0: it must be 1 to page_size = 4"),
+    ({"kv_indices": int32(5, 1, 2, 5, 1, 8, 5, 1, 4)}, r"kv_indices\[5\] is 8: it must be 0 to 7"),
+    ({"kv_indices": np.array([5, 1, 2, 5, 1, 3, 5, 1, 4])}, "kv_indices is int64 with 1 dimensions"),
+    ({"qo_indptr": np.array([0, 3, 4, 5])}, "qo_indptr is int64"),
+]
+
 
 @each_target
 @pytest.mark.parametrize(("change", "message"), BAD_TABLES + BROKEN_CONTRACTS)
@@ -143,6 +80,20 @@ def test_tables(target: str, change: dict[str, Any], message: str) -> None:
     arguments = tensors(device=attention.device)
     arguments["out"].fill_(torch.nan)
     attention.run(**arguments)  # the earlier plan still stands
+    assert not arguments["out"].cpu().isnan().any()
+
+
+@each_target
+@pytest.mark.parametrize(("change", "message"), BROKEN_CASCADES)
+def test_tables_of_a_cascade(target: str, change: dict[str, Any], message: str) -> None:
+    attention = backend(target, **SIZES, cascade=ALL)
+    attention.plan(SHARED)
+    assert [len(s.users) for s in attention.cascade.segments if s.used] == [3]
+    with pytest.raises(InvalidArgument, match=message):
+        attention.plan(SHARED._replace(**change))
+    arguments = tensors(5, attention.device)
+    arguments["out"].fill_(torch.nan)
+    attention.run(**arguments)
     assert not arguments["out"].cpu().isnan().any()
 
 
@@ -213,6 +164,25 @@ def test_a_stale_plan_is_noticed(target: str) -> None:
     attention.plan(DECODE)
     with pytest.raises(InvalidArgument, match=r"q has shape \(6, 6, 64\): it must be \(2, 6, 64\)"):
         attention.run(**tensors(device=attention.device))
+
+
+@each_target
+def test_a_stale_plan_is_noticed_after_a_cascade(target: str) -> None:
+    """Rows, and dtypes, of another step than the planned one; the levels of the earlier step are gone."""
+    attention = backend(target, **SIZES, cascade=ALL)
+    for table, rows in ((SHARED, 5), (DECODE, 2), (SHARED, 5), (TABLE, 6)):
+        attention.plan(table)
+        assert attention.cascade.shared == (table is SHARED)
+        for wrong in (2, 5, 6):
+            arguments = tensors(wrong, attention.device)
+            if wrong == rows:
+                attention.run(**arguments)
+                arguments["q"] = arguments["q"].to(torch.bfloat16)
+                with pytest.raises(InvalidArgument, match="q is torch.bfloat16: it must be torch.float16"):
+                    attention.run(**arguments)
+            else:
+                with pytest.raises(InvalidArgument, match=rf"it must be \({rows}, 6, 64\)"):
+                    attention.run(**arguments)
 
 
 @each_target
@@ -318,168 +288,3 @@ def test_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", old)
     with pytest.raises(BackendUnavailable, match=r"FlashInfer 0.6.18.dev1 is too old"):
         make("cuda")
-
-
-# --- what is called -------------------------------------------------------------------------------------------------
-
-
-def step(attention: FlashInferAttention, table: PageTable, *options: dict[str, Any]) -> None:
-    """A step with one layer for each of the options."""
-    attention.plan(table)
-    rows = len(table.slots)
-    heads = attention._heads
-    cache = half(2, 8, 4, heads[1], 64)
-    for layer in options or ({},):
-        kv = half(rows, heads[1], 64)
-        attention.append(kv, kv, cache[0], cache[1])
-        out = half(rows, heads[0], 64)
-        attention.run(half(rows, heads[0], 64), cache[0], cache[1], out, **layer)
-        assert (out == 1).all()
-
-
-def test_mixed_steps_use_prefill_and_decode_steps_decode(capsys: pytest.CaptureFixture[str]) -> None:
-    attention, api = recorded()
-    step(attention, TABLE)
-    ((arguments, keywords),) = api.named("BatchPrefillWithPagedKVCacheWrapper.plan")
-    assert [a.tolist() for a in arguments[:4]] == [[0, 2, 6], [0, 2, 3], [3, 1, 0], [2, 4]]
-    assert all(a.dtype == torch.int32 and a.is_contiguous() for a in arguments[:4])
-    assert arguments[4:] == (6, 2, 64, 4)
-    half_ = torch.float16
-    types = {"q_data_type": half_, "kv_data_type": half_, "o_data_type": half_}
-    assert keywords == types | {"causal": True, "sm_scale": 0.125, "window_left": -1, "logits_soft_cap": 0.0}
-    step(attention, DECODE)
-    ((arguments, keywords),) = api.named("BatchDecodeWithPagedKVCacheWrapper.plan")
-    assert [a.tolist() for a in arguments[:3]] == [[0, 2, 3], [3, 1, 0], [2, 4]]
-    assert arguments[3:] == (6, 2, 64, 4)
-    assert keywords == types | {"sm_scale": 0.125, "window_left": -1, "logits_soft_cap": 0.0}
-    for arguments, keywords in api.named("__init__"):
-        assert arguments[1:] == ("NHD",)
-        assert keywords["backend"] == "fa2"
-    said = capsys.readouterr().err
-    assert [said.count(f"prepares its {kind} kernels for float16") for kind in ("append", "prefill", "decode")] == [
-        1
-    ] * 3
-
-
-@pytest.mark.parametrize(
-    ("group", "tensor_cores"), [(1, False), (2, False), (3, False), (4, True), (7, True), (8, True)]
-)
-def test_tensor_cores_decode_large_groups(group: int, tensor_cores: bool) -> None:
-    attention, api = recorded(num_qo_heads=2 * group)
-    step(attention, DECODE)
-    ((_, keywords),) = api.named("BatchDecodeWithPagedKVCacheWrapper.__init__")
-    assert keywords == {"use_tensor_cores": group >= 4, "backend": "fa2"}
-
-
-def test_rows_are_appended_at_their_positions() -> None:
-    attention, api = recorded()
-    step(attention, TABLE)
-    ((arguments, keywords),) = api.named("append_paged_kv_cache")
-    _, _, request, position, caches, kv_indices, kv_indptr, last = arguments
-    assert request.tolist() == [0, 0, 1, 1, 1, 1]
-    assert position.tolist() == [4, 5, 0, 1, 2, 3]
-    assert isinstance(caches, tuple)
-    assert [kv_indices.tolist(), kv_indptr.tolist(), last.tolist()] == [[3, 1, 0], [0, 2, 3], [2, 4]]
-    assert all(a.dtype == torch.int32 for a in (request, position, kv_indices, kv_indptr, last))
-    assert keywords == {"kv_layout": "NHD"}
-
-
-def test_one_plan_for_each_combination_of_options_and_two_sets_of_wrappers() -> None:
-    attention, api = recorded()
-    local, whole = {"window_left": 3, "sm_scale": 0.5}, {"logits_soft_cap": 9.0}
-    for _ in range(5):
-        step(attention, TABLE, local, whole, local, whole, whole)
-    assert len(api.named("WithPagedKVCacheWrapper.run")) == 25
-    plans = [keywords for _, keywords in api.named(".plan")]
-    assert [(p["sm_scale"], p["window_left"], p["logits_soft_cap"]) for p in plans] == [
-        (0.5, 3, 0.0),
-        (0.125, -1, 9.0),
-    ] * 5
-    assert len(api.named("__init__")) == 4  # two sets of two
-
-
-def test_two_steps_never_share_index_arrays() -> None:
-    attention, api = recorded()
-    for _ in range(4):
-        step(attention, TABLE)
-    places = [arguments[0].data_ptr() for arguments, _ in api.named(".plan")]
-    assert places[0] == places[2] != places[1] == places[3]
-
-
-def test_workspaces_grow_when_a_plan_needs_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, api = recorded()
-    step(attention, TABLE)
-    ((buffers, _),) = api.named("reset_workspace_buffer")
-    assert [len(b) for b in buffers] == [4 << 20, 1 << 18]
-    assert all(b.dtype == torch.uint8 for b in buffers)
-    step(attention, TABLE)  # the other set's wrapper begins with the larger workspace
-    api.float_bytes = 9 << 20
-    step(attention, TABLE)
-    assert [len(b[0]) for b, _ in api.named("reset_workspace_buffer")] == [4 << 20, 4 << 20, 16 << 20]
-
-
-def test_8_bit_caches_are_planned_appended_and_scaled_as_such() -> None:
-    attention, api = recorded(kv_dtype=FP8, k_scale=0.5, v_scale=0.25)
-    attention.plan(DECODE)
-    cache = half(2, 8, 4, 2, 64).to(FP8)
-    attention.append(half(2, 2, 64) + 3, half(2, 2, 64) + 3, cache[0], cache[1])
-    attention.run(half(2, 6, 64), cache[0], cache[1], half(2, 6, 64))
-    ((arguments, _),) = api.named("append_paged_kv_cache")
-    assert [x.dtype for x in arguments[:2]] == [FP8, FP8]
-    assert [x.float().unique().tolist() for x in arguments[:2]] == [[6.0], [12.0]]
-    ((_, keywords),) = api.named("BatchDecodeWithPagedKVCacheWrapper.__init__")
-    assert keywords["use_tensor_cores"]
-    ((_, keywords),) = api.named(".plan")
-    assert (keywords["q_data_type"], keywords["kv_data_type"]) == (torch.float16, FP8)
-    ((_, keywords),) = api.named("WithPagedKVCacheWrapper.run")
-    assert (keywords["k_scale"], keywords["v_scale"]) == (0.5, 0.25)
-
-
-def test_windows_wider_than_the_pool_are_none() -> None:
-    attention, api = recorded()
-    step(attention, TABLE, {"window_left": 31}, {"window_left": 32}, {"window_left": 2**31 - 1})
-    assert [keywords["window_left"] for _, keywords in api.named(".plan")] == [31, -1]
-
-
-def test_kernels_that_cannot_be_compiled() -> None:
-    attention, api = recorded()
-    api.error = RuntimeError("Could not find nvcc")
-    with pytest.raises(BackendUnavailable, match="prefill kernels .* Could not find nvcc.* install the CUDA toolkit"):
-        step(attention, TABLE)
-
-
-def test_warm_up_runs_a_token_and_then_two() -> None:
-    for page_size in (1, 4):
-        attention, api = recorded(page_size=page_size)
-        cache = half(2, 8, page_size, 2, 64)
-        attention.warm_up(cache[0], cache[1])
-        assert [name.split("With")[0] for name, _, _ in api.calls if name.endswith(".run")] == [
-            "BatchDecode",
-            "BatchPrefill",
-        ]
-        assert len(api.named("append_paged_kv_cache")) == 2
-
-
-@needs_flashinfer
-def test_every_call_fits_the_installed_flashinfer() -> None:
-    """The signature of each real function takes each recorded call."""
-    import flashinfer
-
-    attention, api = recorded()
-    for table in (TABLE, DECODE):
-        step(attention, table, {}, {"window_left": 3, "logits_soft_cap": 2.0})
-    api.float_bytes = 64 << 20
-    step(attention, TABLE)
-    eight_bit, other = recorded(kv_dtype=FP8)
-    eight_bit.warm_up(*half(2, 8, 4, 2, 64).to(FP8))
-    checked = set()
-    for name, arguments, keywords in api.calls + other.calls:
-        owner, _, method = name.rpartition(".")
-        real = getattr(flashinfer, owner) if owner else flashinfer
-        if name == "BatchDecodeWithPagedKVCacheWrapper.plan":
-            method = "_plan_impl"  # plan() itself takes anything and forwards it
-        inspect.signature(getattr(real, method)).bind(*([None] if owner else []), *arguments, **keywords)
-        checked.add(name)
-    methods = ("__init__", "plan", "run", "workspace_size", "reset_workspace_buffer")
-    wrappers = ("BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper")
-    assert checked == {"append_paged_kv_cache", *(f"{w}.{m}" for w in wrappers for m in methods)}

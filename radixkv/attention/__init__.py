@@ -62,6 +62,14 @@ class Attention(Protocol):
     def cascade(self) -> CascadePlan:
         """What the planned requests share, which of it is read once for all of them, and why."""
 
+    @property
+    def graph_key(self) -> int | None:
+        """Not None if the planned step can be captured in a CUDA graph, or replayed from that of a step with its key.
+
+        Then append and run launch work and do nothing else, and all they read beside their arguments lies in memory
+        that every step with this key has; plan() fills it.
+        """
+
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the caches.
 

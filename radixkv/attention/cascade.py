@@ -8,13 +8,17 @@ native backend runs the plan with a bit-identical result; for FlashInfer `Cascad
     q = q[plan.rows]                      # users of a segment become neighbours
     for level in plan.levels():           # the last is each request's own rest, causal
         ...                               # attend with these arrays, merge the states
+
+A segment is of whole pages. Where a shared prefix ends inside a page, its full pages are shared, and what is left of it
+stands in a page of each user's own: the cache copies such a page for every lease that goes on from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +26,7 @@ import numpy.typing as npt
 from .. import _core
 from . import PageTable
 
-__all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment"]
+__all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment", "may_share"]
 
 _VERDICTS = ("used", "too few users", "too short", "does not pay", "too many levels")
 
@@ -63,6 +67,20 @@ FLASHINFER = CascadeCosts(
 
 OFF = CascadeCosts(min_users=2**31 - 1)
 """No cascade: every request reads its own."""
+
+
+def may_share(table: PageTable, page_size: int, costs: CascadeCosts) -> bool:
+    """Whether deriving a plan can find a segment to use; a few microseconds for each hundred requests.
+
+    The users of a segment of min_tokens tokens or more have the page in common that holds the last of these.
+    """
+    depth = max(0, -(-costs.min_tokens // page_size) - 1)
+    users = max(2, costs.min_users)
+    begins = table.kv_indptr[:-1][np.diff(table.kv_indptr) > depth]
+    if len(begins) < users:
+        return False
+    pages = np.sort(table.kv_indices[begins + depth])
+    return bool((pages[users - 1 :] == pages[: len(pages) - users + 1]).any())
 
 
 class Segment(NamedTuple):
@@ -109,13 +127,21 @@ class CascadePlan:
     token_bytes: int = 0
     """Bytes of one token's K and V in one layer, for `explain`."""
     costs: CascadeCosts = field(default=NATIVE)
+    remark: str = ""
+    """What else the backend has to say: the last line of `explain`."""
 
     @classmethod
     def derive(
-        cls, table: PageTable, page_size: int, costs: CascadeCosts = NATIVE, token_bytes: int = 0
+        cls,
+        table: PageTable,
+        page_size: int,
+        costs: CascadeCosts = NATIVE,
+        token_bytes: int = 0,
+        remark: str = "",
     ) -> CascadePlan:
         """Raises `InvalidArgument` for a table that a backend would refuse."""
-        return cls(_core.derive_cascade(*table[:4], page_size, _core.CascadeCosts(*astuple(costs))), token_bytes, costs)
+        core = _core.derive_cascade(*table[:4], page_size, _core.CascadeCosts(*astuple(costs)))
+        return cls(core, token_bytes, costs, remark)
 
     @cached_property
     def order(self) -> npt.NDArray[np.int32]:
@@ -125,10 +151,7 @@ class CascadePlan:
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """[rows]: the rows in that order; row i of the levels is row rows[i] of the table."""
-        indptr = self.core.qo_indptr
-        return np.concatenate(
-            [np.arange(indptr[b], indptr[b + 1], dtype=np.int64) for b in self.order] or [np.empty(0, np.int64)]
-        )
+        return _runs(self._qo_indptr[:-1][self.order], self._row_counts[self.order])
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -166,45 +189,101 @@ class CascadePlan:
     @property
     def tokens_read(self) -> int:
         """Tokens whose K and V a layer reads when every request reads its own."""
-        pages, last = np.diff(self.core.kv_indptr), self.core.kv_last_page_len
-        return int(((pages - 1) * self.core.page_size + last).sum())
+        return int(self._lengths.sum())
 
-    def levels(self) -> list[Level]:
+    def levels(self, window_left: int = -1) -> list[Level]:
         """One level for each depth of used segments, and a last one with what is left to every request.
 
-        All levels have the same rows in the same order (`rows`). A request without a segment on a level has a group of
+        All levels have the same rows in the same order (`rows`). Those without a segment on a level are in a group of
         no page there, with kv_last_page_len 0; the last level's groups hold at least the new rows.
+
+        window_left: how many keys before its own a query sees, -1 for all. FlashInfer knows a row's position on the
+        last level only, so there a window applies as it is, and a shared level must do without. A segment that lies in
+        the window of every row of its users is shared all the same; one that lies before all of these windows is left
+        out; one that a window cuts, and what follows it, stays each user's own. No segment left: one level.
         """
-        return [self._shared_level(level) for level in range(self.core.levels)] + [self._last_level()]
+        shared = self.core.shared_pages
+        by_depth: dict[int, list[Segment]] = {}
+        if window_left < 0:
+            for s in self.segments:
+                if s.used:
+                    by_depth.setdefault(s.level, []).append(s)
+        else:
+            shared = np.zeros_like(shared)
+            for s, inside in self._uncut(window_left):
+                shared[list(s.users)] = s.page_end
+                if inside:
+                    by_depth.setdefault(s.level, []).append(s)
+            if not by_depth:
+                shared[:] = 0
+        return [self._shared_level(by_depth[depth]) for depth in sorted(by_depth)] + [self._last_level(shared)]
 
-    def _pages(self, request: int, begin: int, end: int | None = None) -> npt.NDArray[np.int32]:
-        indptr = self.core.kv_indptr
-        return self.core.kv_indices[indptr[request] : indptr[request + 1]][begin:end]
+    def _uncut(self, window_left: int) -> Iterator[tuple[Segment, bool]]:
+        """The used segments that no row's window cuts, nor one above them; True: all in every window, False: in none.
 
-    def _shared_level(self, level: int) -> Level:
-        starts = {s.users[0]: s for s in self.segments if s.used and s.level == level}
-        groups, pages, lasts = [], [], []
-        place = 0
-        while place < len(self.order):
-            segment = starts.get(int(self.order[place]))
-            users = self.order[place : place + 1] if segment is None else segment.users
-            groups.append(sum(int(self._row_counts[b]) for b in users))
-            if segment is None:
-                pages.append(np.empty(0, np.int32))
-            else:
-                pages.append(self._pages(segment.users[0], segment.first_page, segment.page_end))
-            lasts.append(0 if segment is None else self.core.page_size)
-            place += len(users)
-        return _level(groups, pages, lasts)
+        Parents come before their children.
+        """
+        uncut = set()
+        for index, s in enumerate(self.segments):
+            above = s.parent
+            while above is not None and not self.segments[above].used:
+                above = self.segments[above].parent
+            if not s.used or not (above is None or above in uncut):
+                continue
+            users = list(s.users)
+            oldest = int((self._lengths - self._row_counts)[users].min()) - window_left
+            newest = int(self._lengths[users].max()) - 1 - window_left
+            inside = newest <= s.first_page * self.core.page_size
+            if inside or s.page_end * self.core.page_size <= oldest:
+                uncut.add(index)
+                yield s, inside
 
-    def _last_level(self) -> Level:
-        shared, last = self.core.shared_pages, self.core.kv_last_page_len
-        pages = [self._pages(b, int(shared[b])) for b in self.order]
-        return _level([int(self._row_counts[b]) for b in self.order], pages, [int(last[b]) for b in self.order])
+    def _shared_level(self, segments: list[Segment]) -> Level:
+        place_of = np.argsort(self.order)
+        groups: list[tuple[int, int, int]] = []  # place in the order where it ends, first of its kv_indices, pages
+        done = 0
+        for place, s in sorted((int(place_of[s.users[0]]), s) for s in segments):
+            if place > done:
+                groups.append((place, 0, 0))
+            done = place + len(s.users)
+            groups.append((done, int(self._kv_indptr[s.users[0]]) + s.first_page, s.page_end - s.first_page))
+        if done < len(self.order):
+            groups.append((len(self.order), 0, 0))
+        ends, begins, counts = np.array(groups).T
+        return Level(
+            _indptr(self._row_counts[self.order])[[0, *ends]],
+            _indptr(counts),
+            self._kv_indices[_runs(begins, counts)],
+            np.where(counts > 0, self.core.page_size, 0).astype(np.int32),
+        )
+
+    def _last_level(self, shared: npt.NDArray[np.int32]) -> Level:
+        begins = (self._kv_indptr[:-1] + shared)[self.order]
+        counts = self._kv_indptr[1:][self.order] - begins
+        pages = self._kv_indices[_runs(begins, counts)]
+        last = self.core.kv_last_page_len[self.order]
+        return Level(_indptr(self._row_counts[self.order]), _indptr(counts), pages, last)
+
+    @cached_property
+    def _qo_indptr(self) -> npt.NDArray[np.int32]:
+        return self.core.qo_indptr
+
+    @cached_property
+    def _kv_indptr(self) -> npt.NDArray[np.int32]:
+        return self.core.kv_indptr
+
+    @cached_property
+    def _kv_indices(self) -> npt.NDArray[np.int32]:
+        return self.core.kv_indices
 
     @cached_property
     def _row_counts(self) -> npt.NDArray[np.int32]:
-        return np.diff(self.core.qo_indptr)
+        return np.diff(self._qo_indptr)
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        pages = np.diff(self._kv_indptr).astype(np.int64)
+        return (pages - 1) * self.core.page_size + self.core.kv_last_page_len
 
     def explain(self) -> str:
         """What the requests of the step share, what is made of it and why, in a few lines."""
@@ -212,7 +291,7 @@ class CascadePlan:
         if not self.segments:
             many = f" (those of more than {self.costs.max_rows} new rows aside)" if self.costs.max_rows else ""
             why = f"no two{many} share a full page before their new rows"
-            return f"{requests} requests: {why}, each reads its own K and V"
+            return f"{requests} requests: {why}, each reads its own K and V" + self._remark
         read, saved = self.tokens_read, self.tokens_saved
         lines = [
             f"{requests} requests, {len(self.segments)} shared segments, {sum(s.used for s in self.segments)} used in "
@@ -227,10 +306,16 @@ class CascadePlan:
                 f"  segment {index} after {after}: {len(s.users)} users {_some(s.users)}, pages {s.page_begin} to "
                 f"{s.page_end - 1}, serves {tokens} tokens: {self._why(s, bytes_saved)}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines) + self._remark
+
+    @property
+    def _remark(self) -> str:
+        return f"\n  {self.remark}" if self.remark else ""
 
     def _why(self, s: Segment, bytes_saved: str) -> str:
         costs, tokens = self.costs, s.token_end - s.token_begin
+        if costs.min_users == OFF.min_users:
+            return "not used, cascade is off"
         rows = sum(int(self._row_counts[b]) for b in s.users)
         spent = costs.launch_tokens + costs.merge_tokens * rows
         if s.used:
@@ -245,17 +330,14 @@ class CascadePlan:
         return f"not used, {s.reason}: {details[s.reason]}"
 
 
-def _level(groups: list[int], pages: list[npt.NDArray[np.int32]], lasts: list[int]) -> Level:
-    return Level(
-        _indptr(groups),
-        _indptr([len(p) for p in pages]),
-        np.concatenate([*pages, np.empty(0, np.int32)]).astype(np.int32),
-        np.array(lasts, dtype=np.int32),
-    )
+def _indptr(counts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
-def _indptr(counts: list[int]) -> npt.NDArray[np.int32]:
-    return np.cumsum([0, *counts]).astype(np.int32)
+def _runs(begins: npt.NDArray[Any], counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """begins[0], begins[0] + 1, ... counts[0] of them, then those of begins[1] and so on."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.repeat(begins - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _some(users: tuple[int, ...]) -> str:

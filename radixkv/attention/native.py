@@ -100,6 +100,10 @@ class NativeAttention:
         """What the planned requests share and what is made of it. It stays valid when the next step is planned."""
         return CascadePlan(self._plan.cascade, self._token_bytes, self._costs)
 
+    @property
+    def graph_key(self) -> None:
+        """None: there are no CUDA graphs here."""
+
     def plan(self, table: PageTable) -> None:
         """Copy and check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
         for name, array in zip(PageTable._fields, table, strict=True):

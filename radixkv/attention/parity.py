@@ -14,6 +14,7 @@ import torch
 
 from ..errors import RadixKVError
 from . import Attention, PageTable
+from .cascade import CascadeCosts
 from .fp8 import FP8, quantize
 
 __all__ = ["TOLERANCE", "Case", "Make", "Result", "cases", "run_case"]
@@ -22,28 +23,38 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest error allowed for inputs of unit variance, by dtype; relative where an output is larger than 1."""
 
 Make = Callable[[dict[str, Any]], Attention]
-"""Makes a backend from the arguments that all have in common, kv_dtype and its scales only for 8-bit K and V."""
+"""Makes a backend from the arguments that all have in common: kv_dtype and its scales only for 8-bit K and V, cascade
+only for cascade cases."""
 
 _GROUPS = (1, 2, 4, 7, 8)
 _PAGE_SIZES = (1, 16, 64)
-_KV_HEADS, _HEAD_DIM = 2, 64
+_KV_HEADS = 2
 _SCALES = (0.5, 0.0625)  # of 8-bit K and V
 _EXTRA_TOKENS = 150  # cached tokens of a request, at most
+_NEW_ROWS = {"decode": (1,), "mixed": (1, 1, 2, 9, 40), "extend": (2, 5, 16, 40), "cascade": (1, 1, 1, 3, 16)}
+_SHARE_ALL = CascadeCosts(min_tokens=1, launch_tokens=-1.0, merge_tokens=0.0, max_rows=0)
 
 
 @dataclass(frozen=True)
 class Case:
     """A kind of batch."""
 
-    name: str
+    kind: str
+    """What rows are in it. "decode": one new row for each request; "extend": several; "mixed": either; "cascade":
+    mixed, and requests begin with the same pages, up to three levels in two families."""
+    options: str
+    """In words; empty for none."""
     dtype: torch.dtype
-    decode: bool
-    """One new row for each request; else also prefill and extend."""
     sm_scale: float | None = None
     window_left: int = -1
     logits_soft_cap: float = 0.0
     fp8: bool = False
     """K and V stored in 8 bits."""
+    head_dim: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.options}" if self.options else self.kind
 
 
 @dataclass(frozen=True)
@@ -66,20 +77,23 @@ class Result:
 
 
 def cases(dtypes: Sequence[torch.dtype], fp8: bool) -> list[Case]:
-    """Decode and mixed batches of each dtype, plain and with every option; fp8: also over 8-bit K and V."""
-    eight_bit = [(", 8-bit", (None, -1, 0.0, True))] if fp8 else []
-    return [
-        Case(f"{kind}{name}", dtype, kind == "decode", *options)
-        for dtype in dtypes
-        for name, options in (
-            ("", (None, -1, 0.0, False)),
-            (", scale", (0.2, -1, 0.0, False)),
-            (", window", (None, 33, 0.0, False)),
-            (", soft cap", (None, -1, 5.0, False)),
-            *eight_bit,
-        )
-        for kind in ("decode", "mixed")
+    """Every kind of batch with every option, for each dtype; fp8: also over K and V in 8 bits."""
+    options: list[tuple[str, dict[str, Any]]] = [
+        ("", {}),
+        ("scale", {"sm_scale": 0.2}),
+        ("window", {"window_left": 33}),
+        ("wide window", {"window_left": 250}),
+        ("soft cap", {"logits_soft_cap": 5.0}),
+        ("window + soft cap", {"window_left": 33, "logits_soft_cap": 5.0}),
+        ("head_dim 128", {"head_dim": 128}),
     ]
+    if fp8:
+        options += [
+            ("8-bit", {"fp8": True}),
+            ("8-bit, window", {"fp8": True, "window_left": 33}),
+            ("8-bit, head_dim 128", {"fp8": True, "head_dim": 128}),
+        ]
+    return [Case(kind, words, dtype, **chosen) for dtype in dtypes for words, chosen in options for kind in _NEW_ROWS]
 
 
 def run_case(case: Case, batches: int, make: Make, device: torch.device, seed: int) -> Result:
@@ -99,73 +113,113 @@ def run_case(case: Case, batches: int, make: Make, device: torch.device, seed: i
 def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Generator) -> float:
     """The largest error of one random batch."""
     page_size, group = int(rng.choice(_PAGE_SIZES)), int(rng.choice(_GROUPS))
-    batch = int(rng.integers(1, 9))
-    rows = np.ones(batch, int) if case.decode else rng.choice([1, 1, 2, 9, 40], batch)
-    lengths = rows + rng.integers(0, _EXTRA_TOKENS, batch)
-    num_pages = int((-(-lengths // page_size)).sum()) + 3
-    sizes = {
+    prefixes = _family_prefixes(page_size) if case.kind == "cascade" else [[]] * int(rng.integers(1, 9))
+    table, slots, num_pages = _random_table(prefixes, _NEW_ROWS[case.kind], page_size, rng)
+    sizes: dict[str, Any] = {
         "num_qo_heads": group * _KV_HEADS,
         "num_kv_heads": _KV_HEADS,
-        "head_dim": _HEAD_DIM,
+        "head_dim": case.head_dim,
         "num_pages": num_pages,
         "page_size": page_size,
         "dtype": case.dtype,
     }
     if case.fp8:
         sizes |= {"kv_dtype": FP8, "k_scale": _SCALES[0], "v_scale": _SCALES[1]}
-    table, slots = _random_table(rows, lengths, num_pages, page_size, rng)
-
+    if case.kind == "cascade":
+        sizes["cascade"] = _SHARE_ALL
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 
-    def randn(count: int, heads: int) -> torch.Tensor:
-        return torch.randn(count, heads, _HEAD_DIM, generator=generator).to(case.dtype)
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, case.head_dim, generator=generator).to(case.dtype)
 
-    k, v = (randn(int(lengths.sum()), _KV_HEADS) for _ in range(2))
-    q = randn(int(rows.sum()), group * _KV_HEADS)
-    new = np.concatenate([np.arange(n) >= n - r for n, r in zip(lengths, rows, strict=True)])
+    q, kv = randn(len(table.slots), group * _KV_HEADS), randn(2, num_pages, page_size, _KV_HEADS)
     if case.fp8:  # values that 8 bits hold exactly
-        k, v = (quantize(x, s).to(case.dtype) * s for x, s in zip((k, v), _SCALES, strict=True))
-    caches = torch.full((2, num_pages * page_size, _KV_HEADS, _HEAD_DIM), torch.nan, dtype=case.dtype)
-    for cache, tokens in zip(caches, (k, v), strict=True):
-        cache[slots[~new]] = tokens[~new]
+        kv = torch.stack([quantize(x, s).to(case.dtype) * s for x, s in zip(kv, _SCALES, strict=True)])
+    out = _attend(case, make(sizes), table, slots, q, kv, device)
+    keys, values = kv.flatten(1, 2)
+    worst = 0.0
+    for b, mine in enumerate(slots):
+        rows = slice(int(table.qo_indptr[b]), int(table.qo_indptr[b + 1]))
+        expected = _dense(case, q[rows], keys[mine], values[mine])
+        error = ((out[rows] - expected).abs() / expected.abs().clamp(min=1)).max().item()
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def _attend(
+    case: Case,
+    backend: Attention,
+    table: PageTable,
+    slots: list[np.ndarray],
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """The backend's rows, float64 on the CPU, over caches kv [2, page, slot, head, dim] of which the new rows' slots
+    and those that no request has hold NaN."""
+    new, used = torch.from_numpy(table.slots.astype(np.int64)), torch.from_numpy(np.concatenate(slots))
+    caches = torch.full_like(kv, torch.nan)
+    caches.flatten(1, 2)[:, used] = kv.flatten(1, 2)[:, used]
+    caches.flatten(1, 2)[:, new] = torch.nan
     if case.fp8:
         caches = torch.stack([quantize(x, s) for x, s in zip(caches, _SCALES, strict=True)])
-    k_cache, v_cache = caches.view(2, num_pages, page_size, _KV_HEADS, _HEAD_DIM).to(device)
+    k_cache, v_cache = caches.to(device)
+    k, v = kv.flatten(1, 2)[:, new].to(device)
     out = torch.full(tuple(q.shape), torch.nan, dtype=case.dtype, device=device)
-
-    backend = make(sizes)
     backend.plan(table)
-    backend.append(k[new].to(device), v[new].to(device), k_cache, v_cache)
+    if case.kind == "cascade":
+        assert backend.cascade.shared, "a cascade was to be tested, but no segment is used"
+    backend.append(k, v, k_cache, v_cache)
     backend.run(
         q.to(device), k_cache, v_cache, out,
         sm_scale=case.sm_scale, window_left=case.window_left, logits_soft_cap=case.logits_soft_cap,
     )  # fmt: skip
-    ends, q_ends = np.cumsum(lengths), np.cumsum(rows)
-    expected = torch.cat(
-        [
-            _dense(case, q[qe - r : qe], k[e - n : e], v[e - n : e])
-            for qe, r, e, n in zip(q_ends, rows, ends, lengths, strict=True)
-        ]
-    )
-    error = ((out.cpu().double() - expected).abs() / expected.abs().clamp(min=1)).max().item()
-    return error if error == error else float("inf")
+    return out.cpu().double()
+
+
+def _family_prefixes(page_size: int) -> list[list[int]]:
+    """Pages that each of nine requests begins with: two families of several levels, and one request alone.
+
+    Every segment has 64 tokens or more, which is the least that every backend shares.
+    """
+    run = -(-64 // page_size)
+    trunk, branch, twig, other, sprig = (list(range(i * run, (i + 1) * run)) for i in range(5))
+    return [
+        trunk + branch + twig, other, trunk, trunk + branch, other + sprig,
+        trunk + branch + twig, trunk + branch, other + sprig, [],
+    ]  # fmt: skip
 
 
 def _random_table(
-    rows: np.ndarray, lengths: np.ndarray, num_pages: int, page_size: int, rng: np.random.Generator
-) -> tuple[PageTable, np.ndarray]:
-    """A table over random pages, and the slot of every token of every request."""
-    counts = -(-lengths // page_size)
-    kv_indptr = np.concatenate([[0], np.cumsum(counts)])
-    pages = rng.permutation(num_pages)[: kv_indptr[-1]]
+    prefixes: list[list[int]], row_choices: Sequence[int], page_size: int, rng: np.random.Generator
+) -> tuple[PageTable, list[np.ndarray], int]:
+    """A table of requests that go on from these pages, over scattered pages of a pool.
+
+    Also returns the slot of every token of each request, and the pages of the pool.
+    """
+    rows = rng.choice(row_choices, len(prefixes))
+    lengths = np.array([len(p) * page_size for p in prefixes]) + rows + rng.integers(0, _EXTRA_TOKENS, len(prefixes))
+    fresh = 1 + max((page for prefix in prefixes for page in prefix), default=-1)
+    requests = []
+    for prefix, length in zip(prefixes, lengths.tolist(), strict=True):
+        own = -(-length // page_size) - len(prefix)
+        requests.append([*prefix, *range(fresh, fresh + own)])
+        fresh += own
+    num_pages = fresh + 3
+    scattered = rng.permutation(num_pages)
+    pages = [scattered[request] for request in requests]
     slots = [
-        pages[first + np.arange(n) // page_size] * page_size + np.arange(n) % page_size
-        for first, n in zip(kv_indptr, lengths, strict=False)
+        mine[np.arange(n) // page_size] * page_size + np.arange(n) % page_size
+        for mine, n in zip(pages, lengths, strict=True)
     ]
-    new_slots = [s[len(s) - r :] for s, r in zip(slots, rows, strict=True)]
-    qo_indptr = np.concatenate([[0], np.cumsum(rows)])
-    arrays = (qo_indptr, kv_indptr, pages, (lengths - 1) % page_size + 1, np.concatenate(new_slots))
-    return PageTable(*(a.astype(np.int32) for a in arrays)), np.concatenate(slots)
+    arrays = (
+        np.concatenate([[0], np.cumsum(rows)]),
+        np.concatenate([[0], np.cumsum([len(mine) for mine in pages])]),
+        np.concatenate(pages),
+        (lengths - 1) % page_size + 1,
+        np.concatenate([s[len(s) - n :] for s, n in zip(slots, rows, strict=True)]),
+    )
+    return PageTable(*(a.astype(np.int32) for a in arrays)), slots, num_pages
 
 
 def _dense(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int 
         return found | {"attention": attention | {"backend": None, "why": str(error)}, "cases": [], "ok": False}
     results = [
         parity.run_case(case, batches, make, where, seed + i)
-        for i, case in enumerate(parity.cases([getattr(torch, name) for name in names], where.type == "cuda"))
+        for i, case in enumerate(parity.cases([getattr(torch, name) for name in names], fp8=where.type == "cuda"))
     ]
     return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
 
@@ -62,11 +62,11 @@ def print_examination(found: dict[str, Any]) -> None:
     print(f"attention   {attention['backend'] or 'none'}: {attention['why']}")
     cases = found["cases"]
     if cases:
-        print(f"\n{'case':<18}{'dtype':<10}{'batches':>8}{'largest error':>15}{'allowed':>9}")
+        print(f"\n{'case':<30}{'dtype':<10}{'batches':>8}{'largest error':>15}{'allowed':>9}")
     for row in cases:
         error = "none" if row["error"] is None else f"{row['error']:.1e}"
         verdict = "ok" if row["ok"] else "FAILED"
-        print(f"{row['case']:<18}{row['dtype']:<10}{row['batches']:>8}{error:>15}{row['allowed']:>9.0e}  {verdict}")
+        print(f"{row['case']:<30}{row['dtype']:<10}{row['batches']:>8}{error:>15}{row['allowed']:>9.0e}  {verdict}")
         if row["problem"]:
             print(f"  {row['problem']}")
     passed = sum(row["ok"] for row in cases)
