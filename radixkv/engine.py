@@ -79,6 +79,7 @@ class Engine:
         self.attention.warm_up(self.pool.k[0], self.pool.v[0])
         self.table = _core.PageTable()
         self.graph_inputs: dict[int, list[torch.Tensor]] = {}
+        self.graph_windows: dict[int, int] = {}
         self.step_lock = threading.Lock()
 
     @property

@@ -104,7 +104,8 @@ class Step:
         The graph's output lies in its own memory and is overwritten by its next replay.
 
         Raises:
-            LeaseError: the step is not open. InvalidArgument: the step has no graph_key.
+            LeaseError: the step is not open. InvalidArgument: the step has no graph_key, or a lease has dropped pages
+                that a step with this key attended to.
         """
         if not self._open:
             raise LeaseError("the step is not open: replay inside `with engine.step(leases) as step`")
@@ -113,6 +114,7 @@ class Step:
                 f"a step of {len(self._leases)} leases and {self._shape[0]} rows without a graph_key cannot be "
                 "replayed: run its layers, or make the engine with cuda_graphs=True"
             )
+        self._check_window(self._engine.graph_windows.get(self.graph_key, 0))
         graph.replay()
         self._layers_done.update(range(self._engine.geometry.num_layers))
 
@@ -164,11 +166,7 @@ class Step:
         engine = self._engine
         if not 0 <= layer < engine.geometry.num_layers:
             raise InvalidArgument(f"layer {layer}: the engine has layers 0 to {engine.geometry.num_layers - 1}")
-        if self._window_limit >= 0 and not 0 <= window_left <= self._window_limit:
-            raise InvalidArgument(
-                f"window_left is {window_left}, but a lease of this step has dropped its first tokens: rows may look "
-                f"back {self._window_limit} keys at most"
-            )
+        self._check_window(window_left)
         k_cache, v_cache = engine.pool.k[layer], engine.pool.v[layer]
         out = torch.empty(self._shape, dtype=engine.dtype, device=engine.device)
         engine.attention.append(k, v, k_cache, v_cache)
@@ -177,6 +175,17 @@ class Step:
         )
         self._layers_done.add(layer)
         return out
+
+    def _check_window(self, window_left: int) -> None:
+        """Raise if rows would look at dropped pages; keep the widest window that a replay of this step would have."""
+        if self._window_limit >= 0 and not 0 <= window_left <= self._window_limit:
+            raise InvalidArgument(
+                f"window_left is {window_left}, but a lease of this step has dropped its first tokens: rows may look "
+                f"back {self._window_limit} keys at most"
+            )
+        if self.graph_key is not None:
+            windows = (self._engine.graph_windows.get(self.graph_key, 0), window_left)
+            self._engine.graph_windows[self.graph_key] = -1 if min(windows) < 0 else max(windows)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None

@@ -352,3 +352,22 @@ def test_replays_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lease.num_written == 0
     with pytest.raises(BackendUnavailable, match="cuda_graphs on cpu: leave it out there, or use device='cuda'"):
         make_engine(monkeypatch, "native", num_pages=8, cuda_graphs=True)
+
+
+@each_target
+def test_a_replay_does_not_look_at_dropped_pages(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float16
+    engine = make_engine(monkeypatch, target, num_pages=60, page_size=16, dtype=dtype, cuda_graphs=True)
+    lease, graph = engine.acquire(list(range(40))), Launches()
+    for _ in range(2):  # the second can be captured; its layers have no window
+        with engine.step([lease]) as step:
+            run_step(engine, [lease], dtype, step)
+        lease.extend([1])
+    assert lease.drop(16) == 1
+    with (
+        pytest.raises(InvalidArgument, match="window_left is -1, but a lease .* look back 25 keys at most"),
+        engine.step([lease]) as step,
+    ):
+        step.replay(graph)  # type: ignore[arg-type]
+    assert lease.num_written == 41
+    lease.release()
