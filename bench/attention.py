@@ -225,8 +225,8 @@ def main() -> None:
                 record(decode(heads, batch, context, options.threads, stream, repeats))
     for dtype in dtypes:
         for heads in GQA:
-            for rows, cached in extents:
-                record(prefill(heads, rows, cached, dtype, options.threads, max(3, repeats // 2)))
+            for extent in extents:
+                record(prefill(heads, *extent, dtype, options.threads, max(3, repeats // 2)))
     if options.json:
         json.dump({**machine, "stream_GB/s": stream, "results": results} | rows_of(rows(results)), sys.stdout, indent=1)
         print()
