@@ -1,4 +1,4 @@
-"""Measures one cache: `python -m bench.peers.measure DRIVER [--quick] [--trace FILE] [--metadata]` prints JSON.
+"""Measures one cache: `python -m bench.peers.measure DRIVER [--quick] [--trace FILE]` prints JSON.
 
 Runs in the venv of the cache it measures. A driver is a module of bench.peers with a function `make(pages) -> Cache`.
 Every figure is the time of the cache's own calls: tokens are brought into the form that the cache takes before the
@@ -11,6 +11,7 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import resource
 import statistics
 import time
@@ -149,6 +150,21 @@ def replay(make: Make, serve: str, trace: Path, limit: int | None, repeats: int)
     }
 
 
+def in_child(run: Callable[[], float]) -> float:
+    """The result of `run` in a copy of this process, whose memory it leaves as it is."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, json.dumps(run()).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.wait()
+    if not answer:
+        raise RuntimeError("the child process that measures metadata failed")
+    return float(answer)
+
+
 def metadata(make: Make, tokens: int) -> float:
     """Resident bytes a cached token: the growth of this process, from before the cache is made."""
 
@@ -176,22 +192,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats, nodes and requests")
     parser.add_argument("--trace", type=Path, help="mooncake_conversation.jsonl; without it, no replay")
     parser.add_argument("--nodes", type=int, nargs="+", default=[], help="sizes of the trees that are evicted")
-    parser.add_argument("--metadata", type=int, metavar="TOKENS", help="measure the metadata of TOKENS, and only that")
     args = parser.parse_args()
+    start = time.perf_counter()
     driver = importlib.import_module(f"bench.peers.{args.driver}")
+    out: dict[str, Any] = {"import_ms": 1e3 * (time.perf_counter() - start)}
     if args.hash:
         driver.use_hash(args.hash)
-    out: dict[str, Any] = {}
-    if args.metadata:
-        out["metadata_bytes"] = metadata(driver.make, args.metadata)
-    else:
-        out |= lookups(driver.make, 200 if args.quick else 1000, 30 if args.quick else 100)
-        if args.trace:
-            extent = (args.trace, 2000 if args.quick else None, 1 if args.quick else 3)
-            out["replay"] = replay(driver.make, "serve", *extent)
-            if args.driver == "ours":  # which can also do as the peers do
-                out["replay_aligned"] = replay(driver.make, "serve_full_pages", *extent)
-        out["evict"] = {nodes: eviction(driver.make, nodes) for nodes in args.nodes}
+    out["metadata_bytes"] = in_child(lambda: metadata(driver.make, 1_000_000 if args.quick else 2_000_000))
+    out |= lookups(driver.make, 200 if args.quick else 1000, 30 if args.quick else 100)
+    if args.trace:
+        extent = (args.trace, 1000 if args.quick else None, 1 if args.quick else 3)
+        out["replay"] = replay(driver.make, "serve", *extent)
+        if args.driver == "ours":  # which can also do as the peers do
+            out["replay_aligned"] = replay(driver.make, "serve_full_pages", *extent)
+    out["evict"] = {nodes: eviction(driver.make, nodes) for nodes in args.nodes}
     print(json.dumps(out))
 
 

@@ -94,9 +94,8 @@ def measure(contender: Contender, quick: bool, trace: Path | None) -> dict[str, 
     speed = [*(["--quick"] if quick else []), *(["--trace", str(trace)] if trace else []), "--nodes", *map(str, nodes)]
     try:
         out: dict[str, Any] = json.loads(run(contender.python, *arguments, *speed))
-        tokens = "1000000" if quick else "2000000"
-        out |= json.loads(run(contender.python, *arguments, "--metadata", tokens))
-        out["cold_start_ms"] = cold_start(contender, 15 if contender.name == OURS else 1 if quick else 3)
+        ours = contender.name == OURS
+        out["cold_start_ms"] = cold_start(contender, 15 if ours else 3) if ours or not quick else out["import_ms"]
     except RuntimeError as error:
         return {"error": f"cannot be driven: {error}"}
     return out
