@@ -17,7 +17,9 @@ from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.flashinfer_helpers import backend, each_target
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-CASES = {f"{kind}{option}" for kind in ("decode", "mixed") for option in ("", ", scale", ", window", ", soft cap")}
+CASES = {
+    f"{kind}{option}" for kind in ("decode", "mixed") for option in ("", ", scale", ", window", ", soft cap", ", 8-bit")
+}
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -35,7 +37,7 @@ def test_the_native_backend_is_right(capsys: pytest.CaptureFixture[str]) -> None
     assert all(c["batches"] == 3 and 0 < c["error"] <= c["allowed"] and c["problem"] is None for c in found["cases"])
     assert main(["doctor", "--device", "cpu", "--batches", "1", "--dtype", "float16"]) == 0
     text = capsys.readouterr().out
-    assert "8 of 8 cases are right" in text
+    assert "10 of 10 cases are right" in text
     assert f"torch {torch.__version__}" in text
 
 
@@ -60,7 +62,7 @@ def test_a_wrong_backend_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
     assert (status, found["ok"]) == (1, False)
     rows = {c["case"]: c for c in found["cases"]}
-    assert {name for name, row in rows.items() if row["ok"]} == {"decode", "mixed"}
+    assert {name for name, row in rows.items() if row["ok"]} == {"decode", "mixed", "decode, 8-bit", "mixed, 8-bit"}
     assert rows["decode, window"]["error"] > 1e-3
     assert rows["mixed, soft cap"]["error"] is None
     assert rows["decode, scale"]["problem"] == "RuntimeError: no kernel image is available"
@@ -68,7 +70,7 @@ def test_a_wrong_backend_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert main(["doctor", "--device", "cpu", "--batches", "1", "--dtype", "float32"]) == 1
     text = capsys.readouterr().out
     assert text.count("FAILED") == 6
-    assert "2 of 8 cases are right" in text
+    assert "4 of 10 cases are right" in text
 
 
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +113,7 @@ def test_flashinfer_is_right(target: str, capsys: pytest.CaptureFixture[str], mo
     device = "cpu" if target == "twin" else "cuda"
     status, found = doctor(capsys, "--device", device, "--dtype", "bfloat16", "--dtype", "float16")
     assert status == 0, [c for c in found["cases"] if not c["ok"]]
-    assert {c["case"] for c in found["cases"]} == CASES | (
-        {"decode, 8-bit", "mixed, 8-bit"} if target == "cuda" else set()
-    )
+    assert {c["case"] for c in found["cases"]} == CASES
 
 
 @each_target
