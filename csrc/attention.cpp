@@ -30,27 +30,33 @@ std::vector<const Kernel*> supported_kernels() {
   return kernels;
 }
 
-void copy_rows(const KvLayout& layout, char* cache, const Rows& rows, const std::int32_t* slots, std::int64_t begin,
-               std::int64_t end) {
-  const std::int64_t bytes = element_size(layout.dtype);
+void store_rows(const Kernel& kernel, const KvLayout& layout, char* cache, const Rows& rows, float scale,
+                const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
+  const std::int64_t bytes = element_size(layout.dtype), kv_bytes = element_size(layout.kv_dtype);
   const auto* data = static_cast<const char*>(rows.data);
   const auto row_bytes = static_cast<std::size_t>(layout.head_dim * bytes);
   for (std::int64_t r = begin; r < end; ++r) {
     const std::int64_t page = slots[r] / layout.page_size, offset = slots[r] % layout.page_size;
-    char* to = cache + (page * layout.page_stride + offset * layout.slot_stride) * bytes;
+    char* to = cache + (page * layout.page_stride + offset * layout.slot_stride) * kv_bytes;
     const char* from = data + r * rows.row_stride * bytes;
     for (std::int32_t h = 0; h < layout.num_kv_heads; ++h) {
-      std::memcpy(to + h * layout.head_stride * bytes, from + h * rows.head_stride * bytes, row_bytes);
+      if (layout.kv_dtype == layout.dtype) {
+        std::memcpy(to, from, row_bytes);
+      } else {
+        kernel.quantize(layout.dtype, from, to, layout.head_dim, scale);
+      }
+      to += layout.head_stride * kv_bytes;
+      from += rows.head_stride * bytes;
     }
   }
 }
 
 }  // namespace
 
-void append_kv(const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
-               const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
-  copy_rows(layout, static_cast<char*>(k_cache), k, slots, begin, end);
-  copy_rows(layout, static_cast<char*>(v_cache), v, slots, begin, end);
+void append_kv(const Kernel& kernel, const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
+               const Scales& scales, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
+  store_rows(kernel, layout, static_cast<char*>(k_cache), k, scales.k, slots, begin, end);
+  store_rows(kernel, layout, static_cast<char*>(v_cache), v, scales.v, slots, begin, end);
 }
 
 RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim) {

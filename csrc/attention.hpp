@@ -17,9 +17,9 @@
 
 namespace radixkv::attention {
 
-enum class DType : std::uint8_t { f32, bf16, f16 };
+enum class DType : std::uint8_t { f32, bf16, f16, f8 };  // f8: e4m3fn, no infinity, largest 448
 
-constexpr std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f8 ? 1 : 2; }
 
 constexpr int kTileKeys = 64;
 constexpr int kChunkKeys = 512;
@@ -28,7 +28,8 @@ constexpr int kMaxHeadDim = 256;
 // One layer's K or V cache: [num_pages, page_size, num_kv_heads, head_dim], the last dimension contiguous.
 // Strides are in elements and the same for K and V.
 struct KvLayout {
-  DType dtype;
+  DType dtype;     // of q, k, v and out
+  DType kv_dtype;  // of the caches: the same, or f8
   std::int32_t num_pages;
   std::int32_t page_size;
   std::int32_t num_kv_heads;
@@ -58,6 +59,7 @@ struct AttentionParams {
   float sm_scale;
   std::int32_t window_left = -1;  // keys seen before the query's own; -1: all
   float logits_soft_cap = 0.0f;   // 0: off; else cap * tanh(logit / cap)
+  float v_scale = 1.0f;           // of values: V is v_scale times what is stored. K's scale is a part of sm_scale
 };
 
 // Rows of q, k or v: [rows, heads, head_dim], the last dimension contiguous, strides in elements.
@@ -67,9 +69,11 @@ struct Rows {
   std::int64_t head_stride;
 };
 
-// Copies row r of k and v into slot slots[r] = page * page_size + offset, for every r in [begin, end).
-void append_kv(const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
-               const std::int32_t* slots, std::int64_t begin, std::int64_t end);
+// 8-bit K and V are stored divided by these.
+struct Scales {
+  float k = 1.0f;
+  float v = 1.0f;
+};
 
 // Query rows with all query heads of the kv heads [head_begin, head_end): rows [row_begin, row_end) of one request,
 // counted within the request; or, where `shared`, carried rows [row_begin, row_end) of several requests (see Batch)
@@ -140,9 +144,15 @@ struct Kernel {
   // Merges the state of a later chunk into the state of the chunks before it: `heads` heads of `vectors` each.
   void (*merge)(std::int64_t heads, std::int64_t vectors, std::int64_t head_dim, const RowState& later,
                 const RowState& state);
-  // Writes acc / sum to the block's rows of batch.out.
+  // Writes v_scale * acc / sum to the block's rows of batch.out.
   void (*finish)(const Batch& batch, const Block& block, const RowState& state);
+  // Stores n <= kMaxHeadDim elements x as f8(x / scale): clamped to what f8 holds, rounded to nearest even.
+  void (*quantize)(DType dtype, const void* from, void* to, int n, float scale);
 };
+
+// Copies or quantizes row r of k and v into slot slots[r] = page * page_size + offset, for every r in [begin, end).
+void append_kv(const Kernel& kernel, const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
+               const Scales& scales, const std::int32_t* slots, std::int64_t begin, std::int64_t end);
 
 // The best kernel that this machine runs, or the one named by the environment variable RADIXKV_ISA. `isa` null or
 // empty: the environment's choice. Throws std::invalid_argument for a name that is unknown or not supported here.

@@ -6,6 +6,7 @@
 namespace radixkv::attention {
 
 extern const Kernel kernel_avx512;
-const Kernel kernel_avx512{"avx512", avx512::scratch_bytes, avx512::attend, avx512::merge, avx512::finish};
+const Kernel kernel_avx512{"avx512",      avx512::scratch_bytes, avx512::attend,
+                           avx512::merge, avx512::finish,        avx512::quantize};
 
 }  // namespace radixkv::attention

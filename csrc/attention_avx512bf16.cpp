@@ -7,7 +7,7 @@
 namespace radixkv::attention {
 
 extern const Kernel kernel_avx512bf16;
-const Kernel kernel_avx512bf16{"avx512bf16", avx512bf16::scratch_bytes, avx512bf16::attend, avx512bf16::merge,
-                               avx512bf16::finish};
+const Kernel kernel_avx512bf16{"avx512bf16",      avx512bf16::scratch_bytes, avx512bf16::attend,
+                               avx512bf16::merge, avx512bf16::finish,        avx512bf16::quantize};
 
 }  // namespace radixkv::attention

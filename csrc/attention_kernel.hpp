@@ -103,6 +103,7 @@ struct BlockKernel {
 
   void pack_queries() {
     const auto* data = static_cast<const char*>(batch.q.data);
+    const std::int64_t bytes = element_size(batch.layout.dtype);
     const std::int64_t first_row = batch.table.qo_indptr[block.request] + block.row_begin;
     float* to = s.q;
     for (int h = 0; h < heads; ++h) {
@@ -110,18 +111,12 @@ struct BlockKernel {
       for (int i = 0; i < rows * group; ++i, to += head_dim / kStep) {
         const std::int64_t row = block.shared ? batch.carried_rows[block.row_begin + i / group] : first_row + i / group;
         const std::int64_t query_head = first_head + i % group;
-        pack_query(data + (row * batch.q.row_stride + query_head * batch.q.head_stride) * Format::kBytes, to);
-      }
-    }
-  }
-
-  void pack_query(const char* from, float* to) const {
-    if constexpr (kPairs) {
-      __builtin_memcpy(to, from, static_cast<std::size_t>(head_dim) * 2);
-    } else {
-      for (int d = 0; d < head_dim; d += kLanes) {
-        const int n = min_int(head_dim - d, kLanes);
-        store_f32(to + d, Format::load(from + d * Format::kBytes, n), n);
+        const char* from = data + (row * batch.q.row_stride + query_head * batch.q.head_stride) * bytes;
+        if constexpr (kPairs) {
+          __builtin_memcpy(to, from, static_cast<std::size_t>(head_dim) * 2);
+        } else {
+          widen(batch.layout.dtype, from, to, head_dim);
+        }
       }
     }
   }
@@ -211,8 +206,12 @@ struct BlockKernel {
     if constexpr (kPairs) {
 #if defined(RADIXKV_SIMD_PAIRS)
       if (second == nullptr) second = reinterpret_cast<const char*>(s.zeros);
-      for (; d + 32 <= dims; d += 32) interleave(first + 2 * d, second + 2 * d, 32, to + d);
-      if (d < dims) interleave(first + 2 * d, second + 2 * d, dims - d, to + d);
+      const auto pack = [&](int n) __attribute__((always_inline)) {
+        const int at = d * Format::kBytes;
+        interleave(Format::load(first + at, n / 2), Format::load(second + at, n / 2), n, to + d);
+      };
+      for (; d + 32 <= dims; d += 32) pack(32);
+      if (d < dims) pack(dims - d);
 #endif
     } else {
       for (; d + kLanes <= dims; d += kLanes) store(to + d, Format::load(first + d * Format::kBytes, kLanes));
@@ -448,16 +447,21 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
 static void attend(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch) {
 #if defined(RADIXKV_SIMD_PAIRS)
   using BF16 = FormatPairs;
+  if (batch.layout.dtype == DType::bf16 && batch.layout.kv_dtype == DType::f8) {
+    return BlockKernel<FormatF8Pairs>(batch, block, scratch).attend(span, state);
+  }
 #else
   using BF16 = FormatBF16;
 #endif
-  switch (batch.layout.dtype) {
+  switch (batch.layout.kv_dtype) {
     case DType::f32:
       return BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
     case DType::bf16:
       return BlockKernel<BF16>(batch, block, scratch).attend(span, state);
     case DType::f16:
       return BlockKernel<FormatF16>(batch, block, scratch).attend(span, state);
+    case DType::f8:
+      return BlockKernel<FormatF8>(batch, block, scratch).attend(span, state);
   }
 }
 
@@ -467,7 +471,7 @@ static void finish(const Batch& batch, const Block& block, const RowState& state
       return finish_rows<FormatF32>(batch, block, state);
     case DType::bf16:
       return finish_rows<FormatBF16>(batch, block, state);
-    case DType::f16:
+    default:
       return finish_rows<FormatF16>(batch, block, state);
   }
 }

@@ -53,6 +53,9 @@ AttentionPlan::AttentionPlan(std::int32_t num_qo_heads, const KvLayout& layout, 
     fail("num_qo_heads is " + text(num_qo_heads) + " and num_kv_heads is " + text(layout.num_kv_heads) +
          ": both must be positive and the first a multiple of the second");
   }
+  if (layout.kv_dtype != layout.dtype && layout.kv_dtype != DType::f8) {
+    fail("kv_dtype is neither dtype nor float8_e4m3fn");
+  }
   if (layout.page_size < 1) fail("page_size is " + text(layout.page_size) + ": it must be at least 1");
   if (layout.num_pages < 1) fail("num_pages is " + text(layout.num_pages) + ": it must be at least 1");
   if (static_cast<std::int64_t>(layout.num_pages) * layout.page_size > INT32_MAX) {
@@ -219,15 +222,17 @@ void AttentionPlan::add_item(const Item& item, double fair) {
   }
 }
 
-void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v) {
+void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
+                           const Scales& scales) {
   const std::lock_guard lock(mutex_);
   const std::int64_t rows = num_rows();
-  const auto copy = [&](std::int64_t item, int) {
+  const auto store = [&](std::int64_t item, int) {
     const std::int64_t begin = item * kAppendRows;
-    append_kv(strides, k_cache, v_cache, k, v, slots_.data(), begin, std::min(rows, begin + kAppendRows));
+    const std::int64_t end = std::min(rows, begin + kAppendRows);
+    append_kv(kernel_, strides, k_cache, v_cache, k, v, scales, slots_.data(), begin, end);
   };
   const std::int64_t items = (rows + kAppendRows - 1) / kAppendRows;
-  pool_.for_each(items, copy);
+  pool_.for_each(items, store);
 }
 
 void AttentionPlan::run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,

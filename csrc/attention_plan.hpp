@@ -37,8 +37,9 @@ class AttentionPlan {
   // need, 1 <= last page length <= page_size, page ids and slots in range. A table that fails changes nothing.
   void plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
 
-  // Writes k and v [rows, num_kv_heads, head_dim] into the slots.
-  void append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v);
+  // Writes k and v [rows, num_kv_heads, head_dim] into the slots; scales: of 8-bit caches.
+  void append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
+              const Scales& scales);
 
   void run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
            const AttentionParams& params);

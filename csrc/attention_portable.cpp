@@ -5,6 +5,7 @@
 namespace radixkv::attention {
 
 extern const Kernel kernel_portable;
-const Kernel kernel_portable{"portable", portable::scratch_bytes, portable::attend, portable::merge, portable::finish};
+const Kernel kernel_portable{"portable",      portable::scratch_bytes, portable::attend,
+                             portable::merge, portable::finish,        portable::quantize};
 
 }  // namespace radixkv::attention

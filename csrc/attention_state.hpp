@@ -48,6 +48,7 @@ static void finish_rows(const Batch& batch, const Block& block, const RowState& 
   const std::int64_t stride = padded_dim(head_dim);
   const std::int64_t out_heads = static_cast<std::int64_t>(batch.layout.num_kv_heads) * group;
   const std::int64_t first_row = batch.table.qo_indptr[block.request];
+  const F scale = set1(batch.params.v_scale);
   for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
     std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
     for (int row = block.row_begin; row < block.row_end; ++row) {
@@ -57,7 +58,8 @@ static void finish_rows(const Batch& batch, const Block& block, const RowState& 
         const F sum = set1(state.sum[i]);
         for (int d = 0; d < head_dim; d += kLanes) {
           const int n = min_int(head_dim - d, kLanes);
-          Format::store(to + d * Format::kBytes, div(load(state.acc + i * stride + d), sum), n);
+          const F mean = div(load(state.acc + i * stride + d), sum);
+          Format::store(to + d * Format::kBytes, mul(mean, scale), n);
         }
       }
     }

@@ -29,6 +29,7 @@ using attention::DType;
 using attention::KvLayout;
 using attention::PageTableView;
 using attention::Rows;
+using attention::Scales;
 
 DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;
@@ -37,12 +38,15 @@ DType dtype_named(const std::string& name) {
   throw std::invalid_argument("dtype is " + name + ": it must be float32, bfloat16 or float16");
 }
 
+DType kv_dtype_named(const std::string& name) { return name == "float8_e4m3fn" ? DType::f8 : dtype_named(name); }
+
 // An AttentionPlan and what its layout has beside strides.
 class Plan {
  public:
   Plan(std::int32_t num_qo_heads, std::int32_t num_kv_heads, std::int32_t head_dim, std::int32_t num_pages,
-       std::int32_t page_size, const std::string& dtype, int num_threads, const std::string& isa)
-      : layout_{dtype_named(dtype), num_pages, page_size, num_kv_heads, head_dim, 0, 0, 0},
+       std::int32_t page_size, const std::string& dtype, const std::string& kv_dtype, int num_threads,
+       const std::string& isa)
+      : layout_{dtype_named(dtype), kv_dtype_named(kv_dtype), num_pages, page_size, num_kv_heads, head_dim, 0, 0, 0},
         plan_(num_qo_heads, layout_, num_threads, isa.c_str()) {}
 
   void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
@@ -54,20 +58,20 @@ class Plan {
 
   void append(std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
               std::int64_t v_head, std::uintptr_t k_cache, std::uintptr_t v_cache, std::int64_t page_stride,
-              std::int64_t slot_stride, std::int64_t head_stride) {
+              std::int64_t slot_stride, std::int64_t head_stride, float k_scale, float v_scale) {
     const nb::gil_scoped_release release;
     plan_.append(strided(page_stride, slot_stride, head_stride), reinterpret_cast<void*>(k_cache),
                  reinterpret_cast<void*>(v_cache), Rows{reinterpret_cast<const void*>(k), k_row, k_head},
-                 Rows{reinterpret_cast<const void*>(v), v_row, v_head});
+                 Rows{reinterpret_cast<const void*>(v), v_row, v_head}, Scales{k_scale, v_scale});
   }
 
   void run(std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t k_cache, std::uintptr_t v_cache,
            std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride, std::uintptr_t out,
-           float sm_scale, std::int32_t window_left, float logits_soft_cap) {
+           float sm_scale, std::int32_t window_left, float logits_soft_cap, float v_scale) {
     const nb::gil_scoped_release release;
     plan_.run(strided(page_stride, slot_stride, head_stride), reinterpret_cast<const void*>(k_cache),
               reinterpret_cast<const void*>(v_cache), Rows{reinterpret_cast<const void*>(q), q_row, q_head},
-              reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap});
+              reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap, v_scale});
   }
 
   std::shared_ptr<const attention::Cascade> cascade() { return plan_.cascade(); }
@@ -109,10 +113,10 @@ void bind_attention(nb::module_& m) {
   m.def("isas", &isas, "The instruction sets that this machine supports, best first.");
 
   nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
-      .def(nb::init<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t, const std::string&, int,
-                    const std::string&>(),
-           "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a, "num_threads"_a,
-           "isa"_a = "")
+      .def(nb::init<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t, const std::string&,
+                    const std::string&, int, const std::string&>(),
+           "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a, "kv_dtype"_a,
+           "num_threads"_a, "isa"_a = "")
       .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)

@@ -8,7 +8,7 @@
 //   F, kLanes                      a vector of fp32 and its width
 //   kBlockRows, kBlockVectors      shape of the largest register block of a matrix product
 //   load, store, zero, set1        of fp32
-//   load_f32/bf16/f16(p, n)        n <= kLanes elements at p, widened to fp32; the other lanes are zero
+//   load_f32/bf16/f16/f8(p, n)     n <= kLanes elements at p, widened to fp32; the other lanes are zero
 //   store_f32/bf16/f16(p, x, n)    the first n lanes, rounded to nearest even
 //   add, sub, mul, div, min, max, fma
 //                                  lane by lane; min and max return their second operand where one is NaN

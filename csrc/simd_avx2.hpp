@@ -23,6 +23,16 @@ RADIXKV_INLINE F load_bf16(const void* p, int) {
 }
 RADIXKV_INLINE F load_f16(const void* p, int) { return _mm256_cvtph_ps(load_halves(p)); }
 
+// As f16 a number in e4m3 has 2^-8 of its value, subnormals too. e4m3's NaN, all ones, would become a number.
+RADIXKV_INLINE F load_f8(const void* p, int) {
+  const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+  const __m128i sign = _mm_and_si128(bits, _mm_set1_epi16(static_cast<short>(0x8000)));
+  const __m128i size = _mm_slli_epi16(_mm_and_si128(bits, _mm_set1_epi16(0x7f)), 7);
+  const __m128i nan = _mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80));
+  const __m128i half = _mm_or_si128(_mm_or_si128(sign, size), _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+  return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+
 RADIXKV_INLINE void store_f32(void* p, F x, int) { _mm256_storeu_ps(static_cast<float*>(p), x); }
 
 RADIXKV_INLINE void store_bf16(void* p, F x, int) {

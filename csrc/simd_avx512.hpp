@@ -44,6 +44,16 @@ RADIXKV_INLINE F load_bf16(const void* p, int n) {
 
 RADIXKV_INLINE F load_f16(const void* p, int n) { return _mm512_cvtph_ps(load_halves(p, n)); }
 
+// As f16 a number in e4m3 has 2^-8 of its value, subnormals too. e4m3's NaN, all ones, would become a number.
+RADIXKV_INLINE F load_f8(const void* p, int n) {
+  const __m256i bits = _mm256_cvtepi8_epi16(_mm_maskz_loadu_epi8(first_lanes(n), p));
+  const __m256i half = _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi16(static_cast<short>(0x8000))),
+                                       _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7f)), 7));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(half & _mm256_set1_epi16(0x7fff), _mm256_set1_epi16(0x3f80));
+  const __m256i number = _mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00));
+  return _mm512_mul_ps(_mm512_cvtph_ps(number), _mm512_set1_ps(256.0f));
+}
+
 RADIXKV_INLINE void store_f32(void* p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 
 RADIXKV_INLINE void store_bf16(void* p, F x, int n) {
@@ -131,11 +141,27 @@ RADIXKV_INLINE F store_rounded(float* p, F x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// Pairs (a[i], b[i]) of n <= 32 elements, into n fp32 lanes at out, rounded up to whole vectors.
-RADIXKV_INLINE void interleave(const void* a, const void* b, int n, float* out) {
-  const __mmask32 mask = static_cast<__mmask32>((std::uint64_t{1} << n) - 1u);
-  const __m512i x = _mm512_maskz_loadu_epi16(mask, a);
-  const __m512i y = _mm512_maskz_loadu_epi16(mask, b);
+// n <= 16 pairs of e4m3 numbers at p as pairs of bf16, which holds each exactly.
+RADIXKV_INLINE F load_f8_pairs(const void* p, int n) {
+  const __mmask32 mask = static_cast<__mmask32>((std::uint64_t{1} << (2 * n)) - 1u);
+  const __m512i bits = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, p));
+  const __m512i size = _mm512_and_si512(bits, _mm512_set1_epi16(0x7f));
+  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16((127 - 7) << 7));
+  // The first 8 are zero and the subnormals, 1 to 7 times 2^-9; the last is NaN.
+  const __m512i subnormals =
+      _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  const __mmask32 tiny = _mm512_cmplt_epi16_mask(size, _mm512_set1_epi16(8));
+  const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+  const __m512i some = _mm512_mask_permutexvar_epi16(normal, tiny, size, subnormals);
+  const __m512i all = _mm512_mask_mov_epi16(some, nan, _mm512_set1_epi16(0x7fc0));
+  const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi16(static_cast<short>(0x8000)));
+  return _mm512_castsi512_ps(_mm512_or_si512(all, sign));
+}
+
+// Pairs (a[i], b[i]) of two rows of n <= 32 elements, into n fp32 lanes at out, rounded up to whole vectors.
+RADIXKV_INLINE void interleave(F a, F b, int n, float* out) {
+  const __m512i x = _mm512_castps_si512(a);
+  const __m512i y = _mm512_castps_si512(b);
   // Lane i of the result takes x[i] as its low half and y[i], element 32 + i of the pair (x, y), as its high half.
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i first =

@@ -72,6 +72,14 @@ RADIXKV_INLINE std::uint16_t float_to_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+RADIXKV_INLINE float f8_to_float(std::uint8_t bits) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x80u) << 24;
+  const std::uint32_t rest = bits & 0x7fu;
+  if (rest == 0x7fu) return bits_to_float(sign | 0x7fc00000u);
+  // As f16_to_float: the exponent is off by 127 - 7.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 20) * 0x1p120f));
+}
+
 RADIXKV_INLINE F load_f32(const void* p, int) { return load(static_cast<const float*>(p)); }
 RADIXKV_INLINE F load_bf16(const void* p, int) {
   float x[kLanes];
@@ -81,6 +89,11 @@ RADIXKV_INLINE F load_bf16(const void* p, int) {
 RADIXKV_INLINE F load_f16(const void* p, int) {
   float x[kLanes];
   for (int i = 0; i < kLanes; ++i) x[i] = f16_to_float(half_at(p, i));
+  return load(x);
+}
+RADIXKV_INLINE F load_f8(const void* p, int) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = f8_to_float(static_cast<const std::uint8_t*>(p)[i]);
   return load(x);
 }
 RADIXKV_INLINE void store_f32(void* p, F x, int) { store(static_cast<float*>(p), x); }

@@ -35,7 +35,7 @@ class Engine:
         dtype: of q, k, v and the pool: bfloat16, float16 or (on the CPU) float32.
         device: "cpu", or "cuda" for FlashInfer's kernels. These are compiled at their first use: the engine runs them
             once when it is made, which can take minutes the first time, and says so on standard error.
-        kv_dtype: what K and V are stored as: dtype, or on CUDA torch.float8_e4m3fn, which halves the pool.
+        kv_dtype: what K and V are stored as: dtype, or torch.float8_e4m3fn, which takes half the memory of 16 bits.
         k_scale, v_scale: with an 8-bit kv_dtype, what a stored value is multiplied with to be K or V; choose them so
             that the largest K and V are below 448 times their scale.
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
@@ -158,11 +158,7 @@ def _attention(
 
         if cuda_graphs:
             raise BackendUnavailable(f"cuda_graphs on {device}: leave it out there, or use device='cuda'")
-        if storage != {"kv_dtype": dtype, "k_scale": 1, "v_scale": 1}:
-            raise BackendUnavailable(
-                f"kv_dtype {storage['kv_dtype']} or scales on {device}: store {dtype} there, or use device='cuda'"
-            )
-        return NativeAttention(**sizes, dtype=dtype)
+        return NativeAttention(**sizes, dtype=dtype, **storage)
     if device.type == "cuda":
         from radixkv.attention.flashinfer import FlashInferAttention
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from radixkv import _core
 from radixkv.attention import PageTable
+from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
 
 FORCED_ISA = os.environ.get("RADIXKV_ISA")
@@ -92,6 +93,24 @@ def dense(request: Request, options: Options = PLAIN) -> torch.Tensor:
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
+SCALES = (0.5, 0.0625)
+"""k_scale and v_scale of pools in 8 bits."""
+
+
+def as_stored(sequence: Tokens, scales: tuple[float, float] = SCALES) -> Tokens:
+    """The sequence with K and V as 8 bits hold them, in float64."""
+    k, v = (quantize(x, s).double() * s for x, s in zip(sequence[1:], scales, strict=True))
+    return Tokens(sequence.q, k, v)
+
+
+def fill_nan(cache: torch.Tensor, index: object = ...) -> None:
+    """Sets the rows to NaN; torch indexes no 8-bit floats."""
+    if cache.dtype == FP8:
+        cache.view(torch.uint8)[index] = 0x7F  # type: ignore[index]
+    else:
+        cache[index] = torch.nan  # type: ignore[index]
+
+
 @dataclass
 class Pool:
     """One layer's caches, every slot NaN until it is written, and a backend over them."""
@@ -102,12 +121,14 @@ class Pool:
     page_size: int = 16
     num_threads: int = 1
     isa: str | None = None
+    kv_dtype: torch.dtype | None = None
+    scales: tuple[float, float] = SCALES  # if kv_dtype is FP8
     backend: NativeAttention = field(init=False)
 
     def __post_init__(self) -> None:
         # K and V as every layer's are: strided views of one allocation.
         shape = (self.num_pages, 2, self.page_size, self.heads.kv, self.heads.dim)
-        both = torch.full(shape, torch.nan, dtype=self.dtype)
+        both = torch.empty(shape, dtype=self.kv_dtype or self.dtype)
         self.k, self.v = both[:, 0], both[:, 1]
         self.backend = NativeAttention(
             num_qo_heads=self.heads.qo,
@@ -118,12 +139,13 @@ class Pool:
             dtype=self.dtype,
             num_threads=self.num_threads,
             isa=self.isa,
+            **storage(self.kv_dtype, self.scales),
         )
 
     def load(self, requests: Sequence[Request], rng: np.random.Generator) -> PageTable:
         """Give every request random pages, write its cached tokens, leave NaN everywhere else; returns the table."""
-        self.k.fill_(torch.nan)
-        self.v.fill_(torch.nan)
+        fill_nan(self.k)
+        fill_nan(self.v)
         counts = [-(-r.length // self.page_size) for r in requests]
         pages = rng.permutation(self.num_pages)[: sum(counts)].astype(np.int32)
         kv_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -134,8 +156,10 @@ class Pool:
             slot = mine[position // self.page_size] * self.page_size + position % self.page_size
             cached = r.length - r.rows
             page, offset = torch.from_numpy(slot[:cached] // self.page_size), torch.from_numpy(position[:cached])
-            self.k[page, offset % self.page_size] = r.sequence.k[:cached]
-            self.v[page, offset % self.page_size] = r.sequence.v[:cached]
+            for cache, rows, scale in zip((self.k, self.v), r.sequence[1:], self.scales, strict=True):
+                if self.kv_dtype == FP8:
+                    cache, rows = cache.view(torch.uint8), quantize(rows, scale).view(torch.uint8)
+                cache[page, offset % self.page_size] = rows[:cached]
             slots.append(slot[cached:])
         return PageTable(
             np.concatenate([[0], np.cumsum([r.rows for r in requests])]).astype(np.int32),
@@ -165,6 +189,11 @@ class Pool:
             logits_soft_cap=options.logits_soft_cap,
         )
         return list(out.split([r.rows for r in requests]))
+
+
+def storage(kv_dtype: torch.dtype | None, scales: tuple[float, float] = SCALES) -> dict[str, Any]:
+    """What a backend is told of how K and V are stored."""
+    return {} if kv_dtype is None else {"kv_dtype": kv_dtype, "k_scale": scales[0], "v_scale": scales[1]}
 
 
 def packed(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from radixkv.attention.cascade import FLASHINFER, CascadeCosts
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.geometry import Geometry
-from tests.attention_helpers import PLAIN, Heads, Options, Pool, Request, packed
+from tests.attention_helpers import PLAIN, Heads, Options, Pool, Request, packed, storage
 
 ROOT = Path(__file__).parents[1]
 TOOL = Path(os.environ.get("RADIXKV_SHARED", ROOT.parent / "shared")) / "tools" / "flashinfer_on_cpu"
@@ -198,8 +198,8 @@ class FlashInferPool(Pool):
 
     dtype: torch.dtype = torch.float16
     target: str = "twin"
-    scales: tuple[float, float] | None = None
-    """k_scale and v_scale of 8-bit caches."""
+    eight_bit: bool = False
+    """Whether the backend's caches have 8 bits: those filled on the CPU, in `dtype`, are quantized with `scales`."""
     flashinfer: FlashInferAttention = field(init=False)
 
     def __post_init__(self) -> None:
@@ -214,12 +214,12 @@ class FlashInferPool(Pool):
             num_pages=self.num_pages,
             page_size=self.page_size,
             dtype=self.dtype,
-            **({"kv_dtype": FP8, "k_scale": self.scales[0], "v_scale": self.scales[1]} if self.scales else {}),
+            **storage(FP8 if self.eight_bit else None, self.scales),
         )
 
     def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The caches as the backend takes them: on its device, in 8 bits if there are scales."""
-        if not self.scales:
+        """The caches as the backend takes them: on its device, and quantized if it has 8 bits."""
+        if not self.eight_bit:
             both = self.both.to(self.flashinfer.device)
             return both[:, 0], both[:, 1]
         k, v = (quantize(x, s).to(self.flashinfer.device) for x, s in zip((self.k, self.v), self.scales, strict=True))

@@ -19,7 +19,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
 CORE = ("tests/test_drop.py", "tests/test_cache.py", "tests/test_refusals.py", "tests/test_state_machine.py")
-ATTENTION = ("tests/test_cascade.py", "tests/test_attention.py", "tests/test_attention_identity.py")
+ATTENTION = (
+    "tests/test_cascade.py", "tests/test_attention.py", "tests/test_attention_fp8.py",
+    "tests/test_attention_identity.py",
+)  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -83,6 +86,16 @@ MUTANTS = [
     Mutant("a segment that is not used is served by nobody", "cascade.cpp",
            "segment.first_page = used ? above.page_end : above.first_page;", "segment.first_page = above.page_end;",
            ATTENTION),
+    Mutant("8-bit values are rounded to odd on a tie", "attention_math.hpp",
+           "bounded + 0x7ffffu +", "bounded + 0x80000u -", ATTENTION),
+    Mutant("what 8 bits cannot hold becomes NaN", "attention_math.hpp",
+           "size < 0x43e00000u ? size : 0x43e00000u;", "size < 0x43f80000u ? size : 0x43f80000u;", ATTENTION),
+    Mutant("NaN in 8 bits becomes a number", "attention_math.hpp",
+           "(size > 0x7f800000u ? 0x7fu : number)", "number", ATTENTION),
+    Mutant("the scale of 8-bit values is forgotten", "attention_state.hpp",
+           "mul(mean, scale)", "(scale, mean)", ATTENTION),
+    Mutant("the smallest 8-bit number in a pair is zero", "simd_avx512.hpp", "epi16(0, 0x3b00,",
+           "epi16(0, 0x0000,", ATTENTION),
 ]  # fmt: skip
 
 

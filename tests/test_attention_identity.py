@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from radixkv.attention.fp8 import FP8
 from tests.attention_helpers import ISAS, Heads, Options, Pool, Request, Tokens, random_sequence
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 
@@ -46,22 +47,31 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor, request: Request, po
 
 
 @each_isa
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options", [Options(), Options(window_left=70), Options(0.2, 9, 3.0)], ids=["plain", "window", "cap"]
 )
-def test_random_splits(isa: str, dtype: torch.dtype, options: Options) -> None:
-    """250 splits for each instruction set, dtype and set of options."""
+def test_random_splits(isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, options: Options) -> None:
+    """150 splits for each instruction set, dtype, storage and set of options."""
     rng = np.random.default_rng(len(isa))
     tokens = sequences(dtype)
     pools = [
-        Pool(HEADS, dtype, num_pages=4 * -(-LENGTH // size), page_size=size, num_threads=threads, isa=isa)
+        Pool(
+            HEADS,
+            dtype,
+            num_pages=4 * -(-LENGTH // size),
+            page_size=size,
+            num_threads=threads,
+            isa=isa,
+            kv_dtype=kv_dtype,
+        )
         for size in PAGE_SIZES
         for threads in (1, 2, 3)
     ]
     want = references(tokens, pools[-1], options)
     done = 0
-    while done < 250:
+    while done < 150:
         pool = pools[rng.integers(len(pools))]
         which = rng.integers(SEQUENCES, size=rng.integers(1, 5))
         requests = [random_request(rng, i, tokens[i]) for i in which]
@@ -75,10 +85,11 @@ def test_random_splits(isa: str, dtype: torch.dtype, options: Options) -> None:
 def test_every_cut_of_a_short_sequence(isa: str, heads: Heads) -> None:
     """Cached part 0, 1, 2, ... for sizes that end inside pages, tiles and vectors."""
     rng = np.random.default_rng(0)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, kv_dtype in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, FP8)):
         tokens = sequences(dtype, heads, 75, 1)
-        pool = Pool(heads, dtype, num_pages=40, page_size=5, isa=isa)
-        want = references(tokens, Pool(heads, dtype, num_pages=2, page_size=64, isa=isa), Options())[0]
+        pool = Pool(heads, dtype, num_pages=40, page_size=5, isa=isa, kv_dtype=kv_dtype)
+        alone = Pool(heads, dtype, num_pages=2, page_size=64, isa=isa, kv_dtype=kv_dtype)
+        want = references(tokens, alone, Options())[0]
         for cached in range(75):
             request = Request(tokens[0], 75, 75 - cached)
             assert_same_bits(pool.attend([request], rng)[0], want, request, pool)

@@ -8,9 +8,10 @@ import torch
 
 import radixkv
 from radixkv.attention.cascade import NATIVE, OFF, CascadeCosts, CascadePlan
+from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
 from radixkv.errors import InvalidArgument, LeaseError
-from tests.attention_helpers import ISAS, Heads, Options
+from tests.attention_helpers import ISAS, SCALES, Heads, Options, fill_nan, storage
 from tests.attention_helpers import one_torch_thread as one_torch_thread
 from tests.cascade_helpers import Forest, random_forest
 
@@ -24,8 +25,10 @@ INT_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16
 class Layer:
     """One layer's caches, random but for the slots of new rows, which hold NaN until they are appended."""
 
-    def __init__(self, forest: Forest, heads: Heads, dtype: torch.dtype, seed: int) -> None:
-        self.forest, self.heads, self.dtype = forest, heads, dtype
+    def __init__(
+        self, forest: Forest, heads: Heads, dtype: torch.dtype, seed: int, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        self.forest, self.heads, self.dtype, self.kv_dtype = forest, heads, dtype, kv_dtype
         self.table = forest.table()
         generator = torch.Generator().manual_seed(seed)
         rows = sum(forest.rows)
@@ -35,8 +38,10 @@ class Layer:
 
         self.q, self.k_new, self.v_new = randn(rows, heads.qo), randn(rows, heads.kv), randn(rows, heads.kv)
         self.caches = randn(2, forest.num_pages, forest.page_size, heads.kv)
-        flat = self.caches.view(2, -1, heads.kv, heads.dim)
-        flat[:, torch.from_numpy(self.table.slots).long()] = torch.nan
+        if kv_dtype == FP8:
+            self.caches = torch.stack([quantize(x, s) for x, s in zip(self.caches, SCALES, strict=True)])
+        slots = torch.from_numpy(self.table.slots).long()
+        fill_nan(self.caches.view(2, -1, heads.kv, heads.dim), (slice(None), slots))
 
     def backend(self, costs: CascadeCosts, threads: int, isa: str | None = None) -> NativeAttention:
         return NativeAttention(
@@ -49,10 +54,11 @@ class Layer:
             num_threads=threads,
             isa=isa,
             cascade=costs,
+            **storage(self.kv_dtype),
         )
 
     def attend(self, backend: NativeAttention, options: list[Options]) -> list[torch.Tensor]:
-        k, v = self.caches.clone()
+        k, v = self.caches.clone().unbind()
         backend.plan(self.table)
         backend.append(self.k_new, self.v_new, k, v)
         outs = []
@@ -71,12 +77,16 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor, why: object) -> None
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", list(INT_OF), ids=str)
-def test_random_forests(isa: str, dtype: torch.dtype) -> None:
-    """1,200 forests over all instruction sets and dtypes, each with two sets of options and two numbers of threads."""
+def test_random_forests(isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+    """1,800 forests, two thirds of them over K and V in dtype, over all instruction sets and dtypes.
+
+    Each with two sets of options and two numbers of threads.
+    """
     rng = np.random.default_rng(len(isa))
     served = inside_chunk = 0
-    for seed in range(-(-1200 // (len(ISAS) * len(INT_OF)))):
+    for seed in range(-(-(1200 if kv_dtype is None else 600) // (len(ISAS) * len(INT_OF)))):
         page_size = int(rng.choice([1, 3, 16, 64, 100]))
         forest = random_forest(
             rng,
@@ -86,7 +96,7 @@ def test_random_forests(isa: str, dtype: torch.dtype) -> None:
             max_private=int(rng.choice([0, 60, 600])),
             row_choices=[[1], [1, 1, 4, 20], [1, 130]][seed % 3],
         )
-        layer = Layer(forest, HEADS[int(rng.integers(len(HEADS)))], dtype, seed)
+        layer = Layer(forest, HEADS[int(rng.integers(len(HEADS)))], dtype, seed, kv_dtype)
         options = [OPTIONS[i] for i in rng.choice(len(OPTIONS), 2, replace=False)]
         want = layer.attend(layer.backend(OFF, 1, isa), options)
         costs = NATIVE if seed % 4 == 0 else EAGER
@@ -97,8 +107,8 @@ def test_random_forests(isa: str, dtype: torch.dtype) -> None:
         used = [s for s in backend.cascade.segments if s.used]
         served += len(used)
         inside_chunk += sum(s.token_end % 512 != 0 for s in used)
-    assert served > 80
-    assert inside_chunk > 40
+    assert served > 40
+    assert inside_chunk > 20
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

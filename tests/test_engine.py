@@ -14,6 +14,7 @@ LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 3, 4, 2, 16, 50
 torch.manual_seed(0)
 EMBEDDING = torch.randn(VOCAB, HEADS, DIM)
 WEIGHT = torch.randn(LAYERS, 3, HEADS, DIM)
+FP8_STORAGE = {"kv_dtype": torch.float8_e4m3fn, "k_scale": 0.1, "v_scale": 0.3}
 
 
 def make_engine(num_pages=64, page_size=4, dtype=torch.float32, **options):
@@ -76,8 +77,9 @@ def test_answers_match_a_dense_oracle_in_mixed_batches(page_size):
     assert engine.cache.stats().hit_tokens > 0
 
 
+@pytest.mark.parametrize("storage", [{}, FP8_STORAGE], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_hit_never_changes_the_answer(dtype):
+def test_a_hit_never_changes_the_answer(dtype, storage):
     """Bit-identical last rows: fresh engine, warm engine with any cached part, thrashing engine, any batch."""
     rng = np.random.default_rng(1)
     base = random_tokens(rng, 90)
@@ -92,12 +94,13 @@ def test_a_hit_never_changes_the_answer(dtype):
             lease.release()
         return row, cached
 
-    warm = make_engine(num_pages=400, page_size=8, dtype=dtype)
-    thrashing = make_engine(num_pages=20, page_size=8, dtype=dtype)
+    options = {"dtype": dtype, **storage}
+    warm = make_engine(num_pages=400, page_size=8, **options)
+    thrashing = make_engine(num_pages=20, page_size=8, **options)
     hits = 0
     for _ in range(40):
         tokens = base[: rng.integers(0, 90)] + random_tokens(rng, int(rng.integers(1, 40)))
-        cold, cached = answer(make_engine(page_size=int(rng.integers(1, 20)), num_pages=200, dtype=dtype), tokens)
+        cold, cached = answer(make_engine(page_size=int(rng.integers(1, 20)), num_pages=200, **options), tokens)
         assert cached == 0
         company = [[*base[: rng.integers(1, 30)], 1] for _ in range(rng.integers(0, 3))]
         for engine, others in ((warm, company), (thrashing, ())):
@@ -105,6 +108,22 @@ def test_a_hit_never_changes_the_answer(dtype):
             hits += cached
             assert torch.equal(row, cold)
     assert hits > 500
+
+
+def test_8_bits_halve_the_pool_and_stay_near_the_oracle():
+    engine, plain = (make_engine(dtype=torch.bfloat16, **options) for options in (FP8_STORAGE, {}))
+    assert engine.pool.nbytes * 2 == plain.pool.nbytes == 64 * plain.geometry.bytes_per_page
+    assert engine.pool.storage.dtype == torch.float8_e4m3fn
+    assert make_engine(num_pages=None, capacity="1MiB", **FP8_STORAGE).num_pages == 4 * (2**20 // 3072) + 1
+    tokens = random_tokens(np.random.default_rng(0), 30)
+    rows = []
+    for each in (engine, plain):
+        with each.acquire(tokens) as lease, each.step([lease]) as step:
+            rows.append(forward(step, torch.bfloat16).double())
+    expected = oracle(tokens)
+    # e4m3 has 4 bits: a layer's mean of values is off by a few per cent of a value at most.
+    assert (rows[0] - expected).abs().max() < 0.1 * expected.abs().max()
+    assert not torch.equal(*rows)
 
 
 def test_a_page_copy_and_a_fork_carry_the_values():
@@ -198,9 +217,12 @@ def test_bad_engines():
         radixkv.Engine(num_layers=1, num_qo_heads=5, num_kv_heads=2, head_dim=16, num_pages=4)
     with pytest.raises(radixkv.BackendUnavailable, match="device"):
         make_engine(device="meta")
-    for storage in ({"kv_dtype": torch.float8_e4m3fn}, {"k_scale": 0.5}, {"v_scale": 2.0}):
-        with pytest.raises(radixkv.BackendUnavailable, match="store torch.float32 there, or use device='cuda'"):
-            make_engine(**storage)
+    for kv_dtype in (torch.float8_e5m2, torch.bfloat16):
+        with pytest.raises(radixkv.BackendUnavailable, match=f"kv_dtype is {kv_dtype}: use torch.float32, .*e4m3fn"):
+            make_engine(kv_dtype=kv_dtype)
+    for scales in ({"k_scale": 0.5}, {"v_scale": 2.0}, {"kv_dtype": torch.float8_e4m3fn, "v_scale": -1.0}):
+        with pytest.raises(radixkv.InvalidArgument, match="_scale is"):
+            make_engine(**scales)
     with pytest.raises(radixkv.BackendUnavailable, match="CUDA device|float32"):
         make_engine(device="cuda")
 

@@ -133,7 +133,7 @@ def test_8_bit_caches(target: str, dtype: torch.dtype, group: int, dim: int) -> 
     if dim != 64:
         many_modules()
     scales = (0.5, 0.0625)
-    pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, scales=scales)
+    pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, eight_bit=True, scales=scales)
     generator = torch.Generator().manual_seed(0)
     for lengths in ([(100, 30), (70, 1), (9, 9)], [(100, 1), (33, 1)]):
         requests = []

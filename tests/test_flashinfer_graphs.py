@@ -85,7 +85,8 @@ def noted(attention: FlashInferAttention, launches: Launches) -> Iterator[None]:
 
 
 def graph_pool(target: str, group: int, dtype: torch.dtype, scales: tuple[float, float] | None) -> FlashInferPool:
-    pool = FlashInferPool(heads_of(group), dtype, 120, 16, target=target, scales=scales)
+    eight_bit = {"eight_bit": True, "scales": scales} if scales else {}
+    pool = FlashInferPool(heads_of(group), dtype, 120, 16, target=target, **eight_bit)
     storage = {"kv_dtype": FP8, "k_scale": scales[0], "v_scale": scales[1]} if scales else {}
     sizes = {"num_qo_heads": 2 * group, "num_kv_heads": 2, "head_dim": 64, "num_pages": 120, "page_size": 16}
     pool.flashinfer = backend(target, **sizes, dtype=dtype, **storage, cuda_graphs=True)

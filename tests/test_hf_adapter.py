@@ -60,6 +60,22 @@ def test_logits_of_a_ragged_batch_equal_the_stock_forward():
     assert_drains(engine)
 
 
+def test_k_and_v_in_8_bits():
+    model = tiny()
+    engine = engine_for(model, num_pages=64, page_size=4, kv_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=0.25)
+    assert engine.pool.nbytes * 4 == engine_for(model, num_pages=64, page_size=4).pool.nbytes
+    (prompt,) = random_prompts(30)
+    with Generator(model, engine) as generator:
+        tokens = []
+        for _ in ("cold", "warm"):
+            request = generator.submit(prompt, max_new_tokens=8)
+            generator.run()
+            tokens.append(request.tokens)
+    assert tokens[0] == tokens[1]
+    assert request.stats.cached_tokens == 29
+    assert_drains(engine)
+
+
 def test_sliding_window_is_counted_as_transformers_counts_it():
     model = build("MistralConfig", "MistralForCausalLM", {"sliding_window": 4})
     prompt = random_prompts(9)[0]

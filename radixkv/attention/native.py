@@ -17,21 +17,26 @@ from ..errors import InvalidArgument
 from . import PageTable
 from .cascade import NATIVE, CascadeCosts, CascadePlan
 from .checks import check_int32, check_options, check_sizes
+from .fp8 import FP8, check_storage
 
 __all__ = ["NativeAttention"]
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*_DTYPES, FP8)}
 
 
 class NativeAttention:
     """Attention of `num_qo_heads` query heads over `num_kv_heads` key heads in a pool of pages in RAM.
 
-    dtype (float32, bfloat16 or float16) is that of every tensor; sums are float32 throughout. num_threads defaults to
-    torch's. isa forces an instruction set; by default it is the machine's best, or the environment's RADIXKV_ISA.
+    dtype (float32, bfloat16 or float16) is that of every tensor but the caches, whose dtype is kv_dtype: the same, or
+    float8_e4m3fn, where k_scale and v_scale times what is stored are the values. Sums are float32 throughout.
+    num_threads defaults to torch's. isa forces an instruction set; by default it is the machine's best, or the
+    environment's RADIXKV_ISA.
     Keys that several requests share are read once for all of them where `cascade` says that it pays (`cascade.OFF`:
     never); it changes the time, not a bit of the result.
     One call runs at a time. Raises `InvalidArgument` for a geometry the kernels do not take: head_dim not a multiple
-    of 8 or above 256, num_qo_heads not a multiple of num_kv_heads, an isa this machine lacks.
+    of 8 or above 256, num_qo_heads not a multiple of num_kv_heads, an isa this machine lacks; `BackendUnavailable` for
+    a kv_dtype that is neither.
     """
 
     view_unit = _core.CHUNK_KEYS  # tiles and chunks lie at absolute positions
@@ -45,12 +50,17 @@ class NativeAttention:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
         num_threads: int | None = None,
         isa: str | None = None,
         cascade: CascadeCosts = NATIVE,
     ) -> None:
         if dtype not in _DTYPES:
             raise InvalidArgument(f"dtype is {dtype}: use torch.float32, torch.bfloat16 or torch.float16")
+        self._kv_dtype = kv_dtype or dtype
+        check_storage(dtype, self._kv_dtype, k_scale, v_scale)
         threads = torch.get_num_threads() if num_threads is None else num_threads
         sizes = {
             "num_qo_heads": num_qo_heads,
@@ -61,11 +71,12 @@ class NativeAttention:
             "num_threads": threads,
         }
         check_sizes(sizes)
-        self._plan = _core.AttentionPlan(**sizes, dtype=_DTYPES[dtype], isa=isa or "")
+        self._plan = _core.AttentionPlan(**sizes, dtype=_NAMES[dtype], kv_dtype=_NAMES[self._kv_dtype], isa=isa or "")
         self._plan.set_costs(_core.CascadeCosts(*astuple(cascade)))
         self._costs = cascade
-        self._token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
+        self._token_bytes = 2 * num_kv_heads * head_dim * self._kv_dtype.itemsize
         self._dtype = dtype
+        self._scales = (float(k_scale), float(v_scale))
         self._sm_scale = head_dim**-0.5
         self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
         self._heads = (num_qo_heads, num_kv_heads, head_dim)
@@ -112,9 +123,9 @@ class NativeAttention:
         self._set_rows(self._plan.num_rows)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""
+        """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows, in 8 bits as `quantize` does."""
         k_stride, v_stride, cache_stride = k.stride(), v.stride(), k_cache.stride()
-        dtype, shape, cache_shape = self._dtype, self._kv_shape, self._cache_shape
+        dtype, kv_dtype, shape, cache_shape = self._dtype, self._kv_dtype, self._kv_shape, self._cache_shape
         if not (
             k.shape == shape
             and v.shape == shape
@@ -122,8 +133,8 @@ class NativeAttention:
             and v_cache.shape == cache_shape
             and k.dtype is dtype
             and v.dtype is dtype
-            and k_cache.dtype is dtype
-            and v_cache.dtype is dtype
+            and k_cache.dtype is kv_dtype
+            and v_cache.dtype is kv_dtype
             and k.is_cpu
             and v.is_cpu
             and k_cache.is_cpu
@@ -135,7 +146,7 @@ class NativeAttention:
         self._plan.append(
             k.data_ptr(), k_stride[0], k_stride[1],
             v.data_ptr(), v_stride[0], v_stride[1],
-            k_cache.data_ptr(), v_cache.data_ptr(), cache_stride[0], cache_stride[1], cache_stride[2],
+            k_cache.data_ptr(), v_cache.data_ptr(), cache_stride[0], cache_stride[1], cache_stride[2], *self._scales,
         )  # fmt: skip
 
     def run(
@@ -151,7 +162,7 @@ class NativeAttention:
     ) -> None:
         """Attend q [rows, num_qo_heads, head_dim] to the caches and write out, contiguous and of the same shape."""
         q_stride, cache_stride = q.stride(), k_cache.stride()
-        dtype, shape, cache_shape = self._dtype, self._q_shape, self._cache_shape
+        dtype, kv_dtype, shape, cache_shape = self._dtype, self._kv_dtype, self._q_shape, self._cache_shape
         if not (
             q.shape == shape
             and out.shape == shape
@@ -159,8 +170,8 @@ class NativeAttention:
             and v_cache.shape == cache_shape
             and q.dtype is dtype
             and out.dtype is dtype
-            and k_cache.dtype is dtype
-            and v_cache.dtype is dtype
+            and k_cache.dtype is kv_dtype
+            and v_cache.dtype is kv_dtype
             and q.is_cpu
             and out.is_cpu
             and k_cache.is_cpu
@@ -177,7 +188,7 @@ class NativeAttention:
         self._plan.run(
             q.data_ptr(), q_stride[0], q_stride[1],
             k_cache.data_ptr(), v_cache.data_ptr(), cache_stride[0], cache_stride[1], cache_stride[2],
-            out.data_ptr(), sm_scale, window_left, logits_soft_cap,
+            out.data_ptr(), sm_scale * self._scales[0], window_left, logits_soft_cap, self._scales[1],
         )  # fmt: skip
 
     def _refuse(
@@ -191,8 +202,9 @@ class NativeAttention:
                     "one row for each row of the plan" if name in rows else "[page, slot, head, dim] of the whole pool"
                 )
                 raise InvalidArgument(f"{name} has shape {tuple(tensor.shape)}: it must be {shape}, {what}")
-            if tensor.dtype != self._dtype:
-                raise InvalidArgument(f"{name} is {tensor.dtype}: convert it to {self._dtype}, the pool's dtype")
+            dtype, whose = (self._dtype, "backend") if name in rows else (self._kv_dtype, "pool")
+            if tensor.dtype != dtype:
+                raise InvalidArgument(f"{name} is {tensor.dtype}: convert it to {dtype}, the {whose}'s dtype")
             if not tensor.is_cpu:
                 raise InvalidArgument(f"{name} is on {tensor.device}: this backend takes tensors on the CPU")
             if tensor.stride(-1) != 1:

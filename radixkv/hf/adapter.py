@@ -147,13 +147,16 @@ def engine_for(
     capacity: str | float | None = None,
     page_size: int = 16,
     dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Engine:
     """An engine with the layers, heads, head dimension, dtype and device of `model`.
 
     `num_pages` or `capacity` ("4GiB", a number of bytes, or a share of the free memory) sizes the pool, as for
     `Engine`. The geometry is observed, not guessed from the configuration: see `probe`, whose errors this raises.
-    `dtype` is a check, not a conversion: K and V are stored as the model computes them, and another dtype raises
-    InvalidArgument.
+    `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
+    `kv_dtype` and its scales say what they are stored as, as for `Engine`.
     The model's own attention stays in place; `forward` and `Generator` switch it.
     """
     from radixkv.engine import Engine
@@ -173,6 +176,9 @@ def engine_for(
         capacity=capacity,
         dtype=shape.dtype,
         device=model.device,
+        kv_dtype=kv_dtype,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
