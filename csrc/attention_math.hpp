@@ -146,7 +146,8 @@ struct ValueRows {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         const int n = left - v * kLanes;
-        column[v] = Format::load(row[0] + values.offset + v * kLanes * Format::kBytes, n < kLanes ? n : kLanes);
+        const char* const at = row[0] + values.offset + v * kLanes * Format::kBytes;
+        column[v] = n <= 0 ? zero() : Format::load(at, n < kLanes ? n : kLanes);
       }
     }
   }
