@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.table import OURS, Row, beside, rows_of
+from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.native import NativeAttention
 
@@ -98,6 +99,7 @@ class Layers:
         self.bytes = 2 * int(np.prod(shape)) * dtype.itemsize
         count = max(1, -(-minimum_bytes // self.bytes))
         pool = torch.empty((count, 2, *shape), dtype=dtype)
+        _core.prefer_huge_pages(pool.data_ptr(), pool.nbytes)  # as the engine's pool does
         pool.view(torch.int16).random_(0x3C00, 0x3F80)  # positive bf16 numbers below 1
         self.k, self.v = pool[:, 0], pool[:, 1]
         self.at = 0

@@ -2,9 +2,9 @@
 // nothing of the standard library that could be emitted as an inline function for one machine and run on another.
 //
 // One block = some consecutive rows of one request, or some rows that share a prefix, with the query heads of some
-// consecutive kv heads. For every tile
-// of keys and every kv head: pack K transposed and V into scratch memory, scores = Q K^T for all query vectors at once,
-// softmax row by row, acc += P V.
+// consecutive kv heads. For every tile of keys and every kv head: scores = Q K^T for all query vectors, kLanes keys at
+// a time; softmax; acc += P V. Few query vectors read K and V where they lie, once; for many, or where products do not
+// take them as they are stored, they are packed in scratch memory first.
 #pragma once
 
 #include "attention.hpp"
@@ -18,9 +18,9 @@ constexpr int kTileVectors = kTileKeys / kLanes;
 struct Scratch {
   float* q;       // [R, head_dim / kStep]
   float* scores;  // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
-  float* keys;    // [head_dim / kStep, kTileKeys]
+  float* keys;    // of kLanes keys: see KeyColumns
   float* values;  // [kTileKeys / kStep, padded_dim]
-  float* single;  // [padded_dim]: one half-masked pair of values
+  float* single;  // [padded_dim]: of one step
   float* zeros;   // [kMaxHeadDim]
   RowState chunk;
 };
@@ -28,7 +28,7 @@ struct Scratch {
 constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 16; }
 
 static std::size_t scratch_bytes(std::int64_t rows, std::int64_t head_dim) {
-  const std::int64_t floats = aligned_floats(rows * head_dim) + rows * kTileKeys + head_dim * kTileKeys +
+  const std::int64_t floats = aligned_floats(rows * head_dim) + rows * kTileKeys + head_dim * kLanes +
                               (kTileKeys + 1) * padded_dim(head_dim) + kMaxHeadDim + state_floats(rows, head_dim);
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
@@ -39,7 +39,7 @@ RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t
   float* at = static_cast<float*>(memory);
   s.q = at, at += aligned_floats(rows * head_dim);
   s.scores = at, at += rows * kTileKeys;
-  s.keys = at, at += head_dim * kTileKeys;
+  s.keys = at, at += head_dim * kLanes;
   s.values = at, at += kTileKeys * padded_dim(head_dim);
   s.single = at, at += padded_dim(head_dim);
   s.zeros = at, at += kMaxHeadDim;
@@ -48,18 +48,11 @@ RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t
   return s;
 }
 
-// Where the keys of a tile and their values lie.
-struct Addresses {
-  int count;
-  const char* keys[kTileKeys];
-  const char* values[kTileKeys];
-};
-
 // One block over its tiles.
 template <class Format>
 struct BlockKernel {
   using Op = typename Format::Op;
-  static constexpr int kStep = Format::kStep;
+  static constexpr int kStep = Op::kStep;
   static constexpr bool kPairs = kStep == 2;
 
   const Batch& batch;
@@ -70,12 +63,11 @@ struct BlockKernel {
   int head = 0;                        // the one at hand, counted from the block's first
   std::int64_t first_position;         // of the block's first row
   const std::int64_t* positions;       // of every row, if the block is shared
-  Addresses tiles[2];
-  Addresses *here = tiles, *next = tiles + 1;    // of the tile at hand and the one after it
-  int turn = 0, share = 0;                       // the rows of the next tile that the head at hand prefetches
-  std::int64_t num_runs, run_bytes, run_stride;  // one key of all heads: so many runs of consecutive bytes
+  Tiles tiles;
+  bool values_in_place = false;
 
-  BlockKernel(const Batch& batch, const Block& block, void* scratch) : batch(batch), block(block) {
+  BlockKernel(const Batch& batch, const Block& block, void* scratch)
+      : batch(batch), block(block), tiles(batch, block, Format::kBytes) {
     head_dim = batch.layout.head_dim;
     group = batch.group;
     rows = block.row_end - block.row_begin;
@@ -84,10 +76,6 @@ struct BlockKernel {
     s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, head_dim);
     for (int i = 0; i < kMaxHeadDim; ++i) s.zeros[i] = 0.0f;
     const std::int64_t kv_len = batch.table.kv_len(block.request, batch.layout.page_size);
-    const bool together = batch.layout.head_stride == head_dim;
-    num_runs = together ? 1 : heads;
-    run_bytes = (together ? heads : 1) * static_cast<std::int64_t>(head_dim) * Format::kBytes;
-    run_stride = together ? run_bytes : batch.layout.head_stride * Format::kBytes;
     first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
     positions = block.shared ? batch.carried_positions + block.row_begin : nullptr;
   }
@@ -121,153 +109,132 @@ struct BlockKernel {
     }
   }
 
-  // The addresses of keys [begin, end), at most a tile of them, in the block's first head.
-  void resolve(std::int64_t begin, std::int64_t end, Addresses& to) const {
-    const KvLayout& layout = batch.layout;
-    const std::int32_t* pages = batch.table.kv_indices + batch.table.kv_indptr[block.request];
-    const std::int64_t first_head = block.head_begin * layout.head_stride;
-    std::int64_t page = begin / layout.page_size;
-    std::int64_t slot = begin % layout.page_size;
-    to.count = static_cast<int>(max_int64(0, min_int64(end - begin, kTileKeys)));
-    for (int i = 0; i < to.count;) {
-      const int run = min_int(to.count - i, static_cast<int>(layout.page_size - slot));
-      std::int64_t at = pages[page] * layout.page_stride + slot * layout.slot_stride + first_head;
-      for (const int stop = i + run; i < stop; ++i, at += layout.slot_stride) {
-        to.keys[i] = static_cast<const char*>(batch.k_cache) + at * Format::kBytes;
-        to.values[i] = static_cast<const char*>(batch.v_cache) + at * Format::kBytes;
-      }
-      ++page;
-      slot = 0;
-    }
-  }
-
   // Bytes from the block's first head to the one at hand.
   std::int64_t head_offset() const { return head * batch.layout.head_stride * Format::kBytes; }
 
-  // Starts loading one key or value into the L2 cache, of all heads of the block: neighbours in memory, as a rule.
-  // L2 takes many more misses at a time than L1. Inlined by force: GCC deletes calls of functions that only prefetch.
-  __attribute__((always_inline)) void prefetch(const char* row) const {
-    const char* const end = row + run_stride * num_runs;
-    for (const char* run = row; run != end; run += run_stride) {
-      for (std::int64_t byte = 0; byte < run_bytes; byte += 64) __builtin_prefetch(run + byte, 0, 2);
-    }
-  }
+  // Whether to read the head's keys and values where they lie: once, and in a format that products take as it is.
+  bool in_place(int vectors_of_q) const { return Format::kNative && vectors_of_q <= kBlockRows; }
 
-  // Of the next tile's keys, or values, those whose turn it is while keys [done, done + step) of this tile are packed
-  // for the head at hand: all heads together prefetch the tile once, evenly.
-  __attribute__((always_inline)) void prefetch_some(const char* const* row_addresses, int done, int step) const {
-    const int from = turn + share * done / kTileKeys, to = turn + share * (done + step) / kTileKeys;
-    for (int i = from; i < min_int(to, next->count); ++i) prefetch(row_addresses[i]);
-  }
-
-  // K of the tile, transposed; the next tile's keys are prefetched on the way.
-  void pack_keys() {
+  // kLanes keys from `first` on, for score_block.
+  KeyRows<Format> key_rows(int first) const { return {tiles.here().keys + first, head_offset()}; }
+  KeyColumns pack_keys(int first) {
+    const KeyRows<Format> from = key_rows(first);
     const int depth = head_dim / kStep;
-    for (int first = 0; first < here->count; first += kLanes) {
-      const char* from[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        from[i] =
-            first + i < here->count ? here->keys[first + i] + head_offset() : reinterpret_cast<const char*>(s.zeros);
+    const auto pack = [&](int half, int d, int n) __attribute__((always_inline)) {
+      F column[2][kLanes / 4];
+      KeyRows<Format>::load_into(column, from, half, d, n);
+      for (int j = 0; j < 2; ++j) {
+        for (int b = 0; b < kLanes / 4; ++b) {
+          if (4 * b < n) store(KeyColumns::at(s.keys, half, j, d + 4 * b), column[j][b]);
+        }
       }
-      prefetch_some(next->keys, first, kLanes);
+    };
+    for (int half = 0; half < 2; ++half) {
       int d = 0;
-      for (; d + kLanes <= depth; d += kLanes) pack_key_block(from, d, kLanes, first);
-      if (d < depth) pack_key_block(from, d, depth - d, first);
+      for (; d + kLanes <= depth; d += kLanes) pack(half, d, kLanes);
+      if (d < depth) pack(half, d, depth - d);
     }
+    return KeyColumns{s.keys};
   }
 
-  __attribute__((always_inline)) void pack_key_block(const char* const (&from)[kLanes], int d, int n, int first) {
-    F r[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) r[i] = Format::load(from[i] + d * (Format::kBytes * kStep), n);
-    transpose(r);
-    float* to = s.keys + d * kTileKeys + first;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i < n) store(to + i * kTileKeys, r[i]);
-    }
-  }
-
-  // V of the tile, widened or paired; the next tile's values are prefetched on the way.
   void pack_values() {
     const std::int64_t stride = vectors * kLanes, offset = head_offset();
-    const int count = here->count;
-    for (int key = 0; key < count; key += kStep) {
-      prefetch_some(next->values, key, kStep);
-      pack_value(here->values[key] + offset, key + 1 < count ? here->values[key + 1] + offset : nullptr,
-                 s.values + key / kStep * stride, head_dim);
+    const Addresses& here = tiles.here();
+    for (int key = 0; key < here.count; key += kStep) {
+      const bool alone = key + 1 == here.count;
+      pack_value(here.values[key] + offset, alone ? zeros() : here.values[key + 1] + offset,
+                 s.values + key / kStep * stride);
+      if (key % 16 == 0) tiles.tick();
+    }
+  }
+  const char* zeros() const { return reinterpret_cast<const char*>(s.zeros); }
+
+  // One step of values: of one key, or of a pair.
+  void pack_value(const char* first, const char* second, float* to) const {
+    const char* const rows_[2] = {first, second};
+    constexpr int kUnits = 2 * kLanes / kStep;
+    for (int d = 0, left = head_dim / kStep; left > 0; d += 2 * kLanes, left -= kUnits) {
+      F column[2];
+      const ValueRows<Format> values{rows_, d * Format::kBytes};
+      ValueRows<Format>::load_into(column, values, 0, min_int(left, kUnits));
+      store(to + d, column[0]);
+      if (d + kLanes < vectors * kLanes) store(to + d + kLanes, column[1]);
     }
   }
 
-  // One row of packed values: of one key, or of a pair of which the second may be missing.
-  __attribute__((always_inline)) void pack_value(const char* first, [[maybe_unused]] const char* second, float* to,
-                                                 int dims) const {
-    int d = 0;
-    if constexpr (kPairs) {
-#if defined(RADIXKV_SIMD_PAIRS)
-      if (second == nullptr) second = reinterpret_cast<const char*>(s.zeros);
-      const auto pack = [&](int n) __attribute__((always_inline)) {
-        const int at = d * Format::kBytes;
-        interleave(Format::load(first + at, n / 2), Format::load(second + at, n / 2), n, to + d);
-      };
-      for (; d + 32 <= dims; d += 32) pack(32);
-      if (d < dims) pack(dims - d);
-#endif
-    } else {
-      for (; d + kLanes <= dims; d += kLanes) store(to + d, Format::load(first + d * Format::kBytes, kLanes));
-      if (d < dims) store(to + d, Format::load(first + d * Format::kBytes, dims - d));
-    }
-  }
-
-  void multiply_scores(int begin, int end, int key_vectors) {
+  // Scores of query vectors [begin, end) and kLanes keys from `first` on.
+  template <class Keys>
+  void score(const Keys& keys, int begin, int end, int first) {
     const int depth = head_dim / kStep;
     for (int i = begin; i < end;) {
-      const int n = balanced(end - i);
-      multiply<Op>(n, key_vectors, s.q + (base() + i) * depth, depth, s.keys, kTileKeys, s.scores + i * kTileKeys,
-                   kTileKeys, depth, false);
+      const int n = balanced(end - i, kBlockRows);
+      const float* const q = s.q + (base() + i) * depth;
+      float* const to = s.scores + i * kTileKeys + first;
+      with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
+        score_block<Op, rows_.value>(q, depth, keys, depth, to, kTileKeys);
+      });
+      tiles.tick();
       i += n;
     }
   }
 
   // The size of the next group of query vectors, so that `left` of them fall into groups of even size.
-  static int balanced(int left) {
-    const int groups = (left + kBlockRows - 1) / kBlockRows;
+  static int balanced(int left, int most) {
+    const int groups = (left + most - 1) / most;
     return (left + groups - 1) / groups;
   }
 
-  // Scores of keys [lo, hi) of the tile to probabilities, in place.
-  void softmax(int i, int lo, int hi) {
-    float* scores = s.scores + i * kTileKeys;
+  // Scores of kRows query vectors and keys [lo, hi) of the tile to probabilities, in place. Maxima and sums over lanes
+  // cost as much for four vectors as for one.
+  template <int kRows>
+  void softmax(int i, const int* lo, const int* hi) {
     const F negative = set1(kNegativeInfinity);
-    F x[kTileVectors];
-    scale_logits(scores, x);
-    F top = negative;
+    F x[kRows][kTileVectors], each[4];
+    float lanes[kLanes];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      scale_logits(s.scores + (i + r) * kTileKeys, x[r]);
+      if (lo[r] > 0 || hi[r] < kTileKeys) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          x[r][v] = select(x[r][v], lo[r] - v * kLanes, hi[r] - v * kLanes, negative);
+        }
+      }
+      each[r] = x[r][0];
 #pragma GCC unroll 16
-    for (int v = 0; v < kTileVectors; ++v) {
-      if (lo > 0 || hi < kTileKeys) x[v] = select(x[v], lo - v * kLanes, hi - v * kLanes, negative);
-      top = max(top, x[v]);
+      for (int v = 1; v < kTileVectors; ++v) each[r] = max(each[r], x[r][v]);
     }
-    float& row_max = s.chunk.max[base() + i];
-    const float tile_max = reduce_max(top);
-    if (tile_max > row_max) raise_max(base() + i, tile_max);
-    const F shift = set1(row_max);
+    for (int r = kRows; r < 4; ++r) each[r] = each[0];
+    store(lanes, reduce<Max>(each));
+    float* const row_max = s.chunk.max + base() + i;
+    for (int r = 0; r < kRows; ++r) {
+      if (lanes[r] > row_max[r]) raise_max(base() + i + r, lanes[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) each[r] = to_probabilities(x[r], set1(row_max[r]), s.scores + (i + r) * kTileKeys);
+    for (int r = kRows; r < 4; ++r) each[r] = each[0];
+    store(lanes, reduce<Add>(each));
+    for (int r = 0; r < kRows; ++r) s.chunk.sum[base() + i + r] += lanes[r];
+  }
+
+  // Stores 2^(x - shift), in pairs where P V takes them, and returns what is to be added up.
+  RADIXKV_INLINE F to_probabilities(const F (&x)[kTileVectors], F shift, float* to) {
     F total = zero();
 #pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; ++v) {
       F p = exp2_nonpositive<kPairs>(sub(x[v], shift));
       if constexpr (kPairs) {
 #if defined(RADIXKV_SIMD_PAIRS)
-        p = store_rounded(scores + v * (kLanes / 2), p);
+        p = store_rounded(to + v * (kLanes / 2), p);
 #endif
       } else {
-        store(scores + v * kLanes, p);
+        store(to + v * kLanes, p);
       }
       total = add(total, p);
     }
-    s.chunk.sum[base() + i] += reduce_add(total);
+    return total;
   }
 
-  void scale_logits(const float* scores, F (&x)[kTileVectors]) const {
+  __attribute__((always_inline)) void scale_logits(const float* scores, F (&x)[kTileVectors]) const {
     const float cap = batch.params.logits_soft_cap;
     if (cap > 0.0f) {
       const F inner = set1(batch.params.sm_scale / cap), outer = set1(cap * kLog2E);
@@ -287,59 +254,89 @@ struct BlockKernel {
     s.chunk.max[i] = new_max;
   }
 
-  // acc[i .. i + n) += P V over steps [begin, end) of the tile.
-  void accumulate(int i, int n, int begin, int end) {
+  // acc[i .. i + n) += P V over keys [lo, hi), touching no other key: its value may be anything, and 0 * NaN is NaN.
+  void accumulate(int i, int n, int lo, int hi) {
+    if (lo >= hi) return;
+    if constexpr (kStep == 2) {
+      if (lo % 2 != 0) accumulate_half(i, n, lo++, true);
+      accumulate_steps(i, n, lo / 2, hi / 2);
+      if (lo < hi && hi % 2 != 0) accumulate_half(i, n, hi - 1, false);
+    } else {
+      accumulate_steps(i, n, lo, hi);
+    }
+  }
+
+  void accumulate_steps(int i, int n, int begin, int end) {
     if (begin >= end) return;
     const std::int64_t stride = vectors * kLanes;
-    multiply<Op>(n, vectors, s.scores + i * kTileKeys + begin, kTileKeys, s.values + begin * stride, stride,
-                 s.chunk.acc + (base() + i) * stride, stride, end - begin, true);
-  }
-
-  // acc[i] += P V over keys [lo, hi), touching no other key: its value may be anything, and 0 * NaN is NaN.
-  void accumulate_row(int i, int lo, int hi) {
-    if (lo >= hi) return;
-    if constexpr (kPairs) {
-      if (lo % 2 != 0) accumulate_half(i, lo / 2, true);
-      accumulate(i, 1, (lo + 1) / 2, hi / 2);
-      if (hi % 2 != 0) accumulate_half(i, hi / 2, false);
+    if (values_in_place) {
+      if constexpr (Format::kNative) {
+        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, head_offset()}, begin, end - begin);
+      }
     } else {
-      accumulate(i, 1, lo, hi);
+      weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
     }
   }
 
-  void accumulate_half(int i, int pair, bool second) {
-#if defined(RADIXKV_SIMD_PAIRS)
+  // Of a pair of keys only one.
+  void accumulate_half(int i, int n, int key, bool second) {
+    const char* const row = tiles.here().values[key] + head_offset();
+    pack_value(second ? zeros() : row, second ? row : zeros(), s.single);
+    weigh(i, n, ValueColumns{s.single, 0}, key / 2, 1);
+  }
+
+  static ValueRows<Format> advanced(const ValueRows<Format>& values, int units) {
+    return {values.rows, values.offset + units * kStep * Format::kBytes};
+  }
+  static ValueColumns advanced(const ValueColumns& values, int units) {
+    return {values.units + units * kStep, values.stride};
+  }
+
+  // acc[i .. i + n) += P V over `depth` steps of values, of which the first is the tile's `step`.
+  template <class Values>
+  void weigh(int i, int n, const Values& values, int step, int depth) {
     const std::int64_t stride = vectors * kLanes;
-    for (int v = 0; v < vectors; ++v) {
-      store(s.single + v * kLanes, keep_half(load(s.values + pair * stride + v * kLanes), second));
+    const float* const p = s.scores + i * kTileKeys + step;
+    float* const acc = s.chunk.acc + (base() + i) * stride;
+    constexpr int kUnits = 2 * kLanes / kStep;
+    for (int v = 0, unit = 0; v < vectors; v += 2, unit += kUnits) {
+      const Values from = advanced(values, unit);
+      with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
+        with_constant<2>(min_int(vectors - v, 2), [&](auto width_) __attribute__((always_inline)) {
+          weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, from, head_dim / kStep - unit, acc + v * kLanes,
+                                                     stride, depth);
+        });
+      });
+      tiles.tick();
     }
-    multiply<Op>(1, vectors, s.scores + i * kTileKeys + pair, kTileKeys, s.single, stride,
-                 s.chunk.acc + (base() + i) * stride, stride, 1, true);
-#endif
   }
 
   // Softmax and P V of query vectors [begin, end) for the tile of keys at `tile`.
   void consume(int begin, int end, std::int64_t tile) {
     for (int i = begin; i < end;) {
-      const int n = balanced(end - i);
+      const int n = balanced(end - i, kBlockRows);
       int lo[kBlockRows], hi[kBlockRows];
       int lo_max = 0, hi_min = kTileKeys;
-      for (int j = 0; j < n; ++j) {
-        const int row = (i + j) / group;
+      for (int j = 0, row = i / group, g = i % group; j < n; ++j) {
         lo[j] = static_cast<int>(max_int64(first_key(row) - tile, 0));
         hi[j] = static_cast<int>(min_int64(position(row) + 1 - tile, kTileKeys));
-        softmax(i + j, lo[j], hi[j]);
         lo_max = max_int(lo_max, lo[j]);
         hi_min = min_int(hi_min, hi[j]);
+        if (++g == group) g = 0, ++row;
+      }
+      for (int j = 0; j < n; j += 4) {
+        with_constant<4>(min_int(n - j, 4), [&](auto rows_) __attribute__((always_inline)) {
+          softmax<rows_.value>(i + j, lo + j, hi + j);
+        });
       }
       // What all of them see is done together, what only some see row by row, in the order of the keys.
-      const int from = (lo_max + kStep - 1) / kStep, to = hi_min / kStep;
+      const int from = (lo_max + kStep - 1) / kStep * kStep, to = hi_min / kStep * kStep;
       if (from < to) {
-        for (int j = 0; j < n; ++j) accumulate_row(i + j, lo[j], from * kStep);
+        for (int j = 0; j < n; ++j) accumulate(i + j, 1, lo[j], from);
         accumulate(i, n, from, to);
-        for (int j = 0; j < n; ++j) accumulate_row(i + j, to * kStep, hi[j]);
+        for (int j = 0; j < n; ++j) accumulate(i + j, 1, to, hi[j]);
       } else {
-        for (int j = 0; j < n; ++j) accumulate_row(i + j, lo[j], hi[j]);
+        for (int j = 0; j < n; ++j) accumulate(i + j, 1, lo[j], hi[j]);
       }
       i += n;
     }
@@ -353,17 +350,32 @@ struct BlockKernel {
     // Rows of a request that left the tile behind are at the end: first_key never falls from row to row.
     if (block.shared) begin = next_row(begin, end, tile, true);
     if (begin >= end) return;
-    for (head = 0; head < heads; ++head) {
-      turn = head * kTileKeys / heads;
-      share = (head + 1) * kTileKeys / heads - turn;
-      pack_keys();
-      pack_values();
+    const int count = tiles.here().count;
+    const int blocks = ((end - begin) * group + kBlockRows - 1) / kBlockRows;
+    const int key_groups = (count + kLanes - 1) / kLanes;
+    tiles.expect_ticks(heads * blocks * (key_groups + (vectors + 1) / 2));
+    const auto each_range = [&](auto call) __attribute__((always_inline)) {
+      if (!block.shared) return call(begin * group, end * group);
       for (int from = begin; from < end;) {
-        const int to = block.shared ? next_row(from, end, tile, false) : end;
-        multiply_scores(from * group, to * group, (here->count + kLanes - 1) / kLanes);
-        consume(from * group, to * group, tile);
-        from = block.shared ? next_row(to, end, tile, true) : to;
+        const int to = next_row(from, end, tile, false);
+        call(from * group, to * group);
+        from = next_row(to, end, tile, true);
       }
+    };
+    values_in_place = in_place((end - begin) * group);
+    for (head = 0; head < heads; ++head) {
+      for (int first = 0; first < count; first += kLanes) {
+        if constexpr (Format::kNative) {
+          if (values_in_place) {
+            each_range([&](int from, int to) { score(key_rows(first), from, to, first); });
+            continue;
+          }
+        }
+        const KeyColumns keys = pack_keys(first);
+        each_range([&](int from, int to) { score(keys, from, to, first); });
+      }
+      if (!values_in_place) pack_values();
+      each_range([&](int from, int to) { consume(from, to, tile); });
     }
   }
 
@@ -418,9 +430,7 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
     reset_chunk();
     copy_state(s.chunk, span.open_out);
   }
-  resolve(first, last, *next);
-  for (int i = 0; i < next->count; ++i) prefetch(next->keys[i]);
-  for (int i = 0; i < next->count; ++i) prefetch(next->values[i]);
+  tiles.start(first, last);
   pack_queries();
   for (std::int64_t begin = first; begin < last;) {
     const std::int64_t chunk = begin / kChunkKeys * kChunkKeys, end = min_int64(chunk + kChunkKeys, last);
@@ -430,10 +440,7 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
       reset_chunk();
     }
     for (; begin < end; begin += kTileKeys) {
-      Addresses* const done = here;
-      here = next;
-      next = done;
-      resolve(begin + kTileKeys, last, *next);
+      tiles.advance(begin + kTileKeys, last);
       visit(begin);
     }
     if (leaves_open && end == span.key_end) {

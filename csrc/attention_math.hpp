@@ -1,9 +1,8 @@
-// exp2, tanh, the matrix product and the storage formats that the attention kernel is made of. Part of
+// exp2, tanh, sums over lanes and the two matrix products that the attention kernel is made of. Part of
 // attention_kernel.hpp; see simd.hpp.
 #pragma once
 
-#include "attention.hpp"
-#include "simd.hpp"
+#include "attention_formats.hpp"
 
 namespace radixkv::attention::RADIXKV_ISA {
 
@@ -57,170 +56,189 @@ RADIXKV_INLINE F tanh(F y) {
   return select_less(size, set1(0.625f), small, signed_large);
 }
 
-struct Fma {
-  RADIXKV_INLINE F step(F a, F b, F c) { return fma(a, b, c); }
+struct Max {
+  RADIXKV_INLINE F of(F a, F b) { return max(a, b); }
+};
+struct Add {
+  RADIXKV_INLINE F of(F a, F b) { return add(a, b); }
 };
 
+// Lane j of block i: Op over block i of the j-th vector, as (0 1) (2 3) -> (0 2) (1 3). All in a fixed order, which
+// does not depend on what stands in the other three vectors.
+template <class Op>
+RADIXKV_INLINE F reduce_blocks(F x0, F x1, F x2, F x3) {
+  const F x01 = Op::of(low(x0, x1), high(x0, x1)), x23 = Op::of(low(x2, x3), high(x2, x3));
+  return Op::of(low_pairs(x01, x23), high_pairs(x01, x23));
+}
+
+// Lane j of every block: Op over all lanes of the j-th vector.
+template <class Op>
+RADIXKV_INLINE F reduce(const F (&x)[4]) {
+  F y = reduce_blocks<Op>(x[0], x[1], x[2], x[3]);
+  if constexpr (kLanes >= 16) y = Op::of(y, swap_blocks<2>(y));
+  if constexpr (kLanes >= 8) y = Op::of(y, swap_blocks<1>(y));
+  return y;
+}
+
+template <int n>
+struct Int {
+  static constexpr int value = n;
+};
+
+// call(Int<n>()), for 1 <= n <= most.
+template <int most, class Call>
+RADIXKV_INLINE void with_constant(int n, const Call& call) {
+  if constexpr (most > 1) {
+    if (n < most) return with_constant<most - 1>(n, call);
+  }
+  call(Int<most>());
+}
+
+// kLanes keys, or the values of a tile, for the products below: rows where they lie, in a format that products take as
+// it is, or packed. A unit is what a product takes of a row in one lane: a number in fp32 or a pair of them in bf16.
+// Keys come as two of four vectors at a time: block b of vector j is four units of key 4 b + j.
+template <class Format>
+struct KeyRows {
+  const char* const* rows;
+  std::int64_t offset;  // bytes to add to each
+
+  // n <= kLanes units from d on.
+  RADIXKV_INLINE void load_into(F (&column)[2][kLanes / 4], const KeyRows& keys, int half, int d, int n) {
+    const std::int64_t at = keys.offset + static_cast<std::int64_t>(d) * Format::Op::kStep * Format::kBytes;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kLanes / 4; ++b) column[j][b] = Format::load(keys.rows[4 * b + 2 * half + j] + at, n);
+      transpose_blocks(column[j]);
+    }
+  }
+};
+struct KeyColumns {
+  const float* units;  // [depth / 4, 4, kLanes]
+
+  RADIXKV_INLINE float* at(float* units, int half, int j, int d) { return units + (d + 2 * half + j) * kLanes; }
+  RADIXKV_INLINE void load_into(F (&column)[2][kLanes / 4], const KeyColumns& keys, int half, int d, int n) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 4
+      for (int b = 0; b < kLanes / 4; ++b) {
+        if (4 * b < n) column[j][b] = load(keys.units + (d + 4 * b + 2 * half + j) * kLanes);
+      }
+    }
+  }
+};
+
+// kVectors vectors of V, `left` units of a row before their end, one key or pair of keys a step.
+template <class Format>
+struct ValueRows {
+  const char* const* rows;
+  std::int64_t offset;
+
+  template <int kVectors>
+  RADIXKV_INLINE void load_into(F (&column)[kVectors], const ValueRows& values, int step, int left) {
+    constexpr int kStep = Format::Op::kStep;
+    const char* const* const row = values.rows + step * kStep;
+    if constexpr (kStep == 2) {
 #if defined(RADIXKV_SIMD_PAIRS)
-struct DotPairs {
-  RADIXKV_INLINE F step(F a, F b, F c) { return dot_pairs(a, b, c); }
-};
+      interleave(Format::load(row[0] + values.offset, left), Format::load(row[1] + values.offset, left), column);
 #endif
+    } else {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const int n = left - v * kLanes;
+        const char* const at = row[0] + values.offset + v * kLanes * Format::kBytes;
+        column[v] = n <= 0 ? zero() : Format::load(at, n < kLanes ? n : kLanes);
+      }
+    }
+  }
+};
+struct ValueColumns {
+  const float* units;
+  std::int64_t stride;
 
-// c[rows][vectors] (+)= a[rows][depth] b[depth][vectors], every element by one chain of steps from 0 to depth - 1, so
-// that it does not depend on how rows and columns are grouped.
-template <class Op, int kRows, int kVectors>
-static void multiply_block(const float* a, std::ptrdiff_t a_stride, const float* b, std::ptrdiff_t b_stride, float* c,
-                           std::ptrdiff_t c_stride, int depth, bool accumulate) {
+  template <int kVectors>
+  RADIXKV_INLINE void load_into(F (&column)[kVectors], const ValueColumns& values, int step, int) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) column[v] = load(values.units + step * values.stride + v * kLanes);
+  }
+};
+
+template <class Op, int kRows, class Keys>
+RADIXKV_INLINE void score_step(const float* q, std::ptrdiff_t q_stride, const Keys& keys, int half, int d, int n,
+                               F (&sum)[kRows][2]) {
+  F column[2][kLanes / 4];
+  Keys::load_into(column, keys, half, d, n);
+#pragma GCC unroll 4
+  for (int m = 0; m < kLanes / 4; ++m) {
+    if (4 * m >= n) break;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const F four = set4(q + r * q_stride + d + 4 * m);
+      sum[r][0] = Op::step(four, column[0][m], sum[r][0]);
+      sum[r][1] = Op::step(four, column[1][m], sum[r][1]);
+    }
+  }
+}
+
+// Scores of kRows query vectors and kLanes keys. Every score is made of four sums, each a chain over head_dim, which
+// are added up at the end. That takes as many multiplications as one chain, and only half the shuffles that it takes to
+// turn keys into columns of single units.
+template <class Op, int kRows, class Keys>
+static void score_block(const float* q, std::ptrdiff_t q_stride, const Keys& keys, int depth, float* scores,
+                        std::ptrdiff_t scores_stride) {
+  F first[kRows];
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    F sum[kRows][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = zero();
+    int d = 0;
+    for (; d + kLanes <= depth; d += kLanes) score_step<Op>(q, q_stride, keys, half, d, kLanes, sum);
+    if (d < depth) score_step<Op>(q, q_stride, keys, half, d, depth - d, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const F two = add(low(sum[r][0], sum[r][1]), high(sum[r][0], sum[r][1]));
+      if (half == 0) {
+        first[r] = two;
+      } else {
+        store(scores + r * scores_stride, add(low_pairs(first[r], two), high_pairs(first[r], two)));
+      }
+    }
+  }
+}
+
+// acc[kRows][kVectors] += p[kRows][depth] V[depth][kVectors], every element by one chain of steps from 0 to depth - 1,
+// so that it does not depend on how rows and columns are grouped. left: units of V's rows before their end.
+template <class Op, int kRows, int kVectors, class Values>
+static void weigh_block(const float* p, std::ptrdiff_t p_stride, const Values& values, int left, float* acc,
+                        std::ptrdiff_t acc_stride, int depth) {
   F sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = accumulate ? load(c + r * c_stride + v * kLanes) : zero();
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(acc + r * acc_stride + v * kLanes);
   }
-  for (int i = 0; i < depth; ++i) {
+  const auto step = [&](int i, int n) __attribute__((always_inline)) {
     F column[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + i * b_stride + v * kLanes);
+    Values::load_into(column, values, i, n);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const F factor = set1(a[r * a_stride + i]);
-#pragma GCC unroll 8
+      const F factor = set1(p[r * p_stride + i]);
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Op::step(factor, column[v], sum[r][v]);
     }
+  };
+  constexpr int kUnits = kVectors * kLanes / Op::kStep;
+  if (left >= kUnits) {
+    for (int i = 0; i < depth; ++i) step(i, kUnits);
+  } else {
+    for (int i = 0; i < depth; ++i) step(i, left);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(acc + r * acc_stride + v * kLanes, sum[r][v]);
   }
-}
-
-template <class Op, int kRows>
-RADIXKV_INLINE void multiply_rows(int vectors, const float* a, std::ptrdiff_t a_stride, const float* b,
-                                  std::ptrdiff_t b_stride, float* c, std::ptrdiff_t c_stride, int depth,
-                                  bool accumulate) {
-  switch (vectors) {
-    case 1:
-      return multiply_block<Op, kRows, 1>(a, a_stride, b, b_stride, c, c_stride, depth, accumulate);
-    case 2:
-      return multiply_block<Op, kRows, 2>(a, a_stride, b, b_stride, c, c_stride, depth, accumulate);
-    case 3:
-      if constexpr (kBlockVectors >= 3) {
-        return multiply_block<Op, kRows, 3>(a, a_stride, b, b_stride, c, c_stride, depth, accumulate);
-      }
-      break;
-    default:
-      if constexpr (kBlockVectors >= 4) {
-        return multiply_block<Op, kRows, 4>(a, a_stride, b, b_stride, c, c_stride, depth, accumulate);
-      }
-  }
-}
-
-// As multiply_block, for rows <= kBlockRows and any number of vectors.
-template <class Op>
-static void multiply(int rows, int vectors, const float* a, std::ptrdiff_t a_stride, const float* b,
-                     std::ptrdiff_t b_stride, float* c, std::ptrdiff_t c_stride, int depth, bool accumulate) {
-  for (int v = 0; v < vectors; v += kBlockVectors) {
-    const int n = vectors - v < kBlockVectors ? vectors - v : kBlockVectors;
-    const float* bv = b + v * kLanes;
-    float* cv = c + v * kLanes;
-    switch (rows) {
-      case 1:
-        multiply_rows<Op, 1>(n, a, a_stride, bv, b_stride, cv, c_stride, depth, accumulate);
-        break;
-      case 2:
-        multiply_rows<Op, 2>(n, a, a_stride, bv, b_stride, cv, c_stride, depth, accumulate);
-        break;
-      case 3:
-        multiply_rows<Op, 3>(n, a, a_stride, bv, b_stride, cv, c_stride, depth, accumulate);
-        break;
-      case 4:
-        multiply_rows<Op, 4>(n, a, a_stride, bv, b_stride, cv, c_stride, depth, accumulate);
-        break;
-      case 5:
-        if constexpr (kBlockRows >= 5) {
-          multiply_rows<Op, 5>(n, a, a_stride, bv, b_stride, cv, c_stride, depth, accumulate);
-        }
-        break;
-      default:
-        if constexpr (kBlockRows >= 6) {
-          multiply_rows<Op, 6>(n, a, a_stride, bv, b_stride, cv, c_stride, depth, accumulate);
-        }
-    }
-  }
-}
-
-// Storage formats. kStep: keys (in P V) or dimensions (in Q K^T) per step of a product.
-struct FormatF32 {
-  using Op = Fma;
-  static constexpr int kBytes = 4, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f32(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_f32(p, x, n); }
-};
-struct FormatBF16 {
-  using Op = Fma;
-  static constexpr int kBytes = 2, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_bf16(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_bf16(p, x, n); }
-};
-struct FormatF16 {
-  using Op = Fma;
-  static constexpr int kBytes = 2, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f16(p, n); }
-  RADIXKV_INLINE void store(void* p, F x, int n) { store_f16(p, x, n); }
-};
-struct FormatF8 {
-  using Op = Fma;
-  static constexpr int kBytes = 1, kStep = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f8(p, n); }
-};
-#if defined(RADIXKV_SIMD_PAIRS)
-// bf16 kept as pairs: products of bf16 accumulated in fp32, probabilities rounded to bf16. load: of n pairs.
-struct FormatPairs {
-  using Op = DotPairs;
-  static constexpr int kBytes = 2, kStep = 2;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f32(p, n); }
-};
-struct FormatF8Pairs {
-  using Op = DotPairs;
-  static constexpr int kBytes = 1, kStep = 2;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_f8_pairs(p, n); }
-};
-#endif
-
-template <class Format>
-RADIXKV_INLINE void widen_from(const void* from, float* to, int n) {
-  for (int d = 0; d < n; d += kLanes) {
-    const int lanes = n - d < kLanes ? n - d : kLanes;
-    store_f32(to + d, Format::load(static_cast<const char*>(from) + d * Format::kBytes, lanes), lanes);
-  }
-}
-
-// n elements of a query, key or value row as fp32.
-static void widen(DType dtype, const void* from, float* to, int n) {
-  if (dtype == DType::f32) return widen_from<FormatF32>(from, to, n);
-  if (dtype == DType::bf16) return widen_from<FormatBF16>(from, to, n);
-  widen_from<FormatF16>(from, to, n);
-}
-
-// x in e4m3: clamped to 448, rounded to nearest even; NaN stays NaN.
-RADIXKV_INLINE std::uint8_t float_to_f8(float x) {
-  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
-  const std::uint32_t sign = (bits >> 24) & 0x80u, size = bits & 0x7fffffffu;
-  const std::uint32_t bounded = size < 0x43e00000u ? size : 0x43e00000u;  // 448
-  // Below 2^-6 the last bit is 2^-9, which adding 2^14 aligns with fp32's last.
-  const float aligned = __builtin_bit_cast(float, bounded) + 0x1p14f;
-  const std::uint32_t subnormal = __builtin_bit_cast(std::uint32_t, aligned) - 0x46800000u;
-  const std::uint32_t normal = (bounded + 0x7ffffu + ((bounded >> 20) & 1u) - (120u << 23)) >> 20;
-  const std::uint32_t number = bounded < 0x3c800000u ? subnormal : normal;
-  return static_cast<std::uint8_t>(sign | (size > 0x7f800000u ? 0x7fu : number));
-}
-
-static void quantize(DType dtype, const void* from, void* to, int n, float scale) {
-  float values[kMaxHeadDim];
-  widen(dtype, from, values, n);
-  for (int i = 0; i < n; ++i) static_cast<std::uint8_t*>(to)[i] = float_to_f8(values[i] / scale);
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

@@ -2,15 +2,10 @@
 // attention_kernel.hpp; see there.
 #pragma once
 
-#include "attention.hpp"
 #include "attention_math.hpp"
+#include "attention_tiles.hpp"
 
 namespace radixkv::attention::RADIXKV_ISA {
-
-RADIXKV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
-RADIXKV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
-RADIXKV_INLINE std::int64_t min_int64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-RADIXKV_INLINE std::int64_t max_int64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 
 static void merge_head(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state) {
   const std::int64_t stride = padded_dim(head_dim);

@@ -6,8 +6,9 @@
 //
 // Every header provides, in namespace radixkv::attention::RADIXKV_ISA:
 //   F, kLanes                      a vector of fp32 and its width
-//   kBlockRows, kBlockVectors      shape of the largest register block of a matrix product
+//   kBlockRows                     query vectors in the largest register block of a product, which is 2 vectors wide
 //   load, store, zero, set1        of fp32
+//   set4(p)                        the four numbers at p in every block; a block is four lanes, 16 bytes
 //   load_f32/bf16/f16/f8(p, n)     n <= kLanes elements at p, widened to fp32; the other lanes are zero
 //   store_f32/bf16/f16(p, x, n)    the first n lanes, rounded to nearest even
 //   add, sub, mul, div, min, max, fma
@@ -15,8 +16,10 @@
 //   round, pow2                    to the nearest integer; 2^x of an integer -127 <= x <= 127 (2^-127 is 0)
 //   select(x, lo, hi, other)       x in the lanes lo <= i < hi, other elsewhere
 //   select_less(a, b, x, y)        x in the lanes where a < b, else y
-//   reduce_max, reduce_add         over the lanes, in a fixed order
-//   transpose(r)                   a kLanes x kLanes block in place
+//   low(a, b), high(a, b)          within each block a0 b0 a1 b1, or a2 b2 a3 b3
+//   low_pairs, high_pairs          within each block a0 a1 b0 b1, or a2 a3 b2 b3
+//   swap_blocks<n>(x)              block i ^ n in the place of block i
+//   transpose_blocks(r)            kLanes / 4 vectors as a square of blocks, in place
 // fma is one rounding where the hardware has it, and a multiplication and an addition elsewhere; within one
 // instruction set it is always the same.
 #pragma once

@@ -7,8 +7,7 @@ namespace radixkv::attention::RADIXKV_ISA {
 
 using F = __m256;
 constexpr int kLanes = 8;
-constexpr int kBlockRows = 6;
-constexpr int kBlockVectors = 2;
+constexpr int kBlockRows = 4;
 
 RADIXKV_INLINE F zero() { return _mm256_setzero_ps(); }
 RADIXKV_INLINE F set1(float x) { return _mm256_set1_ps(x); }
@@ -73,37 +72,21 @@ RADIXKV_INLINE F select(F x, int lo, int hi, F other) {
 
 RADIXKV_INLINE F select_less(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 
-RADIXKV_INLINE float reduce_max(F x) {
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+RADIXKV_INLINE F set4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+RADIXKV_INLINE F low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
+RADIXKV_INLINE F high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
+RADIXKV_INLINE F low_pairs(F a, F b) { return _mm256_shuffle_ps(a, b, 0x44); }
+RADIXKV_INLINE F high_pairs(F a, F b) { return _mm256_shuffle_ps(a, b, 0xee); }
+
+template <int n>
+RADIXKV_INLINE F swap_blocks(F x) {
+  return _mm256_permute2f128_ps(x, x, 0x01);
 }
 
-RADIXKV_INLINE float reduce_add(F x) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-RADIXKV_INLINE void transpose(F (&r)[kLanes]) {
-  F t[8], u[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    r[k] = _mm256_permute2f128_ps(u[k], u[k + 4], 0x20);
-    r[k + 4] = _mm256_permute2f128_ps(u[k], u[k + 4], 0x31);
-  }
+RADIXKV_INLINE void transpose_blocks(F (&r)[2]) {
+  const F first = _mm256_permute2f128_ps(r[0], r[1], 0x20);
+  r[1] = _mm256_permute2f128_ps(r[0], r[1], 0x31);
+  r[0] = first;
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

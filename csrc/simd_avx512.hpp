@@ -12,8 +12,7 @@ namespace radixkv::attention::RADIXKV_ISA {
 
 using F = __m512;
 constexpr int kLanes = 16;
-constexpr int kBlockRows = 6;
-constexpr int kBlockVectors = 4;
+constexpr int kBlockRows = 8;
 
 RADIXKV_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -94,36 +93,24 @@ RADIXKV_INLINE F select_less(F a, F b, F x, F y) {
   return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
 }
 
-RADIXKV_INLINE float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
-RADIXKV_INLINE float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
+RADIXKV_INLINE F set4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+RADIXKV_INLINE F low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
+RADIXKV_INLINE F high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
+RADIXKV_INLINE F low_pairs(F a, F b) { return _mm512_shuffle_ps(a, b, 0x44); }
+RADIXKV_INLINE F high_pairs(F a, F b) { return _mm512_shuffle_ps(a, b, 0xee); }
 
-RADIXKV_INLINE void transpose(F (&r)[kLanes]) {
-  const auto d = [](F x) __attribute__((always_inline)) { return _mm512_castps_pd(x); };
-  const auto s = [](__m512d x) __attribute__((always_inline)) { return _mm512_castpd_ps(x); };
-  F t[16], u[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    u[i] = s(_mm512_unpacklo_pd(d(t[i]), d(t[i + 2])));
-    u[i + 1] = s(_mm512_unpackhi_pd(d(t[i]), d(t[i + 2])));
-    u[i + 2] = s(_mm512_unpacklo_pd(d(t[i + 1]), d(t[i + 3])));
-    u[i + 3] = s(_mm512_unpackhi_pd(d(t[i + 1]), d(t[i + 3])));
-  }
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; ++k) {
-    const F even_low = _mm512_shuffle_f32x4(u[k], u[k + 4], 0x88);
-    const F odd_low = _mm512_shuffle_f32x4(u[k], u[k + 4], 0xdd);
-    const F even_high = _mm512_shuffle_f32x4(u[k + 8], u[k + 12], 0x88);
-    const F odd_high = _mm512_shuffle_f32x4(u[k + 8], u[k + 12], 0xdd);
-    r[k] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-    r[k + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-    r[k + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-    r[k + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
-  }
+template <int n>
+RADIXKV_INLINE F swap_blocks(F x) {
+  return _mm512_shuffle_f32x4(x, x, n == 1 ? 0xb1 : 0x4e);
+}
+
+RADIXKV_INLINE void transpose_blocks(F (&r)[4]) {
+  const F even_low = _mm512_shuffle_f32x4(r[0], r[1], 0x88), odd_low = _mm512_shuffle_f32x4(r[0], r[1], 0xdd);
+  const F even_high = _mm512_shuffle_f32x4(r[2], r[3], 0x88), odd_high = _mm512_shuffle_f32x4(r[2], r[3], 0xdd);
+  r[0] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+  r[1] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+  r[2] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+  r[3] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
 }
 
 #if defined(RADIXKV_SIMD_PAIRS)
@@ -158,24 +145,24 @@ RADIXKV_INLINE F load_f8_pairs(const void* p, int n) {
   return _mm512_castsi512_ps(_mm512_or_si512(all, sign));
 }
 
-// Pairs (a[i], b[i]) of two rows of n <= 32 elements, into n fp32 lanes at out, rounded up to whole vectors.
-RADIXKV_INLINE void interleave(F a, F b, int n, float* out) {
-  const __m512i x = _mm512_castps_si512(a);
-  const __m512i y = _mm512_castps_si512(b);
+// Pairs (a[i], b[i]) of the 32 elements of two vectors.
+RADIXKV_INLINE void interleave(F a, F b, F (&pairs)[2]) {
+  const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
   // Lane i of the result takes x[i] as its low half and y[i], element 32 + i of the pair (x, y), as its high half.
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i first =
       _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), _mm512_set1_epi32(32 << 16));
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
-  _mm512_storeu_ps(out, _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, first, y)));
-  if (n > 16) _mm512_storeu_ps(out + 16, _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, second, y)));
+  pairs[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, first, y));
+  pairs[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, second, y));
+}
+// The first 16 of them.
+RADIXKV_INLINE void interleave(F a, F b, F (&pairs)[1]) {
+  F both[2];
+  interleave(a, b, both);
+  pairs[0] = both[0];
 }
 
-// Keeps the first or the second number of each of n pairs and zeroes the other.
-RADIXKV_INLINE F keep_half(F x, bool second) {
-  const __m512i mask = _mm512_set1_epi32(second ? static_cast<int>(0xffff0000u) : 0x0000ffff);
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), mask));
-}
 #endif
 
 }  // namespace radixkv::attention::RADIXKV_ISA

@@ -17,7 +17,6 @@ using F = float __attribute__((vector_size(16)));
 #endif
 constexpr int kLanes = 4;
 constexpr int kBlockRows = 4;
-constexpr int kBlockVectors = 2;
 
 RADIXKV_INLINE F set1(float x) { return F{x, x, x, x}; }
 RADIXKV_INLINE F zero() { return set1(0.0f); }
@@ -144,17 +143,15 @@ RADIXKV_INLINE F select(F x, int lo, int hi, F other) {
   for (int i = 0; i < kLanes; ++i) result[i] = i >= lo && i < hi ? x[i] : other[i];
   return result;
 }
-RADIXKV_INLINE float reduce_max(F x) {
-  const float a = x[0] > x[2] ? x[0] : x[2];
-  const float b = x[1] > x[3] ? x[1] : x[3];
-  return a > b ? a : b;
+RADIXKV_INLINE F set4(const float* p) { return load(p); }
+RADIXKV_INLINE F low(F a, F b) { return F{a[0], b[0], a[1], b[1]}; }
+RADIXKV_INLINE F high(F a, F b) { return F{a[2], b[2], a[3], b[3]}; }
+RADIXKV_INLINE F low_pairs(F a, F b) { return F{a[0], a[1], b[0], b[1]}; }
+RADIXKV_INLINE F high_pairs(F a, F b) { return F{a[2], a[3], b[2], b[3]}; }
+template <int n>
+RADIXKV_INLINE F swap_blocks(F x) {
+  return x;
 }
-RADIXKV_INLINE float reduce_add(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-
-RADIXKV_INLINE void transpose(F (&r)[kLanes]) {
-  F t[kLanes];
-  for (int i = 0; i < kLanes; ++i) t[i] = F{r[0][i], r[1][i], r[2][i], r[3][i]};
-  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
-}
+RADIXKV_INLINE void transpose_blocks(F (&)[1]) {}
 
 }  // namespace radixkv::attention::RADIXKV_ISA
