@@ -25,15 +25,15 @@ void check_request(const PageTableView& table, std::int32_t b, std::int32_t page
   const std::int64_t rows = table.num_rows(b);
   const std::int64_t pages = table.kv_indptr[b + 1] - table.kv_indptr[b];
   const std::int32_t last = table.kv_last_page_len[b];
-  const std::string who = "request " + text(b);
-  if (rows == 0) fail(who + " has no new row: leave it out of the step");
-  if (pages == 0) fail(who + " has " + text(rows) + " rows and no page: give it ceil(length / page_size) pages");
+  const auto who = [&] { return "request " + text(b); };
+  if (rows == 0) fail(who() + " has no new row: leave it out of the step");
+  if (pages == 0) fail(who() + " has " + text(rows) + " rows and no page: give it ceil(length / page_size) pages");
   if (last < 1 || last > page_size) {
-    fail(who + ": kv_last_page_len is " + text(last) + ": it must be 1 to page_size = " + text(page_size));
+    fail(who() + ": kv_last_page_len is " + text(last) + ": it must be 1 to page_size = " + text(page_size));
   }
   const std::int64_t kv_len = table.kv_len(b, page_size);
   if (kv_len < rows) {
-    fail(who + " has " + text(rows) + " new rows but a length of " + text(kv_len) +
+    fail(who() + " has " + text(rows) + " new rows but a length of " + text(kv_len) +
          ": its length includes the new rows");
   }
 }
@@ -41,9 +41,11 @@ void check_request(const PageTableView& table, std::int32_t b, std::int32_t page
 }  // namespace
 
 void check_range(const char* name, const std::int32_t* ids, std::int64_t count, std::int64_t limit) {
-  std::uint32_t largest = 0;  // a negative id is a large unsigned one
-  for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<std::uint32_t>(ids[i]));
-  if (count == 0 || static_cast<std::int64_t>(largest) < limit) return;
+  const auto largest = static_cast<std::int32_t>(std::min<std::int64_t>(limit - 1, INT32_MAX));
+  std::int32_t out_of_range = 0;  // negative as soon as an id, or what it leaves to the largest, is
+  for (std::int64_t i = 0; i < count; ++i)
+    out_of_range |= ids[i] | static_cast<std::int32_t>(static_cast<std::uint32_t>(largest) - ids[i]);
+  if (out_of_range >= 0) return;
   for (std::int64_t i = 0; i < count; ++i) {
     if (ids[i] < 0 || ids[i] >= limit) {
       fail(std::string(name) + "[" + text(i) + "] is " + text(ids[i]) + ": it must be 0 to " + text(limit - 1));
