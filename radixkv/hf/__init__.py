@@ -6,7 +6,18 @@ Needs the extra `radixkv[hf]` (transformers 5.23 or later).
 from radixkv.hf.adapter import attach, engine_for, forward
 from radixkv.hf.cache import EngineCache
 from radixkv.hf.generate import Generator
+from radixkv.hf.optimize import optimize
 from radixkv.hf.request import Request, RequestStats
 from radixkv.hf.sampling import Sampling
 
-__all__ = ["EngineCache", "Generator", "Request", "RequestStats", "Sampling", "attach", "engine_for", "forward"]
+__all__ = [
+    "EngineCache",
+    "Generator",
+    "Request",
+    "RequestStats",
+    "Sampling",
+    "attach",
+    "engine_for",
+    "forward",
+    "optimize",
+]

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from radixkv.engine import Engine
     from radixkv.step import Step
 
-__all__ = ["ATTENTION", "STEP", "AttentionShape", "attach", "engine_for", "forward", "length_limit", "probe"]
+__all__ = [
+    "ATTENTION",
+    "STEP",
+    "AttentionShape",
+    "attach",
+    "engine_attention",
+    "engine_for",
+    "forward",
+    "length_limit",
+    "probe",
+]
 
 ATTENTION = "radixkv"
 """The name in transformers' `AttentionInterface`. A name with flash, sdpa or flex in it would take other paths."""
@@ -192,7 +202,7 @@ def probe(model: PreTrainedModel) -> AttentionShape:
     """
     _check_config(model)
     seen = _Probe()
-    with _engine_attention(model), torch.inference_mode():
+    with engine_attention(model), torch.inference_mode():
         zero = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
         model(input_ids=zero, position_ids=zero, use_cache=False, **{STEP: seen})
     name = type(model).__name__
@@ -234,7 +244,7 @@ def _check_config(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _engine_attention(model: PreTrainedModel) -> Iterator[None]:
+def engine_attention(model: PreTrainedModel) -> Iterator[None]:
     """Use the engine's attention inside the block, the model's own after it."""
     before = model.config._attn_implementation
     attach(model)
