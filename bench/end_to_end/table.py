@@ -47,7 +47,7 @@ def first_difference(ours: list[list[int]], theirs: list[list[int]]) -> tuple[in
 
 
 def rows(threads: int, results: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
-    """A row for each measure: figures by contender, ratio of the fastest peer to ours, goal (of a whole run), verdict."""
+    """A row for each measure: figures by contender, ratio of the fastest peer to ours, a whole run's goal, verdict."""
     out = []
     peers = [c.name for c in CONTENDERS if not c.name.startswith(OURS)]
     for measure in MEASURES:
