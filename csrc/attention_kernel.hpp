@@ -270,8 +270,12 @@ struct BlockKernel {
     if (begin >= end) return;
     const std::int64_t stride = vectors * kLanes;
     if (values_in_place) {
-      if constexpr (Format::kNative) {
-        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, head_offset()}, begin, end - begin);
+      if constexpr (Format::kNative) {  // half a tile at a time: ticks must come often where memory is the bottleneck
+        constexpr int kSteps = kTileKeys / kStep / 2;
+        for (int at = begin; at < end; at += kSteps) {
+          const ValueRows<Format> values{tiles.here().values + at * kStep, head_offset()};
+          weigh(i, n, values, at, min_int(end - at, kSteps));
+        }
       }
     } else {
       weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
@@ -353,7 +357,9 @@ struct BlockKernel {
     const int count = tiles.here().count;
     const int blocks = ((end - begin) * group + kBlockRows - 1) / kBlockRows;
     const int key_groups = (count + kLanes - 1) / kLanes;
-    tiles.expect_ticks(heads * blocks * (key_groups + (vectors + 1) / 2));
+    values_in_place = in_place((end - begin) * group);
+    const int value_blocks = (vectors + 1) / 2 * (values_in_place ? 2 : 1);
+    tiles.expect_ticks(heads * blocks * (key_groups + value_blocks));
     const auto each_range = [&](auto call) __attribute__((always_inline)) {
       if (!block.shared) return call(begin * group, end * group);
       for (int from = begin; from < end;) {
@@ -362,7 +368,6 @@ struct BlockKernel {
         from = next_row(to, end, tile, true);
       }
     };
-    values_in_place = in_place((end - begin) * group);
     for (head = 0; head < heads; ++head) {
       for (int first = 0; first < count; first += kLanes) {
         if constexpr (Format::kNative) {
