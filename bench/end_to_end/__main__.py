@@ -55,7 +55,7 @@ def main() -> int:
     work = prepare(args.quick)
     chosen = [c for c in CONTENDERS if c.quick or not args.quick]
     results: dict[str, Any] = {
-        "command": "python -m bench.end_to_end" + " --quick" * args.quick,
+        "command": " ".join(["python -m bench.end_to_end", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -68,13 +68,16 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     kept = RESULTS / ("end_to_end_quick.json" if args.quick else "end_to_end.json")
     for threads in [args.threads] if args.threads else [1] if args.quick else [1, 2]:
-        file = Path(ROOT / "build" / f"end_to_end_{threads}.json")
+        file = Path(ROOT / "build" / f"end_to_end{'_quick' * args.quick}_{threads}.json")
         Workload(**{**vars(work), "threads": threads}).save(file)
         found = {}
         for contender in chosen:
             print(f"{contender.name}, {threads} thread(s) ...", file=sys.stderr, flush=True)
             found[contender.name] = measure(contender, file, threads, 1 if args.quick else contender.repeats)
-            results["threads"][str(threads)] = {"contenders": found, "rows": rows(threads, found, args.quick)}
+            results["threads"][str(threads)] = {
+                "contenders": found,
+                "rows": rows(found, goals=threads == 1 and not args.quick),
+            }
             results["load_after"] = round(os.getloadavg()[0], 2)
             kept.write_text(json.dumps(results) + "\n")
     print(json.dumps(results | rows_of(goals(results))) if args.json else text(results))

@@ -14,12 +14,12 @@ NOISE = 0.15
 
 @dataclass(frozen=True)
 class Measure:
-    """One row: where its figure lies, and the goal for it with one thread, in seconds (None: no figure was set)."""
+    """One row: where its figure lies, and the goal for it with one thread, in seconds."""
 
     name: str
     mode: str
     key: str
-    goal: float | None
+    goal: float
 
     def of(self, figures: dict[str, Any]) -> float | None:
         value = figures.get(self.mode, {}).get(self.key)
@@ -46,8 +46,11 @@ def first_difference(ours: list[list[int]], theirs: list[list[int]]) -> tuple[in
     return request, token
 
 
-def rows(threads: int, results: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
-    """A row for each measure: figures by contender, ratio of the fastest peer to ours, a whole run's goal, verdict."""
+def rows(results: dict[str, dict[str, Any]], *, goals: bool) -> list[dict[str, Any]]:
+    """A row for each measure: figures by contender, ratio of the fastest peer to ours, goal, verdict.
+
+    `goals`: whether the goals apply, which were set for the whole workload on one thread.
+    """
     out = []
     peers = [c.name for c in CONTENDERS if not c.name.startswith(OURS)]
     for measure in MEASURES:
@@ -59,7 +62,7 @@ def rows(threads: int, results: dict[str, dict[str, Any]], quick: bool) -> list[
             fastest = min(rivals, key=lambda name: rivals[name])
             row |= {"fastest_peer": fastest, "ratio": rivals[fastest] / ours}
             row["noise"] = abs(row["ratio"] - 1) < NOISE
-        if ours is not None and threads == 1 and not quick and measure.goal is not None:
+        if ours is not None and goals:
             row |= {"goal_s": measure.goal, "goal_met": ours <= measure.goal}
         out.append(row)
     return out
