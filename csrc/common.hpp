@@ -24,6 +24,7 @@ class Error : public std::runtime_error {
   const ErrorKind kind;
 };
 
+// Begin to bring memory into the cache.
 inline void prefetch(const void* address, std::size_t bytes) {
   for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i);
 }

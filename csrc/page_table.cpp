@@ -34,6 +34,7 @@ void PageTable::assemble(const std::vector<Lease*>& leases) {
   kv_indptr.assign(1, 0);
   window_limit = -1;
   const std::int32_t page_size = leases[0]->cache_->page_size();
+  // Page lists and tokens lie anywhere in memory: fetched some leases ahead, they are there when it is their turn.
   for (std::size_t i = 0; i < leases.size(); ++i) {
     if (i + 8 < leases.size()) prefetch(&leases[i + 8]->pages_.back(), 4);
     if (i + 4 < leases.size()) {
