@@ -8,7 +8,7 @@
 
 namespace radixkv {
 
-// A one-dimensional array of `size` items. The memory is a bytearray's: making it takes about half the time of a capsule and DLPack.
+// A one-dimensional array of `size` items. The memory is a bytearray's, made in half the time of a capsule's.
 nanobind::object to_numpy(const std::int32_t* data, std::size_t size);
 nanobind::object to_numpy(const std::int64_t* data, std::size_t size);
 
