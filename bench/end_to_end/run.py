@@ -52,16 +52,21 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, **dict.fromkeys(names, str(threads)), **caches, "CUDA_VISIBLE_DEVICES": ""}
 
 
+def why_missing(driver: str) -> str:
+    """Why a contender of the peers' venv is not there; an empty string if it is."""
+    if not FAILED.exists():
+        return "not installed: run make e2e-venv"
+    why = json.loads(FAILED.read_text()).get(driver)
+    return f"not installed: {why}" if why else ""
+
+
 def measure(contender: Contender, workload: Path, threads: int, repeats: int) -> dict[str, Any]:
     """All figures of one contender, or {"error": why there are none}.
 
     RADIXKV_BENCH_LOCK, a command such as `flock FILE`, is put before each process: other work on the machine waits.
     """
-    if contender.installed:
-        if not FAILED.exists():
-            return {"error": "not installed: run make e2e-venv"}
-        if why := json.loads(FAILED.read_text()).get(contender.driver):
-            return {"error": f"not installed: {why}"}
+    if contender.installed and (why := why_missing(contender.driver)):
+        return {"error": why}
     lock = shlex.split(os.environ.get("RADIXKV_BENCH_LOCK", ""))
     module = [contender.python, "-m", "bench.end_to_end.measure", contender.driver, str(workload), str(repeats)]
     try:
