@@ -26,8 +26,13 @@ class Row:
 
 def beside(measure: str, unit: str, ours: float, other: str, theirs: float, least: float, what: str = "") -> Row:
     """Two times: how many times faster is ours, and is that at least `least`?"""
-    ratio = theirs / ours
-    return Row(measure, unit, {OURS: ours, other: theirs}, ratio, f">= {least:g}x{what}", ratio >= least)
+    return beside_all(measure, unit, ours, {other: theirs}, least, what)
+
+
+def beside_all(measure: str, unit: str, ours: float, others: dict[str, float], least: float, what: str = "") -> Row:
+    """The same with the fastest of several."""
+    ratio = min(others.values()) / ours
+    return Row(measure, unit, {OURS: ours} | others, ratio, f">= {least:g}x{what}", ratio >= least)
 
 
 def rows_of(rows: Iterable[Row]) -> dict[str, Any]:
