@@ -4,7 +4,8 @@
 
 Decode reads every key and value once, so its yardstick is a plain streaming read of as many bytes by as many threads,
 out of cache; beside it stands what one would write without paged kernels: gather the pages, then SDPA. Prefill is
-measured against SDPA on contiguous K and V, which needs no gather. Times are medians.
+measured against SDPA on contiguous K and V, which needs no gather. Both stand beside vLLM's paged attention for CPUs
+where it is installed (make e2e-venv): each case is measured there right after ours. Times are medians.
 """
 
 from __future__ import annotations
@@ -13,47 +14,23 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.table import OURS, Row, beside, rows_of
+from bench.attention_cases import GQA, OUT_OF_CACHE_BYTES, Heads, decode_rounds, median_seconds
+from bench.attention_peer import NAME as VLLM
+from bench.attention_peer import VllmCpu
+from bench.table import OURS, Row, beside_all, rows_of
 from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.native import NativeAttention
 
-OUT_OF_CACHE_BYTES = 384 << 20
 PAGE_SIZE = 16
-
-
-@dataclass(frozen=True)
-class Heads:
-    qo: int
-    kv: int
-    dim: int
-
-    def __str__(self) -> str:
-        return f"{self.qo}/{self.kv} d{self.dim}"
-
-
-GQA = (Heads(9, 3, 64), Heads(32, 4, 128))
-
-
-def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def stream_rate(repeats: int) -> float:
@@ -135,7 +112,7 @@ def decode(heads: Heads, batch: int, context: int, threads: int, stream: float, 
         k, v = (gather(cache, pages, batch, context) for cache in layers.next())
         return F.scaled_dot_product_attention(q_sdpa, k, v)
 
-    rounds = max(5, repeats * min(40, len(layers.k)))
+    rounds = decode_rounds(repeats, len(layers.k))
     layers.at = 0
     ours()
     got = out.clone()
@@ -181,17 +158,19 @@ def prefill(heads: Heads, rows: int, cached: int, dtype: torch.dtype, threads: i
 
 
 def rows(results: list[dict[str, Any]]) -> Iterator[Row]:
-    """Decode against the streaming read and against gather + SDPA; prefill against SDPA."""
+    """Decode against the streaming read and against gather + SDPA; prefill against SDPA; both against vLLM-CPU."""
     for r in results:
         if r["case"] == "decode":
             name = f"decode {r['heads']}, {r['batch']} x {r['context']}"
             floor = r["us"] * r["of_stream"]
-            figures = {OURS: r["us"], "streaming read": floor, "gather + SDPA": r["gather+sdpa_us"]}
+            peers = {"gather + SDPA": r["gather+sdpa_us"]} | ({VLLM: r["vllm_us"]} if "vllm_us" in r else {})
+            figures = {OURS: r["us"], "streaming read": floor, **peers}
             yield Row(name, "us", figures, r["of_stream"], ">= 0.8 of stream", r["of_stream"] >= 0.8)
-            yield beside(f"{name}, of SDPA", "us", r["us"], "gather + SDPA", r["gather+sdpa_us"], 1)
+            yield beside_all(f"{name}, of peers", "us", r["us"], peers, 1)
         else:
             name = f"prefill {r['heads']} {r['dtype']}, {r['rows']} on {r['cached']}"
-            yield beside(name, "ms", r["ms"], "SDPA, contiguous", r["sdpa_ms"], 1)
+            peers = {"SDPA, contiguous": r["sdpa_ms"]} | ({VLLM: r["vllm_ms"]} if "vllm_ms" in r else {})
+            yield beside_all(name, "ms", r["ms"], peers, 1)
 
 
 def show(result: dict[str, object]) -> None:
@@ -209,6 +188,7 @@ def main() -> None:
     contexts = (1024, 4096) if options.quick else (1024, 4096, 16384)
     extents = ((512, 0), (512, 4096)) if options.quick else ((512, 0), (2048, 0), (512, 4096), (2048, 4096))
     dtypes = (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float32)
+    vllm = VllmCpu(options.threads)
     stream = stream_rate(repeats)
     isa = backend_for(GQA[0], 1, torch.bfloat16, 1).isa
     machine = {"isa": isa, "threads": options.threads, "cpu": platform.processor() or platform.machine()}
@@ -224,14 +204,20 @@ def main() -> None:
     for heads in GQA:
         for batch in (1, 8):
             for context in contexts:
-                record(decode(heads, batch, context, options.threads, stream, repeats))
+                ours = decode(heads, batch, context, options.threads, stream, repeats)
+                record(ours | vllm.decode(heads, batch, context, repeats))
     for dtype in dtypes:
         for heads in GQA:
             for extent in extents:
-                record(prefill(heads, *extent, dtype, options.threads, max(3, repeats // 2)))
+                ours = prefill(heads, *extent, dtype, options.threads, max(3, repeats // 2))
+                record(ours | vllm.prefill(heads, *extent, dtype, max(3, repeats // 2)))
+    vllm.close()
     if options.json:
-        json.dump({**machine, "stream_GB/s": stream, "results": results} | rows_of(rows(results)), sys.stdout, indent=1)
+        found = {**machine, "stream_GB/s": stream, "results": results, "notes": vllm.notes}
+        json.dump(found | rows_of(rows(results)), sys.stdout, indent=1)
         print()
+    else:
+        print(*vllm.notes, sep="\n")
 
 
 if __name__ == "__main__":
