@@ -7,15 +7,18 @@
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-// kStep: keys (in P V) or dimensions (in Q K^T) per step of a product.
+// kStep: keys (in P V) or dimensions (in Q K^T) per step of a product. in_order: two neighbouring vectors of P V, whose
+// lanes may be in an order of the product's own.
 struct Fma {
   static constexpr int kStep = 1;
+  RADIXKV_INLINE void in_order(F&, F&) {}
   RADIXKV_INLINE F step(F a, F b, F c) { return fma(a, b, c); }
 };
 
 #if defined(RADIXKV_SIMD_PAIRS)
 struct DotPairs {
   static constexpr int kStep = 2;
+  RADIXKV_INLINE void in_order(F& a, F& b) { RADIXKV_ISA::in_order(a, b); }
   RADIXKV_INLINE F step(F a, F b, F c) { return dot_pairs(a, b, c); }
 };
 #endif

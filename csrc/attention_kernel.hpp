@@ -16,7 +16,7 @@ constexpr int kTileVectors = kTileKeys / kLanes;
 
 // Scratch memory of one thread, in floats and all 64-byte aligned.
 struct Scratch {
-  float* q;       // [R, head_dim / kStep]
+  float* q;       // [heads, head_dim / kStep / 4, R / heads, 4]
   float* scores;  // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
   float* keys;    // of kLanes keys: see KeyColumns
   float* values;  // [kTileKeys / kStep, padded_dim]
@@ -93,18 +93,21 @@ struct BlockKernel {
     const auto* data = static_cast<const char*>(batch.q.data);
     const std::int64_t bytes = element_size(batch.layout.dtype);
     const std::int64_t first_row = batch.table.qo_indptr[block.request] + block.row_begin;
-    float* to = s.q;
+    const int vectors_of_q = rows * group, fours = head_dim / kStep / 4;
+    float vector[kMaxHeadDim];
     for (int h = 0; h < heads; ++h) {
       const std::int64_t first_head = static_cast<std::int64_t>(block.head_begin + h) * group;
-      for (int i = 0; i < rows * group; ++i, to += head_dim / kStep) {
+      for (int i = 0; i < vectors_of_q; ++i) {
         const std::int64_t row = block.shared ? batch.carried_rows[block.row_begin + i / group] : first_row + i / group;
         const std::int64_t query_head = first_head + i % group;
         const char* from = data + (row * batch.q.row_stride + query_head * batch.q.head_stride) * bytes;
         if constexpr (kPairs) {
-          __builtin_memcpy(to, from, static_cast<std::size_t>(head_dim) * 2);
+          __builtin_memcpy(vector, from, static_cast<std::size_t>(head_dim) * 2);
         } else {
-          widen(batch.layout.dtype, from, to, head_dim);
+          widen(batch.layout.dtype, from, vector, head_dim);
         }
+        float* to = s.q + (static_cast<std::int64_t>(h) * fours * vectors_of_q + i) * 4;
+        for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
       }
     }
   }
@@ -152,14 +155,16 @@ struct BlockKernel {
   // One step of values: of one key, or of a pair.
   void pack_value(const char* first, const char* second, float* to) const {
     const char* const rows_[2] = {first, second};
-    constexpr int kUnits = 2 * kLanes / kStep;
-    for (int d = 0, left = head_dim / kStep; left > 0; d += 2 * kLanes, left -= kUnits) {
-      F column[2];
-      const ValueRows<Format> values{rows_, d * Format::kBytes};
-      ValueRows<Format>::load_into(column, values, 0, min_int(left, kUnits));
-      store(to + d, column[0]);
-      if (d + kLanes < vectors * kLanes) store(to + d + kLanes, column[1]);
-    }
+    const auto pack = [&](int v, auto width_) __attribute__((always_inline)) {
+      constexpr int kWidth = width_.value, kUnits = kWidth * kLanes / kStep;
+      F column[kWidth];
+      const ValueRows<Format> values{rows_, v * kLanes * Format::kBytes};
+      ValueRows<Format>::load_into(column, values, 0, min_int(head_dim / kStep - v * kLanes / kStep, kUnits));
+      for (int i = 0; i < kWidth; ++i) store(to + (v + i) * kLanes, column[i]);
+    };
+    int v = 0;
+    for (; v + 2 <= vectors; v += 2) pack(v, Int<2>());
+    if (v < vectors) pack(v, Int<1>());
   }
 
   // Scores of query vectors [begin, end) and kLanes keys from `first` on.
@@ -168,14 +173,17 @@ struct BlockKernel {
     const int depth = head_dim / kStep;
     for (int i = begin; i < end;) {
       const int n = balanced(end - i, kBlockRows);
-      const float* const q = s.q + (base() + i) * depth;
+      const float* const q = s.q + base() * depth + 4 * i;
       float* const to = s.scores + i * kTileKeys + first;
       with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
-        score_block<Op, rows_.value>(q, depth, keys, depth, to, kTileKeys);
+        score_block<Op, rows_.value>(q, 4 * rows * group, keys, depth, to, kTileKeys, ticking());
       });
-      tiles.tick();
       i += n;
     }
+  }
+
+  auto ticking() {
+    return [this]() __attribute__((always_inline)) { tiles.tick(); };
   }
 
   // The size of the next group of query vectors, so that `left` of them fall into groups of even size.
@@ -194,6 +202,7 @@ struct BlockKernel {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       scale_logits(s.scores + (i + r) * kTileKeys, x[r]);
+      tiles.tick();
       if (lo[r] > 0 || hi[r] < kTileKeys) {
         for (int v = 0; v < kTileVectors; ++v) {
           x[r][v] = select(x[r][v], lo[r] - v * kLanes, hi[r] - v * kLanes, negative);
@@ -210,7 +219,10 @@ struct BlockKernel {
       if (lanes[r] > row_max[r]) raise_max(base() + i + r, lanes[r]);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) each[r] = to_probabilities(x[r], set1(row_max[r]), s.scores + (i + r) * kTileKeys);
+    for (int r = 0; r < kRows; ++r) {
+      each[r] = to_probabilities(x[r], set1(row_max[r]), s.scores + (i + r) * kTileKeys);
+      tiles.tick();
+    }
     for (int r = kRows; r < 4; ++r) each[r] = each[0];
     store(lanes, reduce<Add>(each));
     for (int r = 0; r < kRows; ++r) s.chunk.sum[base() + i + r] += lanes[r];
@@ -270,12 +282,8 @@ struct BlockKernel {
     if (begin >= end) return;
     const std::int64_t stride = vectors * kLanes;
     if (values_in_place) {
-      if constexpr (Format::kNative) {  // half a tile at a time: ticks must come often where memory is the bottleneck
-        constexpr int kSteps = kTileKeys / kStep / 2;
-        for (int at = begin; at < end; at += kSteps) {
-          const ValueRows<Format> values{tiles.here().values + at * kStep, head_offset()};
-          weigh(i, n, values, at, min_int(end - at, kSteps));
-        }
+      if constexpr (Format::kNative) {
+        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, head_offset()}, begin, end - begin);
       }
     } else {
       weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
@@ -296,23 +304,27 @@ struct BlockKernel {
     return {values.units + units * kStep, values.stride};
   }
 
+  // Vectors of V in the widest block of P V with n query vectors: sums are to fill the registers.
+  static constexpr int vectors_at_once(int n) { return 2 * n <= kBlockRows ? 4 : 2; }
+
   // acc[i .. i + n) += P V over `depth` steps of values, of which the first is the tile's `step`.
   template <class Values>
   void weigh(int i, int n, const Values& values, int step, int depth) {
     const std::int64_t stride = vectors * kLanes;
     const float* const p = s.scores + i * kTileKeys + step;
     float* const acc = s.chunk.acc + (base() + i) * stride;
-    constexpr int kUnits = 2 * kLanes / kStep;
-    for (int v = 0, unit = 0; v < vectors; v += 2, unit += kUnits) {
-      const Values from = advanced(values, unit);
-      with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
-        with_constant<2>(min_int(vectors - v, 2), [&](auto width_) __attribute__((always_inline)) {
-          weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, from, head_dim / kStep - unit, acc + v * kLanes,
-                                                     stride, depth);
-        });
-      });
-      tiles.tick();
-    }
+    with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
+      constexpr int kWide = vectors_at_once(rows_.value);
+      const auto block = [&](int v, auto width_) __attribute__((always_inline)) {
+        const int unit = v * kLanes / kStep;
+        weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, advanced(values, unit), head_dim / kStep - unit,
+                                                   acc + v * kLanes, stride, depth, ticking());
+      };
+      int v = 0;
+      for (; v + kWide <= vectors; v += kWide) block(v, Int<kWide>());
+      if (kWide > 2 && v + 2 <= vectors) block(v, Int<2>()), v += 2;
+      if (v < vectors) block(v, Int<1>());
+    });
   }
 
   // Softmax and P V of query vectors [begin, end) for the tile of keys at `tile`.
@@ -355,11 +367,8 @@ struct BlockKernel {
     if (block.shared) begin = next_row(begin, end, tile, true);
     if (begin >= end) return;
     const int count = tiles.here().count;
-    const int blocks = ((end - begin) * group + kBlockRows - 1) / kBlockRows;
-    const int key_groups = (count + kLanes - 1) / kLanes;
     values_in_place = in_place((end - begin) * group);
-    const int value_blocks = (vectors + 1) / 2 * (values_in_place ? 2 : 1);
-    tiles.expect_ticks(heads * blocks * (key_groups + value_blocks));
+    expect_ticks((end - begin) * group, count);
     const auto each_range = [&](auto call) __attribute__((always_inline)) {
       if (!block.shared) return call(begin * group, end * group);
       for (int from = begin; from < end;) {
@@ -382,6 +391,14 @@ struct BlockKernel {
       if (!values_in_place) pack_values();
       each_range([&](int from, int to) { consume(from, to, tile); });
     }
+  }
+
+  // About how often a tile of `count` keys ticks for n query vectors a head: see score_block, softmax and weigh_block.
+  void expect_ticks(int n, int count) {
+    const int blocks = (n + kBlockRows - 1) / kBlockRows, wide = vectors_at_once(balanced(n, kBlockRows));
+    const int score_ticks = 2 * ((count + kLanes - 1) / kLanes) * ((head_dim / kStep + kLanes - 1) / kLanes);
+    const int weigh_ticks = (vectors + wide - 1) / wide * (count / (kStep * kTickSteps));
+    tiles.expect_ticks(heads * (blocks * (score_ticks + weigh_ticks) + 2 * n));
   }
 
   bool left_behind(int row, std::int64_t tile) const { return first_key(row) >= tile + kTileKeys; }
@@ -474,17 +491,6 @@ static void attend(const Batch& batch, const Block& block, const Span& span, con
       return BlockKernel<FormatF16>(batch, block, scratch).attend(span, state);
     case DType::f8:
       return BlockKernel<FormatF8>(batch, block, scratch).attend(span, state);
-  }
-}
-
-static void finish(const Batch& batch, const Block& block, const RowState& state) {
-  switch (batch.layout.dtype) {
-    case DType::f32:
-      return finish_rows<FormatF32>(batch, block, state);
-    case DType::bf16:
-      return finish_rows<FormatBF16>(batch, block, state);
-    default:
-      return finish_rows<FormatF16>(batch, block, state);
   }
 }
 

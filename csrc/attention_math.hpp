@@ -140,10 +140,25 @@ struct ValueRows {
     const char* const* const row = values.rows + step * kStep;
     if constexpr (kStep == 2) {
 #if defined(RADIXKV_SIMD_PAIRS)
-      interleave(Format::load(row[0] + values.offset, left), Format::load(row[1] + values.offset, left), column);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; v += 2) {
+        const std::int64_t at = values.offset + v * (kLanes / 2) * kStep * Format::kBytes;
+        const int n = left - v * (kLanes / 2);
+        if (n <= 0) {
+          column[v] = zero();
+          if (v + 1 < kVectors) column[v + 1] = zero();
+          continue;
+        }
+        const F a = Format::load(row[0] + at, min_int(n, kLanes)), b = Format::load(row[1] + at, min_int(n, kLanes));
+        if (v + 1 < kVectors) {
+          interleave(a, b, column + v);
+        } else {
+          column[v] = interleave_half(a, b);
+        }
+      }
 #endif
     } else {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const int n = left - v * kLanes;
         const char* const at = row[0] + values.offset + v * kLanes * Format::kBytes;
@@ -158,7 +173,7 @@ struct ValueColumns {
 
   template <int kVectors>
   RADIXKV_INLINE void load_into(F (&column)[kVectors], const ValueColumns& values, int step, int) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) column[v] = load(values.units + step * values.stride + v * kLanes);
   }
 };
@@ -173,19 +188,19 @@ RADIXKV_INLINE void score_step(const float* q, std::ptrdiff_t q_stride, const Ke
     if (4 * m >= n) break;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const F four = set4(q + r * q_stride + d + 4 * m);
+      const F four = set4(q + (d / 4 + m) * q_stride + 4 * r);
       sum[r][0] = Op::step(four, column[0][m], sum[r][0]);
       sum[r][1] = Op::step(four, column[1][m], sum[r][1]);
     }
   }
 }
 
-// Scores of kRows query vectors and kLanes keys. Every score is made of four sums, each a chain over head_dim, which
-// are added up at the end. That takes as many multiplications as one chain, and only half the shuffles that it takes to
-// turn keys into columns of single units.
-template <class Op, int kRows, class Keys>
+// Scores of kRows query vectors and kLanes keys. q: four units of each vector, then, q_stride later, the next four.
+// Every score is made of four sums, each a chain over head_dim, which are added up at the end. That takes as many
+// multiplications as one chain, and only half the shuffles that it takes to turn keys into columns of single units.
+template <class Op, int kRows, class Keys, class Tick>
 static void score_block(const float* q, std::ptrdiff_t q_stride, const Keys& keys, int depth, float* scores,
-                        std::ptrdiff_t scores_stride) {
+                        std::ptrdiff_t scores_stride, const Tick& tick) {
   F first[kRows];
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
@@ -193,8 +208,14 @@ static void score_block(const float* q, std::ptrdiff_t q_stride, const Keys& key
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = zero();
     int d = 0;
-    for (; d + kLanes <= depth; d += kLanes) score_step<Op>(q, q_stride, keys, half, d, kLanes, sum);
-    if (d < depth) score_step<Op>(q, q_stride, keys, half, d, depth - d, sum);
+    for (; d + kLanes <= depth; d += kLanes) {
+      score_step<Op>(q, q_stride, keys, half, d, kLanes, sum);
+      tick();
+    }
+    if (d < depth) {
+      score_step<Op>(q, q_stride, keys, half, d, depth - d, sum);
+      tick();
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F two = add(low(sum[r][0], sum[r][1]), high(sum[r][0], sum[r][1]));
@@ -207,15 +228,18 @@ static void score_block(const float* q, std::ptrdiff_t q_stride, const Keys& key
   }
 }
 
+// Steps of P V between two ticks.
+constexpr int kTickSteps = 4;
+
 // acc[kRows][kVectors] += p[kRows][depth] V[depth][kVectors], every element by one chain of steps from 0 to depth - 1,
 // so that it does not depend on how rows and columns are grouped. left: units of V's rows before their end.
-template <class Op, int kRows, int kVectors, class Values>
+template <class Op, int kRows, int kVectors, class Values, class Tick>
 static void weigh_block(const float* p, std::ptrdiff_t p_stride, const Values& values, int left, float* acc,
-                        std::ptrdiff_t acc_stride, int depth) {
+                        std::ptrdiff_t acc_stride, int depth, const Tick& tick) {
   F sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(acc + r * acc_stride + v * kLanes);
   }
   const auto step = [&](int i, int n) __attribute__((always_inline)) {
@@ -224,19 +248,28 @@ static void weigh_block(const float* p, std::ptrdiff_t p_stride, const Values& v
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F factor = set1(p[r * p_stride + i]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Op::step(factor, column[v], sum[r][v]);
     }
   };
+  const auto steps = [&](int n) __attribute__((always_inline)) {
+    int i = 0;
+    for (; i + kTickSteps <= depth; i += kTickSteps) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kTickSteps; ++j) step(i + j, n);
+      tick();
+    }
+    for (; i < depth; ++i) step(i, n);
+  };
   constexpr int kUnits = kVectors * kLanes / Op::kStep;
   if (left >= kUnits) {
-    for (int i = 0; i < depth; ++i) step(i, kUnits);
+    steps(kUnits);
   } else {
-    for (int i = 0; i < depth; ++i) step(i, left);
+    steps(left);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(acc + r * acc_stride + v * kLanes, sum[r][v]);
   }
 }

@@ -37,7 +37,7 @@ static void merge(std::int64_t heads, std::int64_t vectors, std::int64_t head_di
   }
 }
 
-template <class Format>
+template <class Format, class Op>
 static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
   const int head_dim = batch.layout.head_dim, group = batch.group;
   const std::int64_t stride = padded_dim(head_dim);
@@ -51,13 +51,34 @@ static void finish_rows(const Batch& batch, const Block& block, const RowState& 
         const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
         char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * head_dim * Format::kBytes;
         const F sum = set1(state.sum[i]);
-        for (int d = 0; d < head_dim; d += kLanes) {
-          const int n = min_int(head_dim - d, kLanes);
-          const F mean = div(load(state.acc + i * stride + d), sum);
-          Format::store(to + d * Format::kBytes, mul(mean, scale), n);
+        const float* const acc = state.acc + i * stride;
+        const auto put = [&](F x, int d) __attribute__((always_inline)) {
+          Format::store(to + d * Format::kBytes, mul(div(x, sum), scale), min_int(head_dim - d, kLanes));
+        };
+        int d = 0;
+        for (; d + kLanes < head_dim; d += 2 * kLanes) {
+          F a = load(acc + d), b = load(acc + d + kLanes);
+          Op::in_order(a, b);
+          put(a, d), put(b, d + kLanes);
         }
+        if (d < head_dim) put(load(acc + d), d);
       }
     }
+  }
+}
+
+static void finish(const Batch& batch, const Block& block, const RowState& state) {
+  switch (batch.layout.dtype) {
+    case DType::f32:
+      return finish_rows<FormatF32, Fma>(batch, block, state);
+    case DType::bf16:
+#if defined(RADIXKV_SIMD_PAIRS)
+      return finish_rows<FormatBF16, DotPairs>(batch, block, state);
+#else
+      return finish_rows<FormatBF16, Fma>(batch, block, state);
+#endif
+    default:
+      return finish_rows<FormatF16, Fma>(batch, block, state);
   }
 }
 

@@ -36,3 +36,12 @@
 #else
 #include "simd_portable.hpp"
 #endif
+
+namespace radixkv::attention::RADIXKV_ISA {
+
+RADIXKV_INLINE int min_int(int a, int b) { return a < b ? a : b; }
+RADIXKV_INLINE int max_int(int a, int b) { return a > b ? a : b; }
+RADIXKV_INLINE std::int64_t min_int64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+RADIXKV_INLINE std::int64_t max_int64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+}  // namespace radixkv::attention::RADIXKV_ISA

@@ -145,22 +145,25 @@ RADIXKV_INLINE F load_f8_pairs(const void* p, int n) {
   return _mm512_castsi512_ps(_mm512_or_si512(all, sign));
 }
 
-// Pairs (a[i], b[i]) of the 32 elements of two vectors.
-RADIXKV_INLINE void interleave(F a, F b, F (&pairs)[2]) {
+// Pairs (a[i], b[i]) of the 32 elements of two vectors, in the order of lanes that costs least: see in_order.
+RADIXKV_INLINE void interleave(F a, F b, F* pairs) {
   const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
-  // Lane i of the result takes x[i] as its low half and y[i], element 32 + i of the pair (x, y), as its high half.
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i first =
-      _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), _mm512_set1_epi32(32 << 16));
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x00100010));
-  pairs[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, first, y));
-  pairs[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, second, y));
+  pairs[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
+  pairs[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
 }
-// The first 16 of them.
-RADIXKV_INLINE void interleave(F a, F b, F (&pairs)[1]) {
-  F both[2];
-  interleave(a, b, both);
-  pairs[0] = both[0];
+// The first 16 of them, in order.
+RADIXKV_INLINE F interleave_half(F a, F b) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Lane i of the result takes a[i] as its low half and b[i], element 32 + i of the pair (a, b), as its high half.
+  const __m512i from =
+      _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), _mm512_set1_epi32(32 << 16));
+  return _mm512_castsi512_ps(_mm512_permutex2var_epi16(_mm512_castps_si512(a), from, _mm512_castps_si512(b)));
+}
+// Two vectors with lanes as interleave leaves them, in order.
+RADIXKV_INLINE void in_order(F& a, F& b) {
+  const F first = _mm512_shuffle_f32x4(a, b, 0x44), second = _mm512_shuffle_f32x4(a, b, 0xee);  // a0 a1 b0 b1
+  a = _mm512_shuffle_f32x4(first, first, 0xd8);                                                 // a0 b0 a1 b1
+  b = _mm512_shuffle_f32x4(second, second, 0xd8);
 }
 
 #endif
