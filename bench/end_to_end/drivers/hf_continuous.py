@@ -24,7 +24,7 @@ class Continuous:
         self.manager = self.model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=2),
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=16, num_blocks=256, max_batch_tokens=2048, max_requests_per_batch=16
+                page_size=16, num_blocks=1024, max_batch_tokens=2048, max_requests_per_batch=16
             ),
         )
         self.manager.start()
