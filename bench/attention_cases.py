@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-OUT_OF_CACHE_BYTES = 384 << 20
+OUT_OF_CACHE_BYTES = 192 << 20
 
 
 @dataclass(frozen=True)
