@@ -99,7 +99,9 @@ MUTANTS = [
     Mutant("NaN in 8 bits becomes a number", "attention_formats.hpp",
            "(size > 0x7f800000u ? 0x7fu : number)", "number", ATTENTION),
     Mutant("the scale of 8-bit values is forgotten", "attention_state.hpp",
-           "mul(mean, scale)", "(scale, mean)", ATTENTION),
+           "mul(div(x, sum), scale)", "(scale, div(x, sum))", ATTENTION),
+    Mutant("an output row keeps the order of the product's lanes", "attention_state.hpp",
+           "Op::in_order(a, b);", "", ATTENTION),
     Mutant("the smallest 8-bit number in a pair is zero", "simd_avx512.hpp", "epi16(0, 0x3b00,",
            "epi16(0, 0x0000,", ATTENTION),
 ]  # fmt: skip
