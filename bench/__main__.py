@@ -42,7 +42,7 @@ def run(name: str, arguments: tuple[str, ...]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and cases: about four minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and cases: about three minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args()
     quick = ("--quick",) if options.quick else ()

@@ -36,8 +36,6 @@ class Case:
     repeats: int
     block: int
     """Tokens a block of the cache."""
-    in_order: bool = False
-    """Blocks one after the other in memory, not scattered."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

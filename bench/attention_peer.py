@@ -35,9 +35,9 @@ class VllmCpu:
             )  # fmt: skip
         self._version = (self._answer() or {}).get("version")  # comes once all is imported: that runs beside nothing
 
-    def decode(self, heads: Heads, batch: int, context: int, repeats: int, in_order: bool = False) -> dict[str, float]:
+    def decode(self, heads: Heads, batch: int, context: int, repeats: int) -> dict[str, float]:
         """{"vllm_us": median}, or nothing."""
-        us = self._ask(Case(heads, batch, 1, context, "bfloat16", repeats, BLOCK, in_order))
+        us = self._ask(Case(heads, batch, 1, context, "bfloat16", repeats, BLOCK))
         return {} if us is None else {"vllm_us": us}
 
     def prefill(self, heads: Heads, rows: int, cached: int, dtype: object, repeats: int) -> dict[str, float]:

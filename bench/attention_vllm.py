@@ -81,8 +81,7 @@ def measure(case: Case) -> dict[str, Any]:
     isa = _get_attn_isa(dtype, case.block, heads.dim, "auto")
     each = -(-case.length // case.block)
     blocks = case.batch * each
-    order = torch.arange(blocks) if case.in_order else torch.randperm(blocks)
-    table = order.to(torch.int32).view(case.batch, each)
+    table = torch.randperm(blocks).to(torch.int32).view(case.batch, each)
     position = torch.arange(case.length)
     slots = table.long()[:, position // case.block] * case.block + position % case.block
     layers = layers_of(case, blocks, dtype)
