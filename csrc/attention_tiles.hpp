@@ -17,10 +17,10 @@ struct Addresses {
 // The tile at hand of one block, and the one after it, which is loaded into the L2 cache meanwhile.
 //
 // Pages are short runs of memory that lie anywhere, which hardware prefetchers do not foresee, and a core keeps few
-// loads in flight. So memory is the bottleneck of decode unless some loads are in flight all the time, and never so many
-// that prefetches are lost: between any two pieces of work the kernel calls tick(), which prefetches the next few lines,
-// at an even pace. A tile's keys and then its values are fetched in the order of their addresses, of all heads of the
-// block, as runs of memory: slots and pages that follow each other are one.
+// loads in flight. So memory is the bottleneck of decode unless some loads are in flight all the time, and never so
+// many that prefetches are lost: between any two pieces of work the kernel calls tick(), which prefetches the next few
+// lines, at an even pace. A tile's keys and then its values are fetched in the order of their addresses, of all heads
+// of the block, as runs of memory: slots and pages that follow each other are one.
 class Tiles {
  public:
   Tiles(const Batch& batch, const Block& block, std::int64_t bytes) : batch_(batch), block_(block), bytes_(bytes) {
