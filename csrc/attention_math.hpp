@@ -143,13 +143,8 @@ struct ValueRows {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; v += 2) {
         const std::int64_t at = values.offset + v * (kLanes / 2) * kStep * Format::kBytes;
-        const int n = left - v * (kLanes / 2);
-        if (n <= 0) {
-          column[v] = zero();
-          if (v + 1 < kVectors) column[v + 1] = zero();
-          continue;
-        }
-        const F a = Format::load(row[0] + at, min_int(n, kLanes)), b = Format::load(row[1] + at, min_int(n, kLanes));
+        const int n = min_int(left - v * (kLanes / 2), kLanes);  // at least one: there are no empty vectors
+        const F a = Format::load(row[0] + at, n), b = Format::load(row[1] + at, n);
         if (v + 1 < kVectors) {
           interleave(a, b, column + v);
         } else {

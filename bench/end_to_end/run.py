@@ -23,7 +23,6 @@ class Contender:
 
     name: str
     driver: str
-    weights: str = "bf16"
     installed: bool = False
     """Whether it lives in the peers' venv."""
     quick: bool = False

@@ -98,11 +98,8 @@ def _figures(contenders: dict[str, dict[str, Any]]) -> list[str]:
             continue
         one, every = found["one_by_one"], found["all_at_once"]
         line = f"{name:26}{one['ttft_s']:>14.3f}{one['total_s']:>12.2f}{one['tokens_per_s']:>8.1f}"
-        if "error" in every:
-            lines.append(f"{line}{'-':>14}{'-':>8}")
-        else:
-            spread = f"{one['spread']:.0%}, {every['spread']:.0%}"
-            lines.append(f"{line}{every['total_s']:>14.2f}{every['tokens_per_s']:>8.1f}{spread:>16}")
+        spread = f"{one['spread']:.0%}, {every['spread']:.0%}"
+        lines.append(f"{line}{every['total_s']:>14.2f}{every['tokens_per_s']:>8.1f}{spread:>16}")
     return lines
 
 
@@ -128,8 +125,8 @@ def _answers(contenders: dict[str, dict[str, Any]]) -> list[str]:
     truth, lines = known[base]["one_by_one"]["tokens"], []
     for name, found in known.items():
         for mode, spoken in (("one_by_one", "one by one"), ("all_at_once", "all at once")):
-            tokens = found[mode].get("tokens")
-            if tokens is None or (name == base and mode == "one_by_one"):
+            tokens = found[mode]["tokens"]
+            if name == base and mode == "one_by_one":
                 continue
             where = first_difference(truth, tokens)
             same = sum(a == b for a, b in zip(truth, tokens, strict=True))

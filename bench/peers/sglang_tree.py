@@ -9,6 +9,7 @@ array('q') and slots are not turned into page ids: both are what SGLang itself w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from typing import Any, NamedTuple
 
@@ -37,30 +38,30 @@ class Prepared(NamedTuple):
     cached: int
 
 
-class SglangTree:
+class SglangTree(ABC):
     """The request's life; a driver adds `match`, `lock`, `unlock`, `path`, `insert` and `evict_tokens`."""
 
     def __init__(self, pages: int) -> None:
         self.allocator = PagedTokenToKVPoolAllocator(pages * PAGE, PAGE, torch.bfloat16, "cpu", None, False)
 
-    def match(self, params: MatchPrefixParams) -> tuple[int, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def match(self, params: MatchPrefixParams) -> tuple[int, Any]: ...
 
-    def lock(self, node: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def lock(self, node: Any) -> Any: ...
 
-    def unlock(self, lock: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def unlock(self, lock: Any) -> None: ...
 
-    def path(self, node: Any) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def path(self, node: Any) -> torch.Tensor: ...
 
+    @abstractmethod
     def insert(self, params: InsertParams) -> None:
         """Insert; slots from prev_prefix_len on that the tree has already are freed."""
-        raise NotImplementedError
 
-    def evict_tokens(self, tokens: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def evict_tokens(self, tokens: int) -> int: ...
 
     def native(self, tokens: Tokens) -> array[int]:
         out = array("q")
