@@ -137,12 +137,18 @@ def page_table(repeats: int, batch: int = 256, length: int = 2048) -> dict[str, 
     leases = [cache.acquire(rng.integers(0, 32000, length, dtype=np.int32)) for _ in range(batch)]
     for lease in leases:
         lease.advance(length - 1)
-    table = radixkv._core.PageTable()
-    table.assemble(leases)
+    table = radixkv._core.PageTable(cache)
+    step = radixkv._core.Step(table, leases, 1)
+
+    def assemble() -> None:
+        step.__enter__()
+        step.__exit__(BaseException, None, None)  # as by an exception: the leases stay as they are
+
+    assemble()
     result = table.kv_indices
     target = np.empty_like(result)
     return {
-        "assemble_us": median_ns(lambda: table.assemble(leases), repeats) / 1e3,
+        "assemble_us": median_ns(assemble, repeats) / 1e3,
         "memcpy_us": median_ns(lambda: np.copyto(target, result), repeats) / 1e3,
     }
 

@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "attention.hpp"
 #include "cascade.hpp"
+#include "fork_mutex.hpp"
 #include "thread_pool.hpp"
 
 namespace radixkv::attention {
@@ -96,7 +96,7 @@ class AttentionPlan {
   KvLayout layout_;
   const Kernel& kernel_;
   ThreadPool pool_;
-  std::mutex mutex_;  // one call at a time: the calls share scratch memory
+  ForkMutex mutex_;  // one call at a time: the calls share scratch memory
 
   CascadeCosts costs_;
   std::shared_ptr<Cascade> cascade_ = std::make_shared<Cascade>();

@@ -74,8 +74,14 @@ class Plan {
               reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap, v_scale});
   }
 
-  std::shared_ptr<const attention::Cascade> cascade() { return plan_.cascade(); }
-  void set_costs(const attention::CascadeCosts& costs) { plan_.set_costs(costs); }
+  std::shared_ptr<const attention::Cascade> cascade() {
+    const nb::gil_scoped_release release;
+    return plan_.cascade();
+  }
+  void set_costs(const attention::CascadeCosts& costs) {
+    const nb::gil_scoped_release release;
+    plan_.set_costs(costs);
+  }
   std::int64_t num_rows() const { return plan_.num_rows(); }
   std::string isa() const { return plan_.isa(); }
   int num_threads() const { return plan_.num_threads(); }

@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace radixkv {
@@ -16,5 +17,11 @@ template <typename T>
 nanobind::object to_numpy(const std::vector<T>& values) {
   return to_numpy(values.data(), values.size());
 }
+
+// Whether an object is a numpy array, or of a subclass, which may mean something else (a mask).
+enum class Array { no, yes, subclass };
+Array is_array(nanobind::handle object);
+// Whether a numpy array is one-dimensional of int32 or int64, and so needs but a copy to be read with an even stride.
+bool is_aligned_by_copy(nanobind::handle array);
 
 }  // namespace radixkv

@@ -17,8 +17,9 @@ class Tokens {
   std::int64_t size() const { return size_; }
 
  private:
+  bool from_array(nanobind::handle source);  // false: it is no array that fits
+  void from_items(nanobind::handle source);  // a list or tuple
   void from_int64(const std::int64_t* items, std::int64_t n, std::int64_t stride);
-  void from_sequence(nanobind::handle source);
   void own();
 
   using Int32 = nanobind::ndarray<const Token, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;

@@ -10,10 +10,24 @@ namespace {
 std::int64_t most_pinned(std::int64_t num_pages) { return num_pages - std::max<std::int64_t>(1, num_pages / 8); }
 
 std::string str(std::int64_t n) { return std::to_string(n); }
+
+constexpr std::int64_t kMaxPageSize = std::int64_t{1} << 26;  // ChildIndex counts a page's bits in 32 of them
+
+RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size) {
+  const auto refuse = [](const std::string& what) { throw Error(ErrorKind::InvalidArgument, what); };
+  if (num_pages < 1) refuse("num_pages must be at least 1; got " + str(num_pages));
+  if (page_size < 1 || page_size > kMaxPageSize) {
+    refuse("page_size must be 1 to " + str(kMaxPageSize) + "; got " + str(page_size));
+  }
+  if (num_pages > INT32_MAX / page_size) {
+    refuse("num_pages * page_size must be below 2**31; got " + str(num_pages) + " * " + str(page_size) +
+           ": use several caches");
+  }
+  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size));
+}
 }  // namespace
 
-Cache::Cache(std::int64_t num_pages, std::int64_t page_size)
-    : tree_(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size)) {}
+Cache::Cache(std::int64_t num_pages, std::int64_t page_size) : tree_(tree_of(num_pages, page_size)) {}
 
 // --- checks: everything that can fail, before anything changes
 // ----------------------------------------------------------
@@ -31,11 +45,13 @@ void Cache::check_tokens(const Token* tokens, std::int64_t n, std::int64_t from)
               "token " + str(tokens[at]) + " at index " + str(at) + ": tokens are ids, 0 <= token < 2**31");
 }
 
-void Cache::check_length(std::int64_t num_tokens) const {
-  const std::int64_t need = (num_tokens + page_size() - 1) / page_size();
+// What dropped pages freed does not count: an answer behind a window may outgrow the pool.
+void Cache::check_length(std::int64_t num_tokens, std::int64_t freed) const {
+  const std::int64_t need = (num_tokens + page_size() - 1) / page_size() - freed;
   if (need > num_pages()) {
-    throw Error(ErrorKind::PoolExhausted, "need " + str(need) + " pages for " + str(num_tokens) +
-                                              " tokens; the whole pool has " + str(num_pages()) + " pages of " +
+    throw Error(ErrorKind::PoolExhausted, "need " + str(need) + " pages for " + str(num_tokens) + " tokens" +
+                                              (freed > 0 ? ", " + str(freed) + " pages of which were dropped" : "") +
+                                              "; the whole pool has " + str(num_pages()) + " pages of " +
                                               str(page_size()) + " tokens: shorten the request or raise num_pages");
   }
 }
@@ -56,7 +72,7 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   Guard guard(mutex_);
   check_open();
   if (n == 0) throw Error(ErrorKind::InvalidTokens, "a prompt needs at least one token; got 0");
-  check_length(n);
+  check_length(n, 0);
   auto lease = std::make_unique<Lease>(shared_from_this(), name);
   lease->pages_.resize(pages_for(n));
   const NodeId known = tree_.find_root(name);
@@ -141,21 +157,26 @@ void Cache::extend(Lease& lease, const Token* tokens, std::int64_t n) {
   if (n == 0) return;
   check_open();
   check_tokens(tokens, n, 0);
-  check_length(lease.num_tokens_ + n);
-  const bool published = lease.tail_ != kNone;  // the open page is in the tree now: go on in a copy of it
+  check_length(lease.num_tokens_ + n, std::max(0, lease.first_page_ - lease.num_shared_));
   const std::size_t total = pages_for(lease.num_tokens_ + n);
-  const auto need = static_cast<std::int32_t>(total - lease.pages_.size()) + (published ? 1 : 0);
   if (total > lease.pages_.capacity()) lease.pages_.reserve(std::max(total, 2 * lease.pages_.size()));
+  const auto more = static_cast<std::int32_t>(total - lease.pages_.size());
+  // An open page that a commit published never changes: go on in a copy of it. Where no page is left for the copy and
+  // nobody else has use for the published one, it leaves the tree and is written to again.
+  const NodeId tail = lease.tail_;
+  const bool back = tail != kNone && more == tree_.pages.num_free() + tree_.num_evictable() && tree_.only_lease(tail);
+  const std::int32_t need = more + (tail != kNone && !back ? 1 : 0);
   require_pages(need, 0);
 
   const PageId open = lease.pages_.back();
+  if (back) evicted_pages_ += tree_.take_back(tail);
   lease.pages_.resize(total);
   take_pages(lease, need, kNone);
-  if (published) {
-    copy_open_page(lease, lease.tail_, open, static_cast<std::int32_t>(lease.num_tokens_ % page_size()), false);
-    tree_.unlock(lease.tail_);
-    lease.tail_ = kNone;
+  if (tail != kNone && !back) {
+    copy_open_page(lease, tail, open, static_cast<std::int32_t>(lease.num_tokens_ % page_size()), false);
+    tree_.unlock(tail);
   }
+  lease.tail_ = kNone;
   write_tokens(lease, lease.num_tokens_, tokens, n);
 }
 
@@ -192,12 +213,6 @@ std::int64_t Cache::drop(Lease& lease, std::int64_t num_tokens) {
   }
   lease.first_page_ = first;
   return std::max(0, first - own);
-}
-
-void Cache::advance_all(const std::vector<Lease*>& leases) {
-  for (const Lease* lease : leases) lease->use();
-  Guard guard(mutex_);
-  for (Lease* lease : leases) advance(*lease, -1);
 }
 
 // --- commit: from the lease's own place in the tree, O(new pages)

@@ -11,7 +11,8 @@
 // the tree, locked as before; private ones are freed, and then nothing from there on can be published any more.
 //
 // Every operation checks first and changes afterwards, so what throws has changed nothing. One mutex guards a cache;
-// a lease belongs to one thread at a time, the one that acquired or adopted it.
+// a lease belongs to one thread at a time, the one that acquired or adopted it. While a step is open over it
+// (PageTable) and while it is being released, a lease can be read, and whatever would change it throws.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +25,7 @@
 #include <thread>
 #include <vector>
 
+#include "fork_mutex.hpp"
 #include "radix_tree.hpp"
 
 namespace radixkv {
@@ -55,6 +57,7 @@ class Lease {
   bool copy(PageCopy* out) const;                                 // the pending copy, if there is one
   void read_tokens(std::int64_t from, std::int64_t to, Token* out) const;
 
+  // These change it. Each throws LeaseError as those above do, and while the lease is busy.
   void extend(const Token* tokens, std::int64_t n);
   void advance(std::int64_t n);                // n < 0: all
   std::int64_t drop(std::int64_t num_tokens);  // returns the pages freed
@@ -63,15 +66,29 @@ class Lease {
   std::unique_ptr<Lease> fork();
   void adopt();
 
+  // Runs `observe` on a lease that is about to be released: it may read the lease and not change it.
+  template <typename F>
+  void before_release(F&& observe) {
+    change();
+    const Busy busy(*this, State::releasing);
+    observe();
+  }
+
   bool released() const { return released_.load(std::memory_order_acquire); }
-  Cache& cache() const { return *cache_; }
-  std::uint64_t step_mark = 0;  // the last step that listed this lease (finds duplicates in a batch)
 
  private:
   friend class Cache;
-  friend class PageTable;  // checks each lease of a step once, then reads it
+  friend class PageTable;  // opens steps over leases: checks each once, reads it, and advances it in the end
+  enum class State : std::int8_t { idle, in_step, releasing };
+  struct Busy {
+    Busy(Lease& lease, State state) : lease(lease) { lease.state_.store(state); }
+    ~Busy() { lease.state_.store(State::idle); }
+    Lease& lease;
+  };
   const Lease* use() const;
   Lease* use() { return const_cast<Lease*>(static_cast<const Lease*>(this)->use()); }
+  void change() const;  // use(), and nobody is busy with it
+  void check_idle() const;
   const Token* tokens_of(PageId page) const;
   std::int64_t num_private() const {
     return static_cast<std::int64_t>(pages_.size()) - std::max(num_shared_, first_page_) - (tail_ != kNone ? 1 : 0);
@@ -91,6 +108,7 @@ class Lease {
   std::int64_t num_tokens_ = 0, num_written_ = 0, num_cached_ = 0, num_prompt_ = 0;
   std::atomic<std::thread::id> thread_;
   std::atomic<bool> released_{true};
+  std::atomic<State> state_{State::idle};
   Lease *older_ = nullptr, *newer_ = nullptr;  // the cache's list of live leases
 };
 
@@ -105,13 +123,14 @@ class Pin {
   Pin(const Pin&) = delete;
   Pin& operator=(const Pin&) = delete;
   std::int64_t num_tokens() const { return num_tokens_; }
+  bool pinned() const { return pinned_.load(); }
   void unpin();
 
  private:
   std::shared_ptr<Cache> cache_;
   const std::int64_t num_tokens_;
   std::list<Entry>::iterator entry_;
-  bool pinned_ = true;
+  std::atomic<bool> pinned_{true};
 };
 
 struct Stats {
@@ -147,23 +166,21 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
   std::int32_t num_pages() const { return tree_.pages.num_pages(); }
   std::int32_t page_size() const { return tree_.pages.page_size(); }
-  // Advances each lease to its num_tokens; all or none.
-  void advance_all(const std::vector<Lease*>& leases);
-  std::uint64_t new_step_mark() { return ++step_marks_; }
   // For tests: the n-th request for pages from now on is refused as if the pool were full (0: the next one).
   void refuse_pages(std::int64_t n) { refuse_in_ = n; }
 
  private:
   friend class Lease;
+  friend class PageTable;
   friend class Pin;
-  using Guard = std::lock_guard<std::mutex>;
+  using Guard = std::lock_guard<ForkMutex>;
 
   std::int32_t pages_for(std::int64_t tokens) const {
     return static_cast<std::int32_t>((tokens + page_size() - 1) / page_size());
   }
   void check_open() const;
   void check_tokens(const Token* tokens, std::int64_t n, std::int64_t from) const;
-  void check_length(std::int64_t num_tokens) const;
+  void check_length(std::int64_t num_tokens, std::int64_t freed) const;
 
   // All below with the mutex held.
   void require_pages(std::int64_t need, std::int64_t lost);
@@ -183,8 +200,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
   void release(Lease& lease, bool commit);
   std::unique_ptr<Lease> fork(Lease& lease);
 
-  std::mutex mutex_;
-  std::atomic<std::uint64_t> step_marks_{0};
+  ForkMutex mutex_;
   RadixTree tree_;
   Lease* newest_ = nullptr;
   std::list<Pin::Entry> pins_;

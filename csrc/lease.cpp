@@ -24,6 +24,23 @@ const Lease* Lease::use() const {
   return this;
 }
 
+void Lease::change() const {
+  use();
+  check_idle();
+}
+
+void Lease::check_idle() const {
+  switch (state_.load()) {
+    case State::idle:
+      return;
+    case State::in_step:
+      throw Error(ErrorKind::LeaseError,
+                  "the lease is in an open step, whose rows go into its pages: leave the step first");
+    case State::releasing:
+      throw Error(ErrorKind::LeaseError, "the lease is being released: on_release may read it, not change it");
+  }
+}
+
 bool Lease::copy(PageCopy* out) const {
   use();
   *out = copy_;
@@ -49,13 +66,13 @@ void Lease::read_tokens(std::int64_t from, std::int64_t to, Token* out) const {
 }
 
 void Lease::extend(const Token* tokens, std::int64_t n) {
-  use();
+  change();
   Cache::Guard guard(cache_->mutex_);
   cache_->extend(*this, tokens, n);
 }
 
 void Lease::advance(std::int64_t n) {
-  use();
+  change();
   Cache::Guard guard(cache_->mutex_);
   cache_->advance(*this, n);
 }
@@ -63,25 +80,25 @@ void Lease::advance(std::int64_t n) {
 std::int64_t Lease::num_dropped() const { return static_cast<std::int64_t>(use()->first_page_) * cache_->page_size(); }
 
 std::int64_t Lease::drop(std::int64_t num_tokens) {
-  use();
+  change();
   Cache::Guard guard(cache_->mutex_);
   return cache_->drop(*this, num_tokens);
 }
 
 void Lease::commit() {
-  use();
+  change();
   Cache::Guard guard(cache_->mutex_);
   cache_->commit(*this, false);
 }
 
 void Lease::release(bool commit) {
-  use();
+  change();
   Cache::Guard guard(cache_->mutex_);
   cache_->release(*this, commit);
 }
 
 std::unique_ptr<Lease> Lease::fork() {
-  use();
+  change();
   Cache::Guard guard(cache_->mutex_);
   return cache_->fork(*this);
 }
@@ -89,6 +106,7 @@ std::unique_ptr<Lease> Lease::fork() {
 void Lease::adopt() {
   Cache::Guard guard(cache_->mutex_);
   if (released()) throw Error(ErrorKind::LeaseError, "the lease was released: acquire the tokens again");
+  check_idle();
   thread_.store(std::this_thread::get_id(), std::memory_order_relaxed);
 }
 

@@ -10,39 +10,75 @@ namespace {
 }
 }  // namespace
 
-void PageTable::check(const std::vector<Lease*>& leases) {
+void PageTable::begin(const std::vector<Lease*>& leases) {
+  if (open_.exchange(true)) {
+    throw Error(ErrorKind::LeaseError, "another step of this engine is open: leave it first");
+  }
+  thread_ = std::this_thread::get_id();
+  try {
+    take(leases);
+    assemble();
+  } catch (...) {
+    let_go();
+    throw;
+  }
+}
+
+// Every lease that can be in this step is marked as being in it.
+void PageTable::take(const std::vector<Lease*>& leases) {
   if (leases.empty()) throw Error(ErrorKind::InvalidArgument, "a step needs at least one lease; got 0");
-  Cache* const cache = leases[0]->cache_.get();
-  const std::uint64_t mark = cache->new_step_mark();
+  leases_.reserve(leases.size());
   for (std::size_t i = 0; i < leases.size(); ++i) {
     Lease& lease = *leases[i]->use();
+    if (lease.cache_ != cache_) refuse(i, "is of another cache: a step takes leases that its own engine acquired");
+    if (lease.state_.load() == Lease::State::in_step &&
+        std::find(leases_.begin(), leases_.end(), &lease) != leases_.end()) {
+      refuse(i, "is listed twice in this step");
+    }
+    lease.check_idle();
     if (lease.num_written_ == lease.num_tokens_) {
       refuse(i, "has nothing to compute: all of its " + std::to_string(lease.num_tokens_) +
                     " tokens are written; extend() it first");
     }
-    if (lease.cache_.get() != cache) refuse(i, "is of another cache");
-    if (lease.step_mark == mark) refuse(i, "is listed twice in this step");
-    lease.step_mark = mark;
+    lease.state_.store(Lease::State::in_step);
+    leases_.push_back(&lease);
   }
 }
 
-void PageTable::assemble(const std::vector<Lease*>& leases) {
-  check(leases);
+void PageTable::end(bool written) {
+  if (!open_.load()) return;
+  if (thread_ != std::this_thread::get_id()) {
+    throw Error(ErrorKind::LeaseError, "the step belongs to another thread: leave it in the thread that entered it");
+  }
+  if (written) {
+    const Cache::Guard guard(cache_->mutex_);
+    for (std::size_t i = 0; i < leases_.size(); ++i) cache_->advance(*leases_[i], qo_indptr[i + 1] - qo_indptr[i]);
+  }
+  let_go();
+}
+
+void PageTable::let_go() noexcept {
+  for (Lease* lease : leases_) lease->state_.store(Lease::State::idle);
+  leases_.clear();
+  open_.store(false);
+}
+
+void PageTable::assemble() {
   for (auto* v : {&kv_indices, &kv_last_page_len, &slots, &copy_source, &copy_target}) v->clear();
   for (auto* v : {&input_ids, &positions, &last_rows}) v->clear();
   qo_indptr.assign(1, 0);
   kv_indptr.assign(1, 0);
   window_limit = -1;
-  const std::int32_t page_size = leases[0]->cache_->page_size();
+  const std::int32_t page_size = cache_->page_size();
   // Page lists and tokens lie anywhere in memory: fetched some leases ahead, they are there when it is their turn.
-  for (std::size_t i = 0; i < leases.size(); ++i) {
-    if (i + 8 < leases.size()) prefetch(&leases[i + 8]->pages_.back(), 4);
-    if (i + 4 < leases.size()) {
-      const Lease& next = *leases[i + 4];
+  for (std::size_t i = 0; i < leases_.size(); ++i) {
+    if (i + 8 < leases_.size()) prefetch(&leases_[i + 8]->pages_.back(), 4);
+    if (i + 4 < leases_.size()) {
+      const Lease& next = *leases_[i + 4];
       prefetch(next.tokens_of(next.pages_.back()), 64);
       prefetch(next.pages_.data() + next.first_page_, (next.pages_.size() - next.first_page_) * sizeof(PageId));
     }
-    add(*leases[i], page_size);
+    add(*leases_[i], page_size);
   }
 }
 

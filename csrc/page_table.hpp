@@ -7,8 +7,14 @@
 //   slots [rows]            page * page_size + offset: where each row's K and V go
 //   input_ids, positions [rows], last_rows [B]   what a model's forward pass takes (int64, as torch indexes)
 //   copy_source, copy_target                     pages to copy before anything is written
+//
+// A step is open from begin() to end(). Its leases cannot change in between: they have as many unwritten tokens in the
+// end as rows were planned for them, and nobody else gets their pages.
 #pragma once
 
+#include <atomic>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "cache.hpp"
@@ -17,9 +23,20 @@ namespace radixkv {
 
 class PageTable {
  public:
-  // Throws LeaseError (released, another thread's) or InvalidArgument (empty batch, a lease twice, from another cache,
-  // or with nothing to compute) and is then unchanged in what it means: call assemble again. O(pages + rows).
-  void assemble(const std::vector<Lease*>& leases);
+  explicit PageTable(std::shared_ptr<Cache> cache) : cache_(std::move(cache)) {}
+  ~PageTable() { let_go(); }
+  PageTable(const PageTable&) = delete;
+  PageTable& operator=(const PageTable&) = delete;
+
+  // Opens a step over the unwritten tokens of these leases, which must live until it ends. O(pages + rows).
+  // Throws LeaseError (released, another thread's, in a step; or a step of this table is open) or InvalidArgument
+  // (empty batch, a lease twice, from another cache, or with nothing to compute); then no step is open.
+  void begin(const std::vector<Lease*>& leases);
+  // Ends it: with `written`, every planned row is, and each lease advances by its own; otherwise none does. Throws
+  // LeaseError, and leaves it open, in another thread than the one that opened it.
+  void end(bool written);
+  // Ends it from any thread, advancing nothing; nothing if none is open. For a step that nobody left.
+  void let_go() noexcept;
 
   // How far back every row may look without missing a dropped page, in keys before its own; -1: as far as it likes.
   std::int64_t window_limit = -1;
@@ -29,9 +46,15 @@ class PageTable {
   std::vector<std::int64_t> input_ids, positions, last_rows;
 
  private:
-  static void check(const std::vector<Lease*>& leases);
+  void take(const std::vector<Lease*>& leases);
+  void assemble();
   void add(const Lease& lease, std::int32_t page_size);
   void add_rows(const Lease& lease, std::int32_t page_size);
+
+  std::shared_ptr<Cache> cache_;
+  std::atomic<bool> open_{false};
+  std::thread::id thread_;      // that opened the step
+  std::vector<Lease*> leases_;  // of the open step
 };
 
 }  // namespace radixkv

@@ -164,6 +164,22 @@ void RadixTree::remove_open(NodeId open) {
   free_node(open);
 }
 
+bool RadixTree::only_lease(NodeId open) const {
+  const Node& n = nodes[open];
+  return n.locks == 1 && n.pins == 0 && n.holds == 0;
+}
+
+std::int32_t RadixTree::take_back(NodeId open) {
+  const Node& n = nodes[open];
+  const NodeId parent = n.parent;
+  const bool attached = !n.detached;
+  if (attached) index.remove(open);
+  protected_ -= n.num_pages;
+  free_node(open);
+  unlock(parent);
+  return attached ? 1 : 0;
+}
+
 std::int32_t RadixTree::free_pages(NodeId n) {
   // Tail first, so that the run is handed out again in ascending order.
   PageId page = nodes[n].last;

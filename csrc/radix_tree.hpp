@@ -61,7 +61,9 @@ class RadixTree {
   NodeId add(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len);  // a new child, not yet locked
   bool can_append(NodeId n) const;  // nobody but one lease would notice if n grew at its end
   void append(NodeId n, const PageId* run, std::int32_t count);
-  void remove_open(NodeId open);  // an open page that a fuller page replaces; a holder keeps it alive
+  void remove_open(NodeId open);        // an open page that a fuller page replaces; a holder keeps it alive
+  bool only_lease(NodeId open) const;   // whether one lease's lock is all that there is on it: no pin, no hold
+  std::int32_t take_back(NodeId open);  // such a page becomes its lease's own; returns how many left the tree, 0 or 1
 
   // --- locks, pins and holds ----------------------------------------------------------------------------------------
   // A lock protects the path from the root to the end of the node. O(nodes whose state changes).

@@ -142,11 +142,6 @@ ThreadPool::~ThreadPool() {
   if (crew_ && crew_process_ != static_cast<long>(getpid())) (void)crew_.release();
 }
 
-int ThreadPool::num_threads() const {
-  const std::lock_guard lock(mutex_);
-  return num_threads_;
-}
-
 void ThreadPool::set_num_threads(int num_threads) {
   checked_num_threads(num_threads);
   const std::lock_guard lock(mutex_);

@@ -1,6 +1,7 @@
 // A small pool of persistent threads, owned by whoever creates it. There is no global state.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -10,7 +11,8 @@ namespace radixkv {
 
 // Runs the items of one job at a time on `num_threads` threads, of which the caller is one.
 //
-// - Threads start with the first job that needs them, and again in a child after fork().
+// - Threads start with the first job that needs them, and again in a child after fork(), which must not happen while a
+//   job runs (AttentionPlan's ForkMutex sees to it).
 // - Items are handed out one by one, so uneven items balance themselves.
 // - A job never waits for a thread that has not woken up yet.
 // - Calls from several threads are served one after the other.
@@ -24,7 +26,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int num_threads() const;
+  int num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
 
   // Takes effect with the next job; surplus threads are joined.
   void set_num_threads(int num_threads);
@@ -38,8 +40,8 @@ class ThreadPool {
   struct Crew;
   Crew& crew();
 
-  mutable std::mutex mutex_;  // one job at a time
-  int num_threads_;
+  std::mutex mutex_;  // one job at a time
+  std::atomic<int> num_threads_;
   long crew_process_ = 0;  // the process that started the crew; threads do not survive fork()
   std::unique_ptr<Crew> crew_;
 };

@@ -7,7 +7,6 @@ from types import TracebackType
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
-from radixkv.errors import InvalidArgument
 
 __all__ = ["Lease", "Pin", "PrefixCache", "Stats"]
 
@@ -48,7 +47,7 @@ class PrefixCache(_core.Cache):
 
     Args:
         num_pages: pages of the pool, at least 1.
-        page_size: tokens a page holds, at least 1; ``num_pages * page_size < 2**31``.
+        page_size: tokens a page holds, 1 to 2**26, 16 by default; ``num_pages * page_size < 2**31``.
 
     Raises:
         InvalidArgument: a size is out of range.
@@ -56,30 +55,6 @@ class PrefixCache(_core.Cache):
     Memory: 4 bytes a token for the tokens themselves and about 1 byte more for everything else at page size 16,
     taken from the operating system as pages are first used.
     """
-
-    def __init__(self, num_pages: int, page_size: int = 16) -> None:
-        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidArgument(f"{name} must be an int of at least 1; got {value!r}")
-        if num_pages * page_size >= 2**31:
-            raise InvalidArgument(
-                f"num_pages * page_size must be below 2**31; got {num_pages} * {page_size}: use several caches"
-            )
-        super().__init__(num_pages, page_size)
-
-    def evict(self, num_pages: int) -> int:
-        """Take back up to `num_pages` evictable pages now, coldest first; returns how many. O(1) a page."""
-        if num_pages < 0:
-            raise InvalidArgument(f"num_pages must be at least 0; got {num_pages}")
-        return self._evict(num_pages)
-
-    def clear(self, namespace: str | None = None) -> int:
-        """Forget all prefixes, or those of one namespace; returns the number of pages freed at once.
-
-        For weights that change under a running cache: nothing cached so far is found again. Leases and pins stay
-        valid and keep their pages until they let go; what such a lease writes later is not published.
-        """
-        return self._clear_all() if namespace is None else self._clear(namespace)
 
     def stats(self) -> Stats:
         """Pages by state, and counts since the cache was made. O(live leases)."""

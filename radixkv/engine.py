@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -72,15 +71,15 @@ class Engine:
             num_pages = pages_for_capacity(capacity, self.geometry, self.device)
         assert num_pages is not None
         self.cache = PrefixCache(num_pages, page_size)
+        num_pages = self.cache.num_pages
         storage = {"kv_dtype": self.kv_dtype, "k_scale": k_scale, "v_scale": v_scale}
         self.attention = _attention(self.geometry, num_pages, dtype, self.device, storage, cuda_graphs)
         self.pool = KVPool(self.geometry, num_pages, self.kv_dtype, self.device)
         self.device = self.pool.storage.device  # "cuda" has become the device it stood for
         self.attention.warm_up(self.pool.k[0], self.pool.v[0])
-        self.table = _core.PageTable()
+        self.table = _core.PageTable(self.cache)
         self.graph_inputs: dict[int, list[torch.Tensor]] = {}
         self.graph_windows: dict[int, int] = {}
-        self.step_lock = threading.Lock()
 
     @property
     def num_pages(self) -> int:
@@ -116,8 +115,8 @@ class Engine:
     def step(self, leases: Sequence[Lease]) -> Step:
         """One forward pass over the unwritten tokens of these leases: prefill, extend and decode rows mixed.
 
-        A context manager; one is open at a time. Leaving it normally advances every lease to all of its tokens, an
-        exception advances none.
+        A context manager; one is open at a time. Leaving it normally advances every lease by its rows, an exception
+        advances none. While it is open its leases can be read, and whatever would change them raises LeaseError.
         """
         return Step(self, leases)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["Step"]
 
 
-class Step:
+class Step(_core.Step):
     """The packed rows of all leases of a batch, and attention over them. Made by `Engine.step`; a context manager.
 
     A lease's rows are its unwritten tokens, in order. Entering makes the leases' pending page copies and plans
-    attention; leaving normally advances the leases; an exception leaves them as they were.
+    attention; leaving normally advances each lease by its rows; an exception leaves them as they were. In between the
+    leases can be read only. A step that is dropped without being left lets go of them.
+
+    Raises (on entering):
+        InvalidArgument: no lease, one twice, one of another engine, one with nothing to compute.
+        LeaseError: another step of the engine is open, or a lease is released, another thread's or in another step.
 
     Attributes (set on entering):
         input_ids: int64 [rows], the rows' tokens.
@@ -42,27 +46,13 @@ class Step:
     graph_key: int | None = None
 
     def __init__(self, engine: Engine, leases: Sequence[Lease]) -> None:
+        super().__init__(engine.table, leases, engine.geometry.num_layers)
         self._engine = engine
-        self._leases = list(leases)
-        self._layers_done: set[int] = set()
-        self._open = False
         self._plan: CascadePlan | None = None
 
-    def __enter__(self) -> Step:
-        if not self._engine.step_lock.acquire(blocking=False):
-            raise LeaseError("another step of this engine is open: leave it first")
-        try:
-            self._prepare()
-        except BaseException:
-            self._engine.step_lock.release()
-            raise
-        self._open = True
-        return self
-
     def _prepare(self) -> None:
-        """Assembles the page table, makes the pending copies and plans attention."""
+        """Makes the pending copies and plans attention; the page table is assembled."""
         engine, table = self._engine, self._engine.table
-        table.assemble(self._leases)
         engine.pool.copy_pages(table.copy_source, table.copy_target)
         engine.attention.plan(
             PageTable(table.qo_indptr, table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.slots)
@@ -71,7 +61,6 @@ class Step:
         self.input_ids, self.positions, self.last_rows = self._inputs()
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
         self._window_limit = table.window_limit
-        self._layers_done.clear()
         self._plan = None
 
     def _inputs(self) -> list[torch.Tensor]:
@@ -107,16 +96,17 @@ class Step:
             LeaseError: the step is not open. InvalidArgument: the step has no graph_key, or a lease has dropped pages
                 that a step with this key attended to.
         """
-        if not self._open:
+        if not self.is_open:
             raise LeaseError("the step is not open: replay inside `with engine.step(leases) as step`")
         if self.graph_key is None:
             raise InvalidArgument(
-                f"a step of {len(self._leases)} leases and {self._shape[0]} rows without a graph_key cannot be "
+                f"a step of {self.num_leases} leases and {self._shape[0]} rows without a graph_key cannot be "
                 "replayed: run its layers, or make the engine with cuda_graphs=True"
             )
         self._check_window(self._engine.graph_windows.get(self.graph_key, 0))
         graph.replay()
-        self._layers_done.update(range(self._engine.geometry.num_layers))
+        for layer in range(self._engine.geometry.num_layers):
+            self._attended(layer)
 
     @property
     def plan(self) -> CascadePlan:
@@ -128,7 +118,7 @@ class Step:
             LeaseError: the step is not open.
         """
         if self._plan is None:
-            if not self._open:
+            if not self.is_open:
                 raise LeaseError("the step is not open: ask for its plan inside `with engine.step(leases) as step`")
             self._plan = self._engine.attention.cascade
         return self._plan
@@ -161,7 +151,7 @@ class Step:
         Raises:
             InvalidArgument: a shape, dtype, stride or window that does not fit. LeaseError: the step is not open.
         """
-        if not self._open:
+        if not self.is_open:
             raise LeaseError("the step is not open: attend inside `with engine.step(leases) as step`")
         engine = self._engine
         if not 0 <= layer < engine.geometry.num_layers:
@@ -173,7 +163,7 @@ class Step:
         engine.attention.run(
             q, k_cache, v_cache, out, sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap
         )
-        self._layers_done.add(layer)
+        self._attended(layer)
         return out
 
     def _check_window(self, window_left: int) -> None:
@@ -186,19 +176,3 @@ class Step:
         if self.graph_key is not None:
             windows = (self._engine.graph_windows.get(self.graph_key, 0), window_left)
             self._engine.graph_windows[self.graph_key] = -1 if min(windows) < 0 else max(windows)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self._engine.step_lock.release()
-        if kind is not None:
-            return
-        if len(self._layers_done) < self._engine.geometry.num_layers:
-            raise LeaseError(
-                f"the step attended {len(self._layers_done)} of {self._engine.geometry.num_layers} layers: a page is "
-                "written only when every layer is, so no lease was advanced"
-            )
-        _core.advance_all(self._leases)

@@ -24,6 +24,11 @@ def serve(cache, tokens, namespace=""):
         return lease.num_cached
 
 
+def step_over(cache, leases, table=None):
+    """A step without layers: what an engine's step is to the cache."""
+    return radixkv._core.Step(table or radixkv._core.PageTable(cache), leases, 0)
+
+
 def state(cache):
     def plain(node):
         out = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in node.items() if k != "children"}
@@ -335,8 +340,7 @@ def test_use_after_release(cache):
         lambda: lease.tokens,
         lambda: lease.copies,
         lambda: lease.num_tokens,
-        lambda: radixkv._core.PageTable().assemble([lease]),
-        lambda: radixkv._core.advance_all([lease]),
+        lambda: step_over(cache, [lease]).__enter__(),
     ]
     for use in uses:
         with pytest.raises(radixkv.LeaseError, match="released"):
@@ -367,7 +371,6 @@ def test_a_closed_cache_takes_nothing_new():
 
 
 def test_page_table_misuse(cache):
-    table = radixkv._core.PageTable()
     lease, other = cache.acquire([1, 2, 3]), radixkv.PrefixCache(4, 4).acquire([1])
     written = cache.acquire([9])
     written.advance()
@@ -377,19 +380,22 @@ def test_page_table_misuse(cache):
         ([lease, other], "another cache"),
         ([written], "nothing to compute"),
         ([None], "takes leases"),
+        (lease, "takes a list of leases; got radixkv._core.Lease"),
     ):
         with pytest.raises(radixkv.InvalidArgument, match=message):
-            table.assemble(leases)
-    table.assemble([lease])
-    assert table.positions.tolist() == [0, 1, 2]
+            step_over(cache, leases).__enter__()
+    table = radixkv._core.PageTable(cache)
+    with step_over(cache, [lease], table):
+        assert table.positions.tolist() == [0, 1, 2]
 
 
 def test_page_table_of_a_mixed_batch(cache):
     serve(cache, list(range(8)))
     extend, decode, prefill = cache.acquire([*list(range(8)), 50, 51]), cache.acquire([20, 21, 22]), cache.acquire([30])
     decode.advance(2)
-    table = radixkv._core.PageTable()
-    table.assemble([extend, decode, prefill])
+    table = radixkv._core.PageTable(cache)
+    step = step_over(cache, [extend, decode, prefill], table)
+    step.__enter__()
     assert table.qo_indptr.tolist() == [0, 2, 3, 4]
     assert table.kv_indptr.tolist() == [0, 3, 4, 5]
     assert table.kv_indices.tolist() == [*extend.pages, *decode.pages, *prefill.pages]
