@@ -24,8 +24,8 @@ void forgive() {
   PyErr_Clear();
 }
 
-std::string text(nb::handle object) {
-  const nb::object str = nb::steal(PyObject_Str(object.ptr()));
+std::string text(nb::handle object, PyObject* (*form)(PyObject*)) {
+  const nb::object str = nb::steal(form(object.ptr()));
   if (str.is_valid()) {
     Py_ssize_t size = 0;
     if (const char* utf8 = PyUnicode_AsUTF8AndSize(str.ptr(), &size)) return std::string(utf8, size);
@@ -51,11 +51,11 @@ std::int64_t int_from(nb::handle object, const char* name) {
   const nb::object index = nb::steal(PyBool_Check(object.ptr()) ? nullptr : PyNumber_Index(object.ptr()));
   if (!index.is_valid()) {
     if (PyErr_Occurred()) forgive();
-    refuse(std::string(name) + " must be an int; got " + text(nb::repr(object)));
+    refuse(std::string(name) + " must be an int; got " + text(object, PyObject_Repr));
   }
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  if (overflow != 0) refuse(std::string(name) + " must be below 2**63; got " + text(index));
+  if (overflow != 0) refuse(std::string(name) + " must be an int of 64 bits; got a larger one");
   if (value == -1 && PyErr_Occurred()) throw nb::python_error();
   return value;
 }
@@ -68,7 +68,7 @@ std::string_view namespace_from(nb::handle object) {
   const char* utf8 = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
   if (utf8 == nullptr) {
     forgive();
-    refuse("a namespace must have a UTF-8 form; got one with a lone surrogate, " + text(nb::repr(object)));
+    refuse("a namespace must have a UTF-8 form; got one with a lone surrogate, " + text(object, PyObject_Repr));
   }
   return {utf8, static_cast<std::size_t>(size)};
 }

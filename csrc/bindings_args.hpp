@@ -16,8 +16,8 @@ std::int64_t int_from(nanobind::handle object, const char* name);
 // The UTF-8 of a str, which lives as long as the str does; else InvalidArgument.
 std::string_view namespace_from(nanobind::handle object);
 
-// str(object), or the name of its type where that raises.
-std::string text(nanobind::handle object);
+// str(object), or repr(object); the name of its type where that raises.
+std::string text(nanobind::handle object, PyObject* (*form)(PyObject*) = PyObject_Str);
 
 // What an object is, for "got ...": its type, and dtype, shape and device where it is an array.
 std::string describe(nanobind::handle object);

@@ -176,9 +176,14 @@ class Model:
         if not tokens:
             return
         total = self.count_for(len(lease.tokens) + len(tokens))
-        if total > self.num_pages:
+        if total - max(0, lease.dropped - len(lease.path)) > self.num_pages:
             raise Exhausted
-        self.take(total - lease.pages + (lease.tail is not None))
+        tail, need = lease.tail, total - lease.pages
+        if tail is not None and need == self.free + self.states()["evictable"]:
+            if tail.locks == 1 and not tail.pins and not tail.holds:  # no page for a copy, and nobody else wants this one
+                lease.tail = None
+                self.tree.pop(tail.name) if tail not in self.detached else self.detached.remove(tail)
+        self.take(need + (lease.tail is not None))
         lease.pages = total
         if lease.tail is not None:  # a published page never changes: go on in a copy
             lease.source = lease.tail

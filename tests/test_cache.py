@@ -253,6 +253,85 @@ def test_the_same_calls_give_the_same_state():
     assert run() == run()
 
 
+# --- a lease whose own published page is in the way ------------------------------------------------------------------
+
+
+def published(num_pages):
+    """A lease that published its open page, of 5 tokens in two pages of 4, and can go on in a copy of it only."""
+    cache = radixkv.PrefixCache(num_pages, page_size=4)
+    lease = cache.acquire([1, 2, 3, 4, 5])
+    lease.advance()
+    lease.commit()
+    return cache, lease
+
+
+def test_a_lease_takes_its_open_page_back_where_no_other_is_left():
+    cache, lease = published(2)
+    pages = lease.pages.tolist()
+    assert cache.match([1, 2, 3, 4, 5]) == 5
+    lease.extend([6])
+    cache.check()
+    assert (lease.pages.tolist(), lease.copies, lease.num_written) == (pages, [], 5)
+    assert (cache.match([1, 2, 3, 4, 5]), cache.stats().evicted_pages) == (4, 1)
+    lease.advance()
+    lease.release()
+    assert cache.match([1, 2, 3, 4, 5, 6]) == 6
+    cache.check()
+
+
+def test_it_takes_back_a_page_of_a_cleared_namespace_too():
+    cache, lease = published(2)
+    cache.clear()
+    lease.extend([6])
+    cache.check()
+    lease.advance()
+    lease.release()
+    assert (cache.stats().free, cache.stats().evicted_pages) == (2, 0)
+
+
+def test_not_while_another_request_has_yet_to_copy_from_it():
+    cache, lease = published(3)
+    other = cache.acquire([1, 2, 3, 4, 5, 6])
+    before = state(cache)
+    with pytest.raises(radixkv.PoolExhausted):
+        lease.extend([7])
+    assert state(cache) == before
+    other.advance(0)  # the copy is made
+    lease.extend([7])
+    cache.check()
+
+
+def test_not_while_it_is_pinned():
+    cache, lease = published(3)
+    with cache.pin([1, 2, 3, 4, 5]), cache.acquire([9]):
+        before = state(cache)
+        with pytest.raises(radixkv.PoolExhausted):
+            lease.extend([7])
+        assert state(cache) == before
+    lease.extend([7])
+    cache.check()
+
+
+def test_not_while_anything_else_can_be_evicted():
+    cache = radixkv.PrefixCache(num_pages=3, page_size=4)
+    serve(cache, [9])
+    lease = cache.acquire([1, 2, 3, 4, 5])
+    lease.advance()
+    lease.commit()
+    lease.extend([6])
+    assert (cache.match([9]), cache.match([1, 2, 3, 4, 5])) == (0, 5)
+    assert [tokens for _, _, tokens in lease.copies] == [1]
+
+
+def test_what_does_not_fit_even_so_changes_nothing():
+    cache, lease = published(2)
+    before = state(cache)
+    for tokens in (range(6, 11), range(6, 10)):
+        with pytest.raises(radixkv.PoolExhausted):
+            lease.extend(tokens)
+        assert state(cache) == before
+
+
 # --- misuse ---------------------------------------------------------------------------------------------------------
 
 BAD_TOKENS = {

@@ -91,6 +91,32 @@ def test_only_written_tokens_can_be_dropped(cache, n):
     lease.release()
 
 
+def test_behind_a_window_an_answer_may_outgrow_the_pool(cache):
+    lease = cache.acquire(list(range(4)))
+    for token in range(16 * 4 * 3):
+        lease.advance()
+        lease.drop(max(0, lease.num_written - 8))
+        lease.extend([token])
+        cache.check()
+    assert lease.num_tokens == 4 + 16 * 4 * 3
+    assert cache.stats().private == 3
+    with pytest.raises(radixkv.PoolExhausted, match="46 pages of which were dropped; the whole pool has 16 pages"):
+        lease.extend(range(16 * 4))
+    lease.release()
+
+
+def test_shared_pages_that_a_lease_dropped_still_count(cache):
+    with cache.acquire(range(40)) as lease:
+        lease.advance()
+    lease = cache.acquire(range(41))
+    lease.advance()
+    lease.drop(40)
+    with pytest.raises(radixkv.PoolExhausted, match="need 17 pages for 65 tokens; the whole pool"):
+        lease.extend(range(24))
+    lease.extend(range(23))
+    lease.release()
+
+
 def test_the_recorder_writes_all_tokens(cache, tmp_path):
     from radixkv.traces import Recorder, read_trace
 

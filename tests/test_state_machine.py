@@ -1,10 +1,14 @@
-"""PrefixCache against the reference model, operation by operation, with a simulated K/V pool under it."""
+"""PrefixCache against the reference model, operation by operation, with a simulated K/V pool under it.
+
+A step may be open meanwhile: its leases refuse to change, everything else goes on.
+"""
 
 from __future__ import annotations
 
 import os
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
@@ -27,6 +31,9 @@ class Machine(RuleBasedStateMachine):
         self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds
         self.live: list[tuple[radixkv.Lease, ModelLease]] = []
         self.live_pins: list[tuple[radixkv.Pin, list[object]]] = []
+        self.table = radixkv._core.PageTable(self.cache)
+        self.step: radixkv._core.Step | None = None
+        self.stepping: list[tuple[radixkv.Lease, ModelLease]] = []  # the leases of the open step
 
     def tokens_like_before(self, data: st.DataObject) -> tuple[str, list[int]]:
         namespace, old = data.draw(st.sampled_from(self.seen))
@@ -85,6 +92,13 @@ class Machine(RuleBasedStateMachine):
             open_nodes += [(namespace, tokens, child) for child in node["children"]]
         return found
 
+    def may_change(self, pair, change) -> bool:
+        """Whether the pair is live and free to change; while it is in a step, that `change` is refused."""
+        if pair in self.stepping:
+            with pytest.raises(radixkv.LeaseError, match="in an open step"):
+                change()
+        return pair in self.live and pair not in self.stepping
+
     # --- rules ------------------------------------------------------------------------------------------------------
 
     @rule(data=st.data(), times=st.integers(1, 3))
@@ -119,13 +133,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(pair=leases, tokens=st.lists(TOKENS, max_size=6))
     def extend(self, pair, tokens):
-        if pair in self.live:
+        if self.may_change(pair, lambda: pair[0].extend(tokens)):
             self.both(lambda: pair[0].extend(tokens), lambda: self.model.extend(pair[1], list(tokens)))
             self.seen.append((pair[1].namespace, list(pair[1].tokens)))
 
     @rule(pair=leases, data=st.data())
     def advance(self, pair, data):
-        if pair in self.live:
+        if self.may_change(pair, pair[0].advance):
             unwritten = len(pair[1].tokens) - pair[1].written
             n = data.draw(st.sampled_from([unwritten, unwritten, *range(unwritten + 1)]))
             self.write(*pair, n)
@@ -134,7 +148,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(pair=leases, data=st.data())
     def drop(self, pair, data):
-        if pair in self.live:
+        if self.may_change(pair, lambda: pair[0].drop(0)):
             n = data.draw(st.integers(0, pair[1].written))
             free = self.model.free
             self.model.drop(pair[1], n)
@@ -142,26 +156,56 @@ class Machine(RuleBasedStateMachine):
 
     @rule(pair=leases)
     def commit(self, pair):
-        if pair in self.live:
+        if self.may_change(pair, pair[0].commit):
             pair[0].commit()
             self.model.commit(pair[1])
 
     @rule(pair=leases, commit=st.booleans())
     def release(self, pair, commit):
-        if pair in self.live:
+        if self.may_change(pair, lambda: pair[0].release(commit)):
             pair[0].release(commit)
             self.model.release(pair[1], commit)
             self.live.remove(pair)
 
     @rule(target=leases, pair=leases)
     def fork(self, pair):
-        if pair not in self.live:
+        if not self.may_change(pair, pair[0].fork):
             return multiple()
         done = self.both(lambda: pair[0].fork(), lambda: self.model.fork(pair[1]), radixkv.LeaseError)
         if done is None:
             return multiple()
         self.live.append(done)
         return done
+
+    @rule(data=st.data())
+    def enter_step(self, data):
+        ready = [pair for pair in self.live if pair[1].written < len(pair[1].tokens)]
+        if not ready:
+            return
+        chosen = data.draw(st.lists(st.sampled_from(ready), min_size=1, max_size=4, unique_by=id))
+        step = radixkv._core.Step(self.table, [lease for lease, _ in chosen], 0)
+        if self.step is not None:
+            with pytest.raises(radixkv.LeaseError, match="another step"):
+                step.__enter__()
+            return
+        self.step, self.stepping = step.__enter__(), chosen
+        rows = [t for _, model in chosen for t in model.tokens[model.written :]]
+        assert self.table.input_ids.tolist() == rows
+
+    @rule(how=st.sampled_from(["normally", "normally", "by an exception", "dropped"]))
+    def leave_step(self, how):
+        if self.step is None:
+            return
+        step, self.step = self.step, None
+        pairs, self.stepping = self.stepping, []
+        if how == "normally":
+            for lease, model in pairs:
+                self.write(lease, model, len(model.tokens) - model.written)
+                self.model.advance(model, len(model.tokens) - model.written)
+            step.__exit__(None, None, None)
+        elif how == "by an exception":
+            step.__exit__(KeyError, KeyError(), None)
+        del step
 
     @rule(target=pins, data=st.data())
     def pin(self, data):
@@ -223,6 +267,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cache"):
             return
+        self.step = None
         for lease, model in self.live:
             lease.release()
             self.model.release(model, True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -92,3 +94,57 @@ def test_threads_with_long_prompts():
         assert sum(pool.map(lambda _: work(), range(3))) == 3
     assert cache.stats().requests == 150
     cache.check()
+
+
+@pytest.fixture(scope="module")
+def slow_cache():
+    """A cache whose check() takes a while: it has many nodes."""
+    cache = radixkv.PrefixCache(110_000, 1)
+    for i in range(100_000):
+        with cache.acquire([i]) as lease:
+            lease.advance()
+    return cache
+
+
+@pytest.mark.parametrize("name", ["stats", "acquire", "match", "extend", "release", "drop", "step"])
+def test_who_waits_for_the_cache_lets_other_threads_run(slow_cache, name):
+    """One thread is in a long call, another waits for it, and this one goes on."""
+    cache, waited = slow_cache, []
+
+    def wait() -> None:
+        held, dropped, stepping = cache.acquire([200_000]), [cache.acquire([200_001])], cache.acquire([200_002])
+        with radixkv._core.Step(radixkv._core.PageTable(cache), [stepping], 0) as step:
+            call = {
+                "stats": cache.stats,
+                "acquire": lambda: cache.acquire([200_003]),
+                "match": lambda: cache.match([1]),
+                "extend": lambda: held.extend([2]),
+                "release": held.release,
+                "drop": dropped.clear,
+                "step": lambda: step.__exit__(None, None, None),
+            }[name]
+            ready.set()
+            checking.wait()
+            time.sleep(0.005)  # the check has begun
+            before = time.perf_counter()
+            call()
+            waited.append(time.perf_counter() - before)
+
+    def check() -> None:
+        checking.set()
+        cache.check()
+
+    for _ in range(20):  # until the one call does wait for the other
+        ready, checking = threading.Event(), threading.Event()
+        threads = [threading.Thread(target=wait), threading.Thread(target=check)]
+        threads[0].start()
+        ready.wait()
+        threads[1].start()
+        ticks = []
+        while any(thread.is_alive() for thread in threads):
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+        if waited[-1] > 0.02:
+            assert max(b - a for a, b in pairwise(ticks)) < waited[-1] / 2
+            return
+    pytest.fail(f"nothing ever waited: {waited}")
