@@ -53,7 +53,8 @@ Tokens::Tokens(nb::handle source) {
   }
   if (array != Array::no) {
     if (from_array(source)) return;
-    if (is_aligned_by_copy(source) && from_array(nb::object(source.attr("copy")()))) return;  // a field of a record, say
+    if (is_aligned_by_copy(source) && from_array(nb::object(source.attr("copy")())))
+      return;  // a field of a record, say
     refuse(describe(source));
   }
   if (from_array(nb::hasattr(source, "__dlpack__") ? dlpack_of(source) : nb::borrow(source))) return;

@@ -62,8 +62,8 @@ class Engine:
         v_scale: float = 1.0,
         cuda_graphs: bool = False,
     ) -> None:
-        self.dtype, self.device = dtype, torch.device(device)
-        self.kv_dtype = kv_dtype or dtype
+        self.dtype, self.device = _dtype("dtype", dtype), _device(device)
+        self.kv_dtype = _dtype("kv_dtype", kv_dtype or dtype)
         self.geometry = Geometry(num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, self.kv_dtype.itemsize)
         if (num_pages is None) == (capacity is None):
             raise InvalidArgument("give either num_pages or capacity: the size of the pool")
@@ -134,6 +134,19 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({self.geometry}, {self.dtype}, {self.device}, {self.cache!r})"
+
+
+def _dtype(name: str, dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidArgument(f"{name} is {dtype!r}: give a torch.dtype, such as torch.bfloat16")
+    return dtype
+
+
+def _device(device: object) -> torch.device:
+    try:
+        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(f"device is {device!r}: give 'cpu', 'cuda' or a torch.device") from error
 
 
 def _attention(

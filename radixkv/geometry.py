@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 
@@ -28,8 +29,9 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidArgument(f"{name} must be an int of at least 1; got {value!r}")
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value < 2**31:
+                raise InvalidArgument(f"{name} must be an int from 1 to 2**31 - 1; got {value!r}")
+            object.__setattr__(self, name, operator.index(value))
         if self.num_qo_heads % self.num_kv_heads:
             raise InvalidArgument(
                 f"num_qo_heads must be a multiple of num_kv_heads; got {self.num_qo_heads} and {self.num_kv_heads}"

@@ -180,7 +180,9 @@ class Model:
             raise Exhausted
         tail, need = lease.tail, total - lease.pages
         if tail is not None and need == self.free + self.states()["evictable"]:
-            if tail.locks == 1 and not tail.pins and not tail.holds:  # no page for a copy, and nobody else wants this one
+            if (
+                tail.locks == 1 and not tail.pins and not tail.holds
+            ):  # no page for a copy, and nobody else wants this one
                 lease.tail = None
                 self.tree.pop(tail.name) if tail not in self.detached else self.detached.remove(tail)
         self.take(need + (lease.tail is not None))

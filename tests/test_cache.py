@@ -37,7 +37,7 @@ def state(cache):
     return cache.stats(), [plain(n) for n in cache.snapshot()]
 
 
-# --- hits -----------------------------------------------------------------------------------------------------------
+# --- hits -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4, 16, 64])
@@ -253,7 +253,7 @@ def test_the_same_calls_give_the_same_state():
     assert run() == run()
 
 
-# --- a lease whose own published page is in the way ------------------------------------------------------------------
+# --- a lease whose own published page is in the way -------------------------------------------------------------------
 
 
 def published(num_pages):
@@ -332,7 +332,7 @@ def test_what_does_not_fit_even_so_changes_nothing():
         assert state(cache) == before
 
 
-# --- misuse ---------------------------------------------------------------------------------------------------------
+# --- misuse -----------------------------------------------------------------------------------------------------------
 
 BAD_TOKENS = {
     "empty": [],

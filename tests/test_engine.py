@@ -210,6 +210,10 @@ def test_bad_engines():
         ({"num_pages": 0}, "num_pages must be"),
         ({"page_size": 0}, "page_size must be"),
         ({"dtype": torch.int8}, "dtype"),
+        ({"dtype": "float32"}, "dtype is 'float32': give a torch.dtype"),
+        ({"kv_dtype": "int8"}, "kv_dtype is 'int8': give a torch.dtype"),
+        ({"device": "gpu"}, "device is 'gpu': give 'cpu'"),
+        ({"device": None}, "device is None: give 'cpu'"),
     ):
         with pytest.raises(radixkv.InvalidArgument, match=message):
             make_engine(**options)

@@ -33,7 +33,7 @@ def run(script, timeout=60):
     return done.stdout
 
 
-# --- tokens -------------------------------------------------------------------------------------------------------------
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 class Raises:
@@ -185,7 +185,7 @@ def test_read_as_tokens(cache, tokens):
     assert cache.acquire(tokens).tokens.tolist() == [5, 6, 7]
 
 
-# --- numbers and names --------------------------------------------------------------------------------------------------
+# --- numbers and names ------------------------------------------------------------------------------------------------
 
 NUMBERS = {
     "evict": lambda cache, lease, n: cache.evict(n),
@@ -197,7 +197,9 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("call", NUMBERS.values(), ids=NUMBERS)
-@pytest.mark.parametrize("n", [2**63, -(2**63) - 1, 10**5000, -1, 1.0, "1", True, np.float32(1), [1], b"1"], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize(
+    "n", [2**63, -(2**63) - 1, 10**5000, -1, 1.0, "1", True, np.float32(1), [1], b"1"], ids=lambda n: type(n).__name__
+)
 def test_refused_as_a_number(cache, call, n):
     lease = cache.acquire([1, 2, 3])
     before = state(cache)
@@ -291,7 +293,7 @@ def test_objects_that_were_never_made():
     assert out == "alive\n"
 
 
-# --- a pin ----------------------------------------------------------------------------------------------------------------
+# --- a pin ------------------------------------------------------------------------------------------------------------
 
 
 def test_leaving_a_pin_that_was_undone(cache):
@@ -303,7 +305,7 @@ def test_leaving_a_pin_that_was_undone(cache):
         pin.unpin()
 
 
-# --- processes and imports ------------------------------------------------------------------------------------------------
+# --- processes and imports --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use", ["lease.pages", "lease.tokens", "cache.snapshot()", "cache.acquire(Other())"])

@@ -42,7 +42,7 @@ def cache():
     cache.check()
 
 
-# --- the cache's side: no layer, no torch -------------------------------------------------------------------------------
+# --- the cache's side: no layer, no torch -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -170,7 +170,7 @@ def test_a_lease_that_never_was_is_no_lease(cache):
         step_over(cache, [radixkv.Lease.__new__(radixkv.Lease)]).__enter__()
 
 
-# --- the engine's side --------------------------------------------------------------------------------------------------
+# --- the engine's side ------------------------------------------------------------------------------------------------
 
 
 def test_tokens_that_were_not_computed_are_not_published():
@@ -266,7 +266,7 @@ def test_a_signal_at_any_moment_leaves_nothing_locked():
     engine.cache.check()
 
 
-# --- on_release ---------------------------------------------------------------------------------------------------------
+# --- on_release -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", [c for name, c in CHANGES.items() if name != "another step"])
