@@ -179,12 +179,10 @@ class Model:
         if total - max(0, lease.dropped - len(lease.path)) > self.num_pages:
             raise Exhausted
         tail, need = lease.tail, total - lease.pages
-        if tail is not None and need == self.free + self.states()["evictable"]:
-            if (
-                tail.locks == 1 and not tail.pins and not tail.holds
-            ):  # no page for a copy, and nobody else wants this one
-                lease.tail = None
-                self.tree.pop(tail.name) if tail not in self.detached else self.detached.remove(tail)
+        no_page_for_a_copy = need == self.free + self.states()["evictable"]
+        if tail is not None and no_page_for_a_copy and tail.locks == 1 and not tail.pins and not tail.holds:
+            lease.tail = None
+            self.tree.pop(tail.name) if tail not in self.detached else self.detached.remove(tail)
         self.take(need + (lease.tail is not None))
         lease.pages = total
         if lease.tail is not None:  # a published page never changes: go on in a copy

@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
-CORE = ("tests/test_drop.py", "tests/test_cache.py", "tests/test_refusals.py", "tests/test_state_machine.py")
+CORE = (
+    "tests/test_drop.py", "tests/test_cache.py", "tests/test_step.py", "tests/test_refusals.py",
+    "tests/test_state_machine.py",
+)  # fmt: skip
 ATTENTION = (
     "tests/test_cascade.py", "tests/test_attention.py", "tests/test_attention_fp8.py",
     "tests/test_attention_identity.py",
@@ -76,6 +79,30 @@ MUTANTS = [
     Mutant("a partly matched page is one token short", "radix_tree.cpp",
            "m.partial = pages.common_prefix(next, tokens + end, most);",
            "m.partial = std::max(0, pages.common_prefix(next, tokens + end, most) - 1);"),
+    Mutant("a step does not own its leases", "page_table.cpp", "lease.state_.store(Lease::State::in_step);", ""),
+    Mutant("a lease grows inside an open step", "lease.cpp",
+           "void Lease::extend(const Token* tokens, std::int64_t n) {\n  change();",
+           "void Lease::extend(const Token* tokens, std::int64_t n) {\n  use();"),
+    Mutant("a lease is released inside an open step", "lease.cpp",
+           "void Lease::release(bool commit) {\n  change();", "void Lease::release(bool commit) {\n  use();"),
+    Mutant("a step takes a lease of another engine", "page_table.cpp", "if (lease.cache_ != cache_)", "if (false)"),
+    Mutant("a refused batch keeps its leases", "page_table.cpp",
+           "  } catch (...) {\n    let_go();\n", "  } catch (...) {\n    open_.store(false);\n"),
+    Mutant("a step left by an exception keeps its leases", "page_table.cpp",
+           "advance(*leases_[i], qo_indptr[i + 1] - qo_indptr[i]);\n  }\n  let_go();",
+           "advance(*leases_[i], qo_indptr[i + 1] - qo_indptr[i]);\n  }\n  if (written) let_go();"),
+    Mutant("a step that nobody left keeps its leases", "bindings_step.cpp",
+           "if (open_) page_table_->table.let_go();", ""),
+    Mutant("a step left in another thread advances", "page_table.cpp",
+           "if (thread_ != std::this_thread::get_id())", "if (false)"),
+    Mutant("on_release changes its lease", "cache.hpp", "const Busy busy(*this, State::releasing);", ""),
+    Mutant("a lease takes back a page that is to be copied", "radix_tree.cpp",
+           "n.locks == 1 && n.pins == 0 && n.holds == 0", "n.locks == 1 && n.pins == 0"),
+    Mutant("a page that was taken back is found", "radix_tree.cpp", "if (attached) index.remove(open);", ""),
+    Mutant("dropped pages count against the pool", "cache.cpp",
+           "std::max(0, lease.first_page_ - lease.num_shared_));", "0);"),
+    Mutant("shared pages that were dropped do not count", "cache.cpp",
+           "std::max(0, lease.first_page_ - lease.num_shared_));", "lease.first_page_);"),
     Mutant("a query sees the key after its own", "attention_kernel.hpp",
            "min_int64(position(row) + 1 - tile, kTileKeys)",
            "min_int64(position(row) + 2 - tile, kTileKeys)", ATTENTION),
