@@ -5,7 +5,7 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-SOURCES := $(wildcard csrc/*)
+SOURCES := $(shell find csrc -type f)
 export CMAKE_GENERATOR := Ninja
 export PATH := $(VENV)/bin:$(PATH)
 
@@ -50,12 +50,12 @@ lint: build  ## ruff, mypy --strict, clang-format
 	ruff check .
 	ruff format --check .
 	$(PY) -m mypy
-	clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+	clang-format --dry-run --Werror $(filter %.cpp %.hpp,$(SOURCES))
 
 format:  ## rewrite Python and C++ in the project's format
 	ruff check --fix .
 	ruff format .
-	clang-format -i csrc/*.cpp csrc/*.hpp
+	clang-format -i $(filter %.cpp %.hpp,$(SOURCES))
 
 flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on an emulated CUDA device
 	PYTHON=$(PYTHON) .ci/flashinfer_on_cpu

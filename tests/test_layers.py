@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +69,26 @@ def test_imports_go_down_only(path):
             assert layer(module) >= layer(own), f"{own} imports {module}, which lies above it"
 
 
-def test_only_the_bindings_include_python_and_nothing_native_names_torch():
-    for path in (ROOT / "csrc").iterdir():
-        if path.suffix in {".cpp", ".hpp"}:
-            text = path.read_text()
-            if not path.name.startswith("bindings"):
-                assert "nanobind" not in text.replace("nanobind builds", "")
-                assert "Python.h" not in text
-            assert "#include <torch" not in text
+NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".hpp"})
+NATIVE_LAYERS = {
+    "base": {"base"},
+    "cache": {"base", "cache"},
+    "step": {"base", "cache", "step", "attention"},
+    "attention": {"base", "step", "attention"},
+    "python": {"base", "cache", "step", "attention", "python"},
+}
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_native_includes_go_down_only(path):
+    """A folder of csrc/ includes those below it; only the topmost includes Python, and none names torch."""
+    own = path.relative_to(ROOT / "csrc").parts[0]
+    for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+        assert name.split("/")[0] in NATIVE_LAYERS[own], f"{path} includes {name}, which lies above it"
+    system = re.findall(r"#include <([^>]+)>", path.read_text())
+    if own != "python":
+        assert not [name for name in system if "nanobind" in name or "Python.h" in name]
+    assert not [name for name in system if "torch" in name]
 
 
 def test_only_the_flashinfer_backend_imports_flashinfer():
@@ -100,7 +113,29 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_files_are_of_readable_size():
-    paths = [*(ROOT / "radixkv").rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "tests").glob("*.py")]
-    lines = {p.name: len(p.read_text().splitlines()) for p in paths if p.suffix in {".py", ".cpp", ".hpp"}}
-    assert {name: n for name, n in lines.items() if n > 500} == {}
+def python_functions(path):
+    """(name, lines without the docstring) of every function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, node.end_lineno - body[0].lineno + 1 if body else 0
+
+
+def native_functions(path):
+    """(first line, lines) of every block that is no namespace or type, at the indentation of a function or method."""
+    lines = path.read_text().splitlines()
+    for i, line in enumerate(lines):
+        indent = re.match(" *", line)[0]
+        kind = re.match(r"\s*(template <.*> )?(namespace|class|struct|enum|extern|union)\b", line)
+        if line.endswith("{") and len(indent) <= 2 and not kind:
+            end = next(k for k in range(i + 1, len(lines)) if lines[k].startswith(indent + "}"))
+            yield line.strip(), end - i + 1
+
+
+def test_a_person_reads_a_function_at_once():
+    """Files may be as long as what they tell; a function fits on a screen."""
+    python = [p for folder in ("radixkv", "tests", "bench") for p in (ROOT / folder).rglob("*.py")]
+    found = [(path, *f) for path in python for f in python_functions(path)]
+    found += [(path, *f) for path in NATIVE for f in native_functions(path)]
+    assert len(found) > 1000
+    assert [f for f in found if f[2] > 50] == []

@@ -1,7 +1,7 @@
 """Attention on the CPU with the kernels of radixkv._core.
 
 An output row is bit-identical whatever part of its keys was cached, whatever the page size, the page ids, the rest of
-the batch and the number of threads (see csrc/attention.hpp).
+the batch and the number of threads (see csrc/attention/attention.hpp).
 """
 
 from __future__ import annotations

@@ -1,0 +1,497 @@
+// The attention kernel. Included by one translation unit per instruction set, which defines RADIXKV_ISA; it uses
+// nothing of the standard library that could be emitted as an inline function for one machine and run on another.
+//
+// One block = some consecutive rows of one request, or some rows that share a prefix, with the query heads of some
+// consecutive kv heads. For every tile of keys and every kv head: scores = Q K^T for all query vectors, kLanes keys at
+// a time; softmax; acc += P V. Few query vectors read K and V where they lie, once; for many, or where products do not
+// take them as they are stored, they are packed in scratch memory first.
+#pragma once
+
+#include "attention/attention.hpp"
+#include "attention/kernel/state.hpp"
+
+namespace radixkv::attention::RADIXKV_ISA {
+
+constexpr int kTileVectors = kTileKeys / kLanes;
+
+// Scratch memory of one thread, in floats and all 64-byte aligned.
+struct Scratch {
+  float* q;       // [heads, head_dim / kStep / 4, R / heads, 4]
+  float* scores;  // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
+  float* keys;    // of kLanes keys: see KeyColumns
+  float* values;  // [kTileKeys / kStep, padded_dim]
+  float* single;  // [padded_dim]: of one step
+  float* zeros;   // [kMaxHeadDim]
+  RowState chunk;
+};
+
+constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 16; }
+
+static std::size_t scratch_bytes(std::int64_t rows, std::int64_t head_dim) {
+  const std::int64_t floats = aligned_floats(rows * head_dim) + rows * kTileKeys + head_dim * kLanes +
+                              (kTileKeys + 1) * padded_dim(head_dim) + kMaxHeadDim + state_floats(rows, head_dim);
+  return static_cast<std::size_t>(floats) * sizeof(float);
+}
+
+RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim) {
+  Scratch s;
+  const std::int64_t rows = heads * vectors;
+  float* at = static_cast<float*>(memory);
+  s.q = at, at += aligned_floats(rows * head_dim);
+  s.scores = at, at += rows * kTileKeys;
+  s.keys = at, at += head_dim * kLanes;
+  s.values = at, at += kTileKeys * padded_dim(head_dim);
+  s.single = at, at += padded_dim(head_dim);
+  s.zeros = at, at += kMaxHeadDim;
+  const std::int64_t padded = padded_dim(head_dim);
+  s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at, vectors};
+  return s;
+}
+
+// One block over its tiles.
+template <class Format>
+struct BlockKernel {
+  using Op = typename Format::Op;
+  static constexpr int kStep = Op::kStep;
+  static constexpr bool kPairs = kStep == 2;
+
+  const Batch& batch;
+  const Block& block;
+  Scratch s;
+  int head_dim, group, rows, vectors;  // rows: query rows; vectors: of one row of V
+  int heads;                           // kv heads
+  int head = 0;                        // the one at hand, counted from the block's first
+  std::int64_t first_position;         // of the block's first row
+  const std::int64_t* positions;       // of every row, if the block is shared
+  Tiles tiles;
+  bool values_in_place = false;
+
+  BlockKernel(const Batch& batch, const Block& block, void* scratch)
+      : batch(batch), block(block), tiles(batch, block, Format::kBytes) {
+    head_dim = batch.layout.head_dim;
+    group = batch.group;
+    rows = block.row_end - block.row_begin;
+    vectors = static_cast<int>(padded_dim(head_dim)) / kLanes;
+    heads = block.head_end - block.head_begin;
+    s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, head_dim);
+    for (int i = 0; i < kMaxHeadDim; ++i) s.zeros[i] = 0.0f;
+    const std::int64_t kv_len = batch.table.kv_len(block.request, batch.layout.page_size);
+    first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
+    positions = block.shared ? batch.carried_positions + block.row_begin : nullptr;
+  }
+
+  std::int64_t position(int row) const { return positions == nullptr ? first_position + row : positions[row]; }
+  std::int64_t first_key(int row) const {
+    const std::int64_t window = batch.params.window_left;
+    return window < 0 || position(row) < window ? 0 : position(row) - window;
+  }
+
+  // The query vectors of the head at hand start here among all of the block's, ordered (kv head, row, query head).
+  std::int64_t base() const { return static_cast<std::int64_t>(head) * rows * group; }
+
+  void pack_queries() {
+    const auto* data = static_cast<const char*>(batch.q.data);
+    const std::int64_t bytes = element_size(batch.layout.dtype);
+    const std::int64_t first_row = batch.table.qo_indptr[block.request] + block.row_begin;
+    const int vectors_of_q = rows * group, fours = head_dim / kStep / 4;
+    float vector[kMaxHeadDim];
+    for (int h = 0; h < heads; ++h) {
+      const std::int64_t first_head = static_cast<std::int64_t>(block.head_begin + h) * group;
+      for (int i = 0; i < vectors_of_q; ++i) {
+        const std::int64_t row = block.shared ? batch.carried_rows[block.row_begin + i / group] : first_row + i / group;
+        const std::int64_t query_head = first_head + i % group;
+        const char* from = data + (row * batch.q.row_stride + query_head * batch.q.head_stride) * bytes;
+        if constexpr (kPairs) {
+          __builtin_memcpy(vector, from, static_cast<std::size_t>(head_dim) * 2);
+        } else {
+          widen(batch.layout.dtype, from, vector, head_dim);
+        }
+        float* to = s.q + (static_cast<std::int64_t>(h) * fours * vectors_of_q + i) * 4;
+        for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
+      }
+    }
+  }
+
+  // Bytes from the block's first head to the one at hand.
+  std::int64_t head_offset() const { return head * batch.layout.head_stride * Format::kBytes; }
+
+  // Whether to read the head's keys and values where they lie: once, and in a format that products take as it is.
+  bool in_place(int vectors_of_q) const { return Format::kNative && vectors_of_q <= kBlockRows; }
+
+  // kLanes keys from `first` on, for score_block.
+  KeyRows<Format> key_rows(int first) const { return {tiles.here().keys + first, head_offset()}; }
+  KeyColumns pack_keys(int first) {
+    const KeyRows<Format> from = key_rows(first);
+    const int depth = head_dim / kStep;
+    const auto pack = [&](int half, int d, int n) __attribute__((always_inline)) {
+      F column[2][kLanes / 4];
+      KeyRows<Format>::load_into(column, from, half, d, n);
+      for (int j = 0; j < 2; ++j) {
+        for (int b = 0; b < kLanes / 4; ++b) {
+          if (4 * b < n) store(KeyColumns::at(s.keys, half, j, d + 4 * b), column[j][b]);
+        }
+      }
+    };
+    for (int half = 0; half < 2; ++half) {
+      int d = 0;
+      for (; d + kLanes <= depth; d += kLanes) pack(half, d, kLanes);
+      if (d < depth) pack(half, d, depth - d);
+    }
+    return KeyColumns{s.keys};
+  }
+
+  void pack_values() {
+    const std::int64_t stride = vectors * kLanes, offset = head_offset();
+    const Addresses& here = tiles.here();
+    for (int key = 0; key < here.count; key += kStep) {
+      const bool alone = key + 1 == here.count;
+      pack_value(here.values[key] + offset, alone ? zeros() : here.values[key + 1] + offset,
+                 s.values + key / kStep * stride);
+      if (key % 16 == 0) tiles.tick();
+    }
+  }
+  const char* zeros() const { return reinterpret_cast<const char*>(s.zeros); }
+
+  // One step of values: of one key, or of a pair.
+  void pack_value(const char* first, const char* second, float* to) const {
+    const char* const rows_[2] = {first, second};
+    const auto pack = [&](int v, auto width_) __attribute__((always_inline)) {
+      constexpr int kWidth = width_.value, kUnits = kWidth * kLanes / kStep;
+      F column[kWidth];
+      const ValueRows<Format> values{rows_, v * kLanes * Format::kBytes};
+      ValueRows<Format>::load_into(column, values, 0, min_int(head_dim / kStep - v * kLanes / kStep, kUnits));
+      for (int i = 0; i < kWidth; ++i) store(to + (v + i) * kLanes, column[i]);
+    };
+    int v = 0;
+    for (; v + 2 <= vectors; v += 2) pack(v, Int<2>());
+    if (v < vectors) pack(v, Int<1>());
+  }
+
+  // Scores of query vectors [begin, end) and kLanes keys from `first` on.
+  template <class Keys>
+  void score(const Keys& keys, int begin, int end, int first) {
+    const int depth = head_dim / kStep;
+    for (int i = begin; i < end;) {
+      const int n = balanced(end - i, kBlockRows);
+      const float* const q = s.q + base() * depth + 4 * i;
+      float* const to = s.scores + i * kTileKeys + first;
+      with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
+        score_block<Op, rows_.value>(q, 4 * rows * group, keys, depth, to, kTileKeys, ticking());
+      });
+      i += n;
+    }
+  }
+
+  auto ticking() {
+    return [this]() __attribute__((always_inline)) { tiles.tick(); };
+  }
+
+  // The size of the next group of query vectors, so that `left` of them fall into groups of even size.
+  static int balanced(int left, int most) {
+    const int groups = (left + most - 1) / most;
+    return (left + groups - 1) / groups;
+  }
+
+  // Scores of kRows query vectors and keys [lo, hi) of the tile to probabilities, in place. Maxima and sums over lanes
+  // cost as much for four vectors as for one.
+  template <int kRows>
+  void softmax(int i, const int* lo, const int* hi) {
+    const F negative = set1(kNegativeInfinity);
+    F x[kRows][kTileVectors], each[4];
+    float lanes[kLanes];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      scale_logits(s.scores + (i + r) * kTileKeys, x[r]);
+      tiles.tick();
+      if (lo[r] > 0 || hi[r] < kTileKeys) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          x[r][v] = select(x[r][v], lo[r] - v * kLanes, hi[r] - v * kLanes, negative);
+        }
+      }
+      each[r] = x[r][0];
+#pragma GCC unroll 16
+      for (int v = 1; v < kTileVectors; ++v) each[r] = max(each[r], x[r][v]);
+    }
+    for (int r = kRows; r < 4; ++r) each[r] = each[0];
+    store(lanes, reduce<Max>(each));
+    float* const row_max = s.chunk.max + base() + i;
+    for (int r = 0; r < kRows; ++r) {
+      if (lanes[r] > row_max[r]) raise_max(base() + i + r, lanes[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      each[r] = to_probabilities(x[r], set1(row_max[r]), s.scores + (i + r) * kTileKeys);
+      tiles.tick();
+    }
+    for (int r = kRows; r < 4; ++r) each[r] = each[0];
+    store(lanes, reduce<Add>(each));
+    for (int r = 0; r < kRows; ++r) s.chunk.sum[base() + i + r] += lanes[r];
+  }
+
+  // Stores 2^(x - shift), in pairs where P V takes them, and returns what is to be added up.
+  RADIXKV_INLINE F to_probabilities(const F (&x)[kTileVectors], F shift, float* to) {
+    F total = zero();
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; ++v) {
+      F p = exp2_nonpositive<kPairs>(sub(x[v], shift));
+      if constexpr (kPairs) {
+#if defined(RADIXKV_SIMD_PAIRS)
+        p = store_rounded(to + v * (kLanes / 2), p);
+#endif
+      } else {
+        store(to + v * kLanes, p);
+      }
+      total = add(total, p);
+    }
+    return total;
+  }
+
+  __attribute__((always_inline)) void scale_logits(const float* scores, F (&x)[kTileVectors]) const {
+    const float cap = batch.params.logits_soft_cap;
+    if (cap > 0.0f) {
+      const F inner = set1(batch.params.sm_scale / cap), outer = set1(cap * kLog2E);
+      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(tanh(mul(load(scores + v * kLanes), inner)), outer);
+    } else {
+      const F scale = set1(batch.params.sm_scale * kLog2E);
+#pragma GCC unroll 16
+      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(load(scores + v * kLanes), scale);
+    }
+  }
+
+  void raise_max(std::int64_t i, float new_max) {
+    const float factor = exp2_nonpositive(s.chunk.max[i] - new_max);
+    float* acc = s.chunk.acc + i * vectors * kLanes;
+    for (int v = 0; v < vectors; ++v) store(acc + v * kLanes, mul(load(acc + v * kLanes), set1(factor)));
+    s.chunk.sum[i] *= factor;
+    s.chunk.max[i] = new_max;
+  }
+
+  // acc[i .. i + n) += P V over keys [lo, hi), touching no other key: its value may be anything, and 0 * NaN is NaN.
+  void accumulate(int i, int n, int lo, int hi) {
+    if (lo >= hi) return;
+    if constexpr (kStep == 2) {
+      if (lo % 2 != 0) accumulate_half(i, n, lo++, true);
+      accumulate_steps(i, n, lo / 2, hi / 2);
+      if (lo < hi && hi % 2 != 0) accumulate_half(i, n, hi - 1, false);
+    } else {
+      accumulate_steps(i, n, lo, hi);
+    }
+  }
+
+  void accumulate_steps(int i, int n, int begin, int end) {
+    if (begin >= end) return;
+    const std::int64_t stride = vectors * kLanes;
+    if (values_in_place) {
+      if constexpr (Format::kNative) {
+        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, head_offset()}, begin, end - begin);
+      }
+    } else {
+      weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
+    }
+  }
+
+  // Of a pair of keys only one.
+  void accumulate_half(int i, int n, int key, bool second) {
+    const char* const row = tiles.here().values[key] + head_offset();
+    pack_value(second ? zeros() : row, second ? row : zeros(), s.single);
+    weigh(i, n, ValueColumns{s.single, 0}, key / 2, 1);
+  }
+
+  static ValueRows<Format> advanced(const ValueRows<Format>& values, int units) {
+    return {values.rows, values.offset + units * kStep * Format::kBytes};
+  }
+  static ValueColumns advanced(const ValueColumns& values, int units) {
+    return {values.units + units * kStep, values.stride};
+  }
+
+  // Vectors of V in the widest block of P V with n query vectors: sums are to fill the registers.
+  static constexpr int vectors_at_once(int n) { return 2 * n <= kBlockRows ? 4 : 2; }
+
+  // acc[i .. i + n) += P V over `depth` steps of values, of which the first is the tile's `step`.
+  template <class Values>
+  void weigh(int i, int n, const Values& values, int step, int depth) {
+    const std::int64_t stride = vectors * kLanes;
+    const float* const p = s.scores + i * kTileKeys + step;
+    float* const acc = s.chunk.acc + (base() + i) * stride;
+    with_constant<kBlockRows>(n, [&](auto rows_) __attribute__((always_inline)) {
+      constexpr int kWide = vectors_at_once(rows_.value);
+      const auto block = [&](int v, auto width_) __attribute__((always_inline)) {
+        const int unit = v * kLanes / kStep;
+        weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, advanced(values, unit), head_dim / kStep - unit,
+                                                   acc + v * kLanes, stride, depth, ticking());
+      };
+      int v = 0;
+      for (; v + kWide <= vectors; v += kWide) block(v, Int<kWide>());
+      if (kWide > 2 && v + 2 <= vectors) block(v, Int<2>()), v += 2;
+      if (v < vectors) block(v, Int<1>());
+    });
+  }
+
+  // Softmax and P V of query vectors [begin, end) for the tile of keys at `tile`.
+  void consume(int begin, int end, std::int64_t tile) {
+    for (int i = begin; i < end;) {
+      const int n = balanced(end - i, kBlockRows);
+      int lo[kBlockRows], hi[kBlockRows];
+      int lo_max = 0, hi_min = kTileKeys;
+      for (int j = 0, row = i / group, g = i % group; j < n; ++j) {
+        lo[j] = static_cast<int>(max_int64(first_key(row) - tile, 0));
+        hi[j] = static_cast<int>(min_int64(position(row) + 1 - tile, kTileKeys));
+        lo_max = max_int(lo_max, lo[j]);
+        hi_min = min_int(hi_min, hi[j]);
+        if (++g == group) g = 0, ++row;
+      }
+      for (int j = 0; j < n; j += 4) {
+        with_constant<4>(min_int(n - j, 4), [&](auto rows_) __attribute__((always_inline)) {
+          softmax<rows_.value>(i + j, lo + j, hi + j);
+        });
+      }
+      // What all of them see is done together, what only some see row by row, in the order of the keys.
+      const int from = (lo_max + kStep - 1) / kStep * kStep, to = hi_min / kStep * kStep;
+      if (from < to) {
+        for (int j = 0; j < n; ++j) accumulate(i + j, 1, lo[j], from);
+        accumulate(i, n, from, to);
+        for (int j = 0; j < n; ++j) accumulate(i + j, 1, to, hi[j]);
+      } else {
+        for (int j = 0; j < n; ++j) accumulate(i + j, 1, lo[j], hi[j]);
+      }
+      i += n;
+    }
+  }
+
+  // The tile of keys at `tile`, for the rows that see some of it.
+  void visit(std::int64_t tile) {
+    int begin = block.shared ? 0 : static_cast<int>(max_int64(0, tile - first_position));
+    int end = rows;
+    while (end > begin && left_behind(end - 1, tile)) --end;
+    // Rows of a request that left the tile behind are at the end: first_key never falls from row to row.
+    if (block.shared) begin = next_row(begin, end, tile, true);
+    if (begin >= end) return;
+    const int count = tiles.here().count;
+    values_in_place = in_place((end - begin) * group);
+    expect_ticks((end - begin) * group, count);
+    const auto each_range = [&](auto call) __attribute__((always_inline)) {
+      if (!block.shared) return call(begin * group, end * group);
+      for (int from = begin; from < end;) {
+        const int to = next_row(from, end, tile, false);
+        call(from * group, to * group);
+        from = next_row(to, end, tile, true);
+      }
+    };
+    for (head = 0; head < heads; ++head) {
+      for (int first = 0; first < count; first += kLanes) {
+        if constexpr (Format::kNative) {
+          if (values_in_place) {
+            each_range([&](int from, int to) { score(key_rows(first), from, to, first); });
+            continue;
+          }
+        }
+        const KeyColumns keys = pack_keys(first);
+        each_range([&](int from, int to) { score(keys, from, to, first); });
+      }
+      if (!values_in_place) pack_values();
+      each_range([&](int from, int to) { consume(from, to, tile); });
+    }
+  }
+
+  // About how often a tile of `count` keys ticks for n query vectors a head: see score_block, softmax and weigh_block.
+  void expect_ticks(int n, int count) {
+    const int blocks = (n + kBlockRows - 1) / kBlockRows, wide = vectors_at_once(balanced(n, kBlockRows));
+    const int score_ticks = 2 * ((count + kLanes - 1) / kLanes) * ((head_dim / kStep + kLanes - 1) / kLanes);
+    const int weigh_ticks = (vectors + wide - 1) / wide * (count / (kStep * kTickSteps));
+    tiles.expect_ticks(heads * (blocks * (score_ticks + weigh_ticks) + 2 * n));
+  }
+
+  bool left_behind(int row, std::int64_t tile) const { return first_key(row) >= tile + kTileKeys; }
+
+  // The first row from `from` on that sees the tile, or that does not; `end` if there is none.
+  int next_row(int from, int end, std::int64_t tile, bool sees) const {
+    if (batch.params.window_left < 0) return sees ? from : end;
+    while (from < end && left_behind(from, tile) == sees) ++from;
+    return from;
+  }
+
+  void reset_chunk() {
+    const int n = heads * rows * group;
+    for (int i = 0; i < n; ++i) {
+      s.chunk.max[i] = kNegativeInfinity;
+      s.chunk.sum[i] = 0.0f;
+    }
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(n) * vectors; ++i) store(s.chunk.acc + i * kLanes, zero());
+  }
+
+  // Copies the block's states, head by head.
+  void copy_state(const RowState& from, const RowState& to) const {
+    const std::int64_t n = static_cast<std::int64_t>(rows) * group, width = static_cast<std::int64_t>(vectors) * kLanes;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const std::int64_t a = h * from.head_stride, b = h * to.head_stride;
+      __builtin_memcpy(to.max + b, from.max + a, static_cast<std::size_t>(n) * sizeof(float));
+      __builtin_memcpy(to.sum + b, from.sum + a, static_cast<std::size_t>(n) * sizeof(float));
+      __builtin_memcpy(to.acc + b * width, from.acc + a * width, static_cast<std::size_t>(n * width) * sizeof(float));
+    }
+  }
+
+  // The end of the keys that the rows see, and the tile of the first.
+  std::int64_t end_of_keys() const {
+    return block.shared ? batch.table.kv_len(block.request, batch.layout.page_size) : position(rows - 1) + 1;
+  }
+  std::int64_t first_tile() const {
+    std::int64_t first = first_key(0);
+    for (int row = 1; block.shared && row < rows; ++row) first = min_int64(first, first_key(row));
+    return first / kTileKeys * kTileKeys;
+  }
+
+  void attend(const Span& span, const RowState& state);
+};
+
+template <class Format>
+void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
+  const bool leaves_open = span.key_end % kChunkKeys != 0;
+  const std::int64_t last = min_int64(end_of_keys(), span.key_end);
+  const std::int64_t first = max_int64(span.key_begin, first_tile());
+  if (first >= last && leaves_open) {  // no row has seen a key of the open chunk
+    reset_chunk();
+    copy_state(s.chunk, span.open_out);
+  }
+  tiles.start(first, last);
+  pack_queries();
+  for (std::int64_t begin = first; begin < last;) {
+    const std::int64_t chunk = begin / kChunkKeys * kChunkKeys, end = min_int64(chunk + kChunkKeys, last);
+    if (chunk < span.key_begin) {
+      copy_state(span.open_in, s.chunk);
+    } else {
+      reset_chunk();
+    }
+    for (; begin < end; begin += kTileKeys) {
+      tiles.advance(begin + kTileKeys, last);
+      visit(begin);
+    }
+    if (leaves_open && end == span.key_end) {
+      copy_state(s.chunk, span.open_out);
+    } else {
+      merge(heads, static_cast<std::int64_t>(rows) * group, head_dim, s.chunk, state);
+    }
+  }
+}
+
+static void attend(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch) {
+#if defined(RADIXKV_SIMD_PAIRS)
+  using BF16 = FormatPairs;
+  if (batch.layout.dtype == DType::bf16 && batch.layout.kv_dtype == DType::f8) {
+    return BlockKernel<FormatF8Pairs>(batch, block, scratch).attend(span, state);
+  }
+#else
+  using BF16 = FormatBF16;
+#endif
+  switch (batch.layout.kv_dtype) {
+    case DType::f32:
+      return BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
+    case DType::bf16:
+      return BlockKernel<BF16>(batch, block, scratch).attend(span, state);
+    case DType::f16:
+      return BlockKernel<FormatF16>(batch, block, scratch).attend(span, state);
+    case DType::f8:
+      return BlockKernel<FormatF8>(batch, block, scratch).attend(span, state);
+  }
+}
+
+}  // namespace radixkv::attention::RADIXKV_ISA

@@ -1,0 +1,85 @@
+// What becomes of the states of chunks: they are merged from left to right and written out. Part of
+// attention_kernel.hpp; see there.
+#pragma once
+
+#include "attention/kernel/math.hpp"
+#include "attention/kernel/tiles.hpp"
+
+namespace radixkv::attention::RADIXKV_ISA {
+
+static void merge_head(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state) {
+  const std::int64_t stride = padded_dim(head_dim);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    if (later.sum[i] == 0.0f) continue;
+    const float* from = later.acc + i * stride;
+    float* to = state.acc + i * stride;
+    if (state.sum[i] == 0.0f) {
+      state.max[i] = later.max[i];
+      state.sum[i] = later.sum[i];
+      for (std::int64_t d = 0; d < stride; d += kLanes) store(to + d, load(from + d));
+      continue;
+    }
+    const float top = state.max[i] > later.max[i] ? state.max[i] : later.max[i];
+    const float keep = exp2_nonpositive(state.max[i] - top), gain = exp2_nonpositive(later.max[i] - top);
+    state.max[i] = top;
+    state.sum[i] = state.sum[i] * keep + later.sum[i] * gain;
+    for (std::int64_t d = 0; d < stride; d += kLanes) {
+      store(to + d, fma(load(from + d), set1(gain), mul(load(to + d), set1(keep))));
+    }
+  }
+}
+
+static void merge(std::int64_t heads, std::int64_t vectors, std::int64_t head_dim, const RowState& later,
+                  const RowState& state) {
+  for (std::int64_t h = 0; h < heads; ++h) {
+    merge_head(vectors, head_dim, state_from(later, h * later.head_stride, head_dim),
+               state_from(state, h * state.head_stride, head_dim));
+  }
+}
+
+template <class Format, class Op>
+static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
+  const int head_dim = batch.layout.head_dim, group = batch.group;
+  const std::int64_t stride = padded_dim(head_dim);
+  const std::int64_t out_heads = static_cast<std::int64_t>(batch.layout.num_kv_heads) * group;
+  const std::int64_t first_row = batch.table.qo_indptr[block.request];
+  const F scale = set1(batch.params.v_scale);
+  for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
+    std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
+    for (int row = block.row_begin; row < block.row_end; ++row) {
+      for (int g = 0; g < group; ++g, ++i) {
+        const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
+        char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * head_dim * Format::kBytes;
+        const F sum = set1(state.sum[i]);
+        const float* const acc = state.acc + i * stride;
+        const auto put = [&](F x, int d) __attribute__((always_inline)) {
+          Format::store(to + d * Format::kBytes, mul(div(x, sum), scale), min_int(head_dim - d, kLanes));
+        };
+        int d = 0;
+        for (; d + kLanes < head_dim; d += 2 * kLanes) {
+          F a = load(acc + d), b = load(acc + d + kLanes);
+          Op::in_order(a, b);
+          put(a, d), put(b, d + kLanes);
+        }
+        if (d < head_dim) put(load(acc + d), d);
+      }
+    }
+  }
+}
+
+static void finish(const Batch& batch, const Block& block, const RowState& state) {
+  switch (batch.layout.dtype) {
+    case DType::f32:
+      return finish_rows<FormatF32, Fma>(batch, block, state);
+    case DType::bf16:
+#if defined(RADIXKV_SIMD_PAIRS)
+      return finish_rows<FormatBF16, DotPairs>(batch, block, state);
+#else
+      return finish_rows<FormatBF16, Fma>(batch, block, state);
+#endif
+    default:
+      return finish_rows<FormatF16, Fma>(batch, block, state);
+  }
+}
+
+}  // namespace radixkv::attention::RADIXKV_ISA

@@ -1,0 +1,134 @@
+// Where the keys of a tile lie, and getting them into the cache in time. Part of attention_kernel.hpp; see there.
+#pragma once
+
+#include "attention/attention.hpp"
+#include "attention/isa/simd.hpp"
+
+namespace radixkv::attention::RADIXKV_ISA {
+
+// The addresses of a tile's keys and values in the block's first head. Keys after the last are the last one again, up
+// to whole vectors: their scores are computed and not used.
+struct Addresses {
+  int count;
+  const char* keys[kTileKeys];
+  const char* values[kTileKeys];
+};
+
+// The tile at hand of one block, and the one after it, which is loaded into the L2 cache meanwhile.
+//
+// Pages are short runs of memory that lie anywhere, which hardware prefetchers do not foresee, and a core keeps few
+// loads in flight. So memory is the bottleneck of decode unless some loads are in flight all the time, and never so
+// many that prefetches are lost: between any two pieces of work the kernel calls tick(), which prefetches the next few
+// lines, at an even pace. A tile's keys and then its values are fetched in the order of their addresses, of all heads
+// of the block, as runs of memory: slots and pages that follow each other are one.
+class Tiles {
+ public:
+  Tiles(const Batch& batch, const Block& block, std::int64_t bytes) : batch_(batch), block_(block), bytes_(bytes) {
+    const KvLayout& layout = batch.layout;
+    row_bytes_ = (block.head_end - block.head_begin) * layout.head_dim * bytes;
+    fetches_ = layout.head_stride == layout.head_dim;  // else a row is many runs; such layouts go without
+  }
+
+  const Addresses& here() const { return tiles_[turn_]; }
+
+  // The first tile: keys [begin, end), at most a tile of them.
+  void start(std::int64_t begin, std::int64_t end) {
+    resolve(begin, end, tiles_[turn_ ^ 1]);
+    expect_ticks(1);
+    tick();
+  }
+
+  // Goes on to the next tile; after it comes one of keys [begin, end). It is fetched within so many ticks.
+  void advance(std::int64_t begin, std::int64_t end) {
+    turn_ ^= 1;
+    resolve(begin, end, tiles_[turn_ ^ 1]);
+  }
+  void expect_ticks(int ticks) { pace_ = (num_lines_ * kPart + ticks - 1) / ticks; }
+
+  // Into L2, which takes many more misses at a time than L1. Inlined by force: GCC deletes calls of functions that only
+  // prefetch.
+  __attribute__((always_inline)) void tick() {
+    due_ += pace_;
+    for (; due_ >= kPart; due_ -= kPart) {
+      if (at_ >= end_ && !next_run()) return;
+      __builtin_prefetch(at_, 0, 2);
+      at_ += kLine;
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  static constexpr int kPart = 64;  // of a line
+  struct Run {
+    std::int64_t begin, end;  // bytes from the start of a cache
+  };
+
+  void resolve(std::int64_t begin, std::int64_t end, Addresses& to) {
+    const KvLayout& layout = batch_.layout;
+    const std::int32_t* pages = batch_.table.kv_indices + batch_.table.kv_indptr[block_.request];
+    const std::int64_t first_head = block_.head_begin * layout.head_stride, stride = layout.slot_stride * bytes_;
+    std::int64_t page = begin / layout.page_size;
+    std::int64_t slot = begin % layout.page_size;
+    to.count = static_cast<int>(max_int64(0, min_int64(end - begin, kTileKeys)));
+    num_runs_ = run_ = num_lines_ = due_ = 0;
+    of_values_ = false;
+    at_ = end_ = nullptr;
+    for (int i = 0; i < to.count;) {
+      const int slots = min_int(to.count - i, static_cast<int>(layout.page_size - slot));
+      std::int64_t at = (pages[page] * layout.page_stride + slot * layout.slot_stride + first_head) * bytes_;
+      if (fetches_) expect_slots(at, slots, stride);
+      for (const int stop = i + slots; i < stop; ++i, at += stride) {
+        to.keys[i] = static_cast<const char*>(batch_.k_cache) + at;
+        to.values[i] = static_cast<const char*>(batch_.v_cache) + at;
+      }
+      ++page;
+      slot = 0;
+    }
+    for (int i = 0; i < num_runs_; ++i)
+      num_lines_ += 2 * static_cast<int>((runs_[i].end - runs_[i].begin + kLine - 1) / kLine);
+    if (to.count == 0) return;
+    for (int i = to.count; i % kLanes != 0; ++i) to.keys[i] = to.keys[to.count - 1];
+  }
+
+  void expect_slots(std::int64_t at, int slots, std::int64_t stride) {
+    const bool together = stride == row_bytes_;
+    for (int i = 0; i < (together ? 1 : slots); ++i, at += stride) {
+      const std::int64_t end = at + (together ? slots : 1) * row_bytes_;
+      if (num_runs_ > 0 && runs_[num_runs_ - 1].end == at) {
+        runs_[num_runs_ - 1].end = end;
+      } else {
+        runs_[num_runs_++] = {at, end};
+      }
+    }
+  }
+
+  __attribute__((always_inline)) bool next_run() {
+    if (run_ == num_runs_) {
+      if (of_values_) return false;
+      of_values_ = true;
+      run_ = 0;
+    }
+    if (num_runs_ == 0) return false;
+    const char* const cache = static_cast<const char*>(of_values_ ? batch_.v_cache : batch_.k_cache);
+    at_ = cache + runs_[run_].begin;
+    end_ = cache + runs_[run_++].end;
+    return true;
+  }
+
+  const Batch& batch_;
+  const Block& block_;
+  std::int64_t bytes_;      // of an element
+  std::int64_t row_bytes_;  // of one key, all heads of the block
+  bool fetches_;
+  int turn_ = 0;
+  // What is still to be fetched of the next tile: [at_, end_), then runs from run_ on, then the same of the values.
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  Run runs_[kTileKeys];
+  int num_runs_ = 0, run_ = 0, num_lines_ = 0;
+  bool of_values_ = false;
+  int pace_ = 0, due_ = 0;  // what to fetch at each tick, and now, in parts of a line
+  Addresses tiles_[2];
+};
+
+}  // namespace radixkv::attention::RADIXKV_ISA

@@ -1,0 +1,144 @@
+#include "cache/child_index.hpp"
+
+#include <algorithm>
+#include <bit>
+
+namespace radixkv {
+
+ChildIndex::ChildIndex(LazyArray<Node>& nodes, const Pages& pages)
+    : nodes_(nodes), pages_(pages), branches_(pages.num_pages()) {}
+
+std::int32_t ChildIndex::key_tokens(NodeId node) const {
+  const Node& n = nodes_[node];
+  return n.num_pages == 1 ? n.last_len : pages_.page_size();
+}
+
+ChildIndex::Best ChildIndex::find(NodeId parent, const Token* tokens, std::int64_t n) const {
+  std::int32_t ref = nodes_[parent].children;
+  if (ref == kNone) return {kNone, 0};
+  while (is_branch(ref)) {
+    const Branch& b = branch(ref);
+    ref = b.side[side_of(b.bit, tokens, n)];
+  }
+  const auto most = static_cast<std::int32_t>(std::min<std::int64_t>(n, key_tokens(ref)));
+  return {ref, pages_.common_prefix(nodes_[ref].first, tokens, most)};
+}
+
+void ChildIndex::insert(NodeId child) {
+  const NodeId parent = nodes_[child].parent;
+  nodes_[child].slot = kNone;
+  if (nodes_[parent].children == kNone) {
+    nodes_[parent].children = child;
+    return;
+  }
+  const Token* key = pages_.tokens(nodes_[child].first);
+  const std::int32_t n = key_tokens(child);
+  const Best nearest = find(parent, key, n);
+  const Token* other = pages_.tokens(nodes_[nearest.child].first);
+  if (nearest.shared >= std::min(n, key_tokens(nearest.child))) {
+    throw std::logic_error("insert: one sibling would be a prefix of another");
+  }
+  const auto differ = static_cast<std::uint32_t>(key[nearest.shared] ^ other[nearest.shared]);
+  const std::uint32_t bit = nearest.shared * 32 + std::countl_zero(differ);
+
+  std::int32_t up = kNone, ref = nodes_[parent].children;
+  while (is_branch(ref) && branch(ref).bit < bit) {
+    up = ref;
+    ref = branch(ref).side[side_of(branch(ref).bit, key, n)];
+  }
+  const std::int32_t slot = free_ != kNone ? free_ : fresh_++;
+  if (slot == free_) free_ = branches_[slot].up;
+  const std::int32_t made = branch_ref(slot);
+  const int side = side_of(bit, key, n);
+  branch(made).bit = bit;
+  branch(made).side[side] = child;
+  branch(made).side[1 - side] = ref;
+  point(parent, up, ref, made);
+  set_up(made, up);
+  set_up(child, made);
+  set_up(ref, made);
+}
+
+void ChildIndex::remove(NodeId child) {
+  const NodeId parent = nodes_[child].parent;
+  const std::int32_t above = nodes_[child].slot;
+  nodes_[child].slot = kNone;
+  if (above == kNone) {
+    nodes_[parent].children = kNone;
+    return;
+  }
+  Branch& b = branch(above);
+  const std::int32_t sibling = b.side[b.side[0] == child ? 1 : 0];
+  point(parent, b.up, above, sibling);
+  set_up(sibling, b.up);
+  b.up = free_;
+  free_ = -2 - above;
+}
+
+void ChildIndex::replace(NodeId child, NodeId by) {
+  const std::int32_t above = nodes_[child].slot;
+  point(nodes_[child].parent, above, child, by);
+  nodes_[by].slot = above;
+  nodes_[child].slot = kNone;
+}
+
+void ChildIndex::clear(NodeId parent) {
+  std::vector<std::int32_t> open{nodes_[parent].children};
+  nodes_[parent].children = kNone;
+  while (!open.empty()) {
+    const std::int32_t ref = open.back();
+    open.pop_back();
+    if (!is_branch(ref)) continue;
+    open.push_back(branch(ref).side[0]);
+    open.push_back(branch(ref).side[1]);
+    branch(ref).up = free_;
+    free_ = -2 - ref;
+  }
+}
+
+std::vector<NodeId> ChildIndex::list(NodeId parent) const {
+  std::vector<NodeId> out;
+  std::vector<std::int32_t> open{nodes_[parent].children};
+  while (!open.empty()) {
+    const std::int32_t ref = open.back();
+    open.pop_back();
+    if (is_branch(ref)) {
+      open.push_back(branch(ref).side[1]);
+      open.push_back(branch(ref).side[0]);
+    } else if (ref != kNone) {
+      out.push_back(ref);
+    }
+  }
+  return out;
+}
+
+void ChildIndex::check(NodeId parent) const {
+  const std::vector<NodeId> children = list(parent);
+  for (std::size_t i = 0; i < children.size(); ++i) {
+    const Token* key = pages_.tokens(nodes_[children[i]].first);
+    const std::int32_t n = key_tokens(children[i]);
+    if (nodes_[children[i]].parent != parent) throw std::logic_error("a child names another parent");
+    if (find(parent, key, n).child != children[i]) throw std::logic_error("a child is not found by its tokens");
+    if (i == 0) continue;
+    const std::int32_t least = std::min(n, key_tokens(children[i - 1]));
+    const std::int32_t shared = pages_.common_prefix(nodes_[children[i - 1]].first, key, least);
+    if (shared == least) throw std::logic_error("one sibling is a prefix of another");
+    if (pages_.tokens(nodes_[children[i - 1]].first)[shared] > key[shared])
+      throw std::logic_error("siblings disordered");
+  }
+}
+
+void ChildIndex::set_up(std::int32_t ref, std::int32_t up) {
+  (is_branch(ref) ? branch(ref).up : nodes_[ref].slot) = up;
+}
+
+void ChildIndex::point(NodeId parent, std::int32_t up, std::int32_t from, std::int32_t to) {
+  if (up == kNone) {
+    nodes_[parent].children = to;
+  } else {
+    Branch& b = branch(up);
+    b.side[b.side[0] == from ? 0 : 1] = to;
+  }
+}
+
+}  // namespace radixkv

@@ -1,0 +1,64 @@
+// The children of each node, found by the tokens of their first page: one crit-bit tree (PATRICIA trie) per node.
+//
+// A branch names the first bit in which the keys below its two sides differ. Going down by the bits of a query and
+// comparing once at the end finds the child that shares the most leading tokens with it, whole page or part of one;
+// that is exactly what token-exact matching needs. The shape depends on the set of keys alone, not on history.
+// Morrison 1968, "PATRICIA"; D. J. Bernstein, "Crit-bit trees".
+//
+// Keys are token sequences, most significant bit first, and none is a prefix of another. A reference is a node
+// (>= 0), kNone, or a branch (<= -2).
+#pragma once
+
+#include <vector>
+
+#include "cache/node.hpp"
+#include "cache/pages.hpp"
+
+namespace radixkv {
+
+class ChildIndex {
+ public:
+  ChildIndex(LazyArray<Node>& nodes, const Pages& pages);
+
+  // The child of `parent` that shares the most leading tokens with the n at `tokens`, and how many; {kNone, 0} if it
+  // has no children. O(bits in which children differ along the way + page_size).
+  struct Best {
+    NodeId child;
+    std::int32_t shared;
+  };
+  Best find(NodeId parent, const Token* tokens, std::int64_t n) const;
+
+  void insert(NodeId child);                      // under nodes[child].parent
+  void remove(NodeId child);                      // O(1)
+  void replace(NodeId child, NodeId by);          // `by` takes its place; their keys agree in every bit asked above it
+  void clear(NodeId parent);                      // forgets the children, keeps the nodes. O(children)
+  std::vector<NodeId> list(NodeId parent) const;  // in lexicographic order of their tokens
+
+  std::int32_t key_tokens(NodeId node) const;  // tokens of its first page
+  void check(NodeId parent) const;             // throws std::logic_error
+
+ private:
+  struct Branch {
+    std::int32_t side[2];  // references
+    std::int32_t up;       // the branch above, or kNone; links the free branches
+    std::uint32_t bit;     // token index * 32 + bit, most significant first
+  };
+  static bool is_branch(std::int32_t ref) { return ref <= -2; }
+  static std::int32_t branch_ref(std::int32_t branch) { return -2 - branch; }
+  Branch& branch(std::int32_t ref) { return branches_[-2 - ref]; }
+  const Branch& branch(std::int32_t ref) const { return branches_[-2 - ref]; }
+  static int side_of(std::uint32_t bit, const Token* tokens, std::int64_t n) {
+    const std::uint32_t token = bit / 32;
+    return token < n ? (static_cast<std::uint32_t>(tokens[token]) >> (31 - bit % 32)) & 1 : 0;
+  }
+
+  void set_up(std::int32_t ref, std::int32_t up);
+  void point(NodeId parent, std::int32_t up, std::int32_t from, std::int32_t to);
+
+  LazyArray<Node>& nodes_;
+  const Pages& pages_;
+  LazyArray<Branch> branches_;
+  std::int32_t fresh_ = 0, free_ = kNone;
+};
+
+}  // namespace radixkv

@@ -1,0 +1,112 @@
+// The radix tree over pages: match, lock, split, grow, evict. It knows nothing of leases.
+//
+// States of a page, and where each is counted:
+//   free       Pages::num_free
+//   private    held by one lease, not in the tree (counted by Cache)
+//   protected  in a node with a lock or a hold
+//   evictable  in any other node
+//
+// Memory is taken at construction only: a node other than a root holds at least one page, and a root that is kept has
+// a child or a lease (which has a private page), so 2 * num_pages + 1 nodes always suffice.
+#pragma once
+
+#include <map>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "cache/child_index.hpp"
+#include "cache/lru.hpp"
+#include "cache/node.hpp"
+#include "cache/pages.hpp"
+
+namespace radixkv {
+
+// Where the longest cached prefix ends.
+struct Match {
+  NodeId node;              // the last node entered (the root if none)
+  std::int32_t node_pages;  // its leading pages that match
+  std::int32_t pages;       // full pages matched, from the root
+  NodeId source = kNone;    // the node whose page `source_page` holds the next `partial` tokens, if any
+  PageId source_page = kNone;
+  std::int32_t partial = 0;
+};
+
+class RadixTree {
+ public:
+  RadixTree(std::int32_t num_pages, std::int32_t page_size);
+  RadixTree(const RadixTree&) = delete;
+
+  Pages pages;
+  LazyArray<Node> nodes;
+  ChildIndex index;
+
+  // --- roots, one per namespace -------------------------------------------------------------------------------------
+  NodeId find_root(std::string_view name) const;  // kNone if nothing is cached or leased there
+  NodeId make_root(std::string_view name);        // finds or makes it. O(log namespaces)
+  void drop_root_if_bare(NodeId root);
+  const std::map<std::string, NodeId, std::less<>>& roots() const { return roots_; }
+
+  // --- matching: pure; changes neither recency nor nodes ------------------------------------------------------------
+  // Longest cached prefix of the n tokens. Page ids of the full pages go to `out` unless it is null. O(tokens matched).
+  Match match(NodeId root, const Token* tokens, std::int64_t n, PageId* out) const;
+  // Evictable pages that locking this match would protect. O(nodes on the path that are not locked).
+  std::int64_t evictable_on_path(const Match& m) const;
+  // Pages that pinning this match, its partly matched page included, would pin in addition.
+  std::int64_t unpinned_on_path(const Match& m) const;
+
+  // --- shape --------------------------------------------------------------------------------------------------------
+  NodeId split(NodeId n, std::int32_t k);  // its first k pages become a new parent of the rest; returns that. O(k)
+  NodeId add(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len);  // a new child, not yet locked
+  bool can_append(NodeId n) const;  // nobody but one lease would notice if n grew at its end
+  void append(NodeId n, const PageId* run, std::int32_t count);
+  void remove_open(NodeId open);        // an open page that a fuller page replaces; a holder keeps it alive
+  bool only_lease(NodeId open) const;   // whether one lease's lock is all that there is on it: no pin, no hold
+  std::int32_t take_back(NodeId open);  // such a page becomes its lease's own; returns how many left the tree, 0 or 1
+
+  // --- locks, pins and holds ----------------------------------------------------------------------------------------
+  // A lock protects the path from the root to the end of the node. O(nodes whose state changes).
+  void lock(NodeId n);
+  void unlock(NodeId n);  // what becomes unlocked goes to the hot end, leaf first
+  void pin(NodeId n);
+  void unpin(NodeId n);
+  // A hold keeps the page of a one-page node until it has been copied. Unlike a lock it neither protects the path nor
+  // changes recency: eviction passes over the page by taking it out of the tree.
+  void hold(NodeId n);
+  void drop_hold(NodeId n);
+
+  // --- eviction -----------------------------------------------------------------------------------------------------
+  // Frees up to `count` pages from the cold end, trimming leaves page by page; `watch` is a page whose eviction the
+  // caller wants to know of. O(1) a page.
+  struct Evicted {
+    std::int32_t pages;
+    bool watched;
+  };
+  Evicted evict(std::int64_t count, PageId watch = kNone);
+  // Takes everything out of this tree. Locked and held nodes live on, detached, until their holders let go. Returns
+  // the number of pages freed.
+  std::int32_t clear(NodeId root);
+
+  std::int64_t num_protected() const { return protected_; }
+  std::int64_t num_evictable() const { return evictable_; }
+  std::int64_t num_pinned() const { return pinned_; }
+  std::int64_t num_nodes() const { return num_nodes_; }
+  const LruList& lru() const { return lru_; }
+
+ private:
+  NodeId new_node(NodeId parent);
+  void free_node(NodeId n);
+  std::int32_t free_pages(NodeId n);
+  void detach(NodeId n);
+  void protect(const Node& n);
+  void expose(const Node& n);
+
+  LruList lru_{nodes};
+  std::map<std::string, NodeId, std::less<>> roots_;
+  std::unordered_map<NodeId, std::map<std::string, NodeId, std::less<>>::iterator> root_names_;
+  NodeId fresh_ = 0, free_ = kNone;
+  std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0;
+};
+
+}  // namespace radixkv

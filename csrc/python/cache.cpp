@@ -1,0 +1,222 @@
+// radixkv._core's part for the cache: Cache and Pin.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include "python/args.hpp"
+#include "python/numpy.hpp"
+#include "python/objects.hpp"
+#include "python/tokens.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace radixkv {
+
+void bind_cache(nb::module_& m);
+
+namespace {
+
+constexpr const char* kAcquireDoc =
+    R"(Match the longest cached prefix, lock it, and take pages for the rest of the tokens.
+
+At least one token is always left to compute, so lease.num_cached < len(tokens). Reuse is exact to the token: where the
+match ends inside a page, lease.copies says what to copy before writing.
+
+Args:
+    tokens: list of ints, or 1-D int32 or int64 array or tensor on the CPU; 0 <= token < 2**31; not empty. An int32
+        array is read in place.
+    namespace: prefixes are found again in the same namespace only (tenant, LoRA adapter, model revision).
+
+Raises:
+    PoolExhausted: free and evictable pages do not suffice; nothing has changed.
+    InvalidTokens: empty, of a wrong type or out of range.
+    InvalidArgument: the namespace is no str.
+
+Cost: O(tokens) comparisons of memory, O(1) a page evicted.)";
+
+constexpr const char* kMatchDoc =
+    "Tokens of the longest cached prefix, up to len(tokens). Changes nothing, recency included. O(tokens matched).";
+
+constexpr const char* kPinDoc =
+    R"(Keep a cached prefix (a system prompt, few-shot examples) resident until unpin() is called on the result.
+
+The pin is on the tokens: it stays although the object is dropped, and moves to the fuller page where one replaces the
+prefix's last, partly filled page. Its pages count as protected.
+
+Raises:
+    NotCached: not all of the tokens are cached.
+    PoolExhausted: pins would hold more than num_pages - max(1, num_pages // 8) pages.)";
+
+constexpr const char* kClearDoc =
+    R"(Forget all prefixes, or those of one namespace; returns the number of pages freed at once.
+
+For weights that change under a running cache: nothing cached so far is found again. Leases and pins stay valid and keep
+their pages until they let go; what such a lease writes later is not published.)";
+
+constexpr const char* kOnReleaseDoc =
+    R"(None, or a callable that is given each lease just before it is released, by release() or by leaving its `with`.
+
+It may read the lease; what would change it raises LeaseError. If it raises, the lease is released all the same and the
+error passes through to the caller. It is not called for a lease that is dropped without a release.)";
+
+nb::list snapshot(PyCache& c) {
+  nb::list roots;
+  std::vector<nb::dict> made;
+  for (const SnapshotNode& node : c.work(kLongWork, [&] { return c.cache->snapshot(); })) {
+    nb::dict d;
+    if (node.parent < 0) {
+      d["namespace"] = node.name;
+      roots.append(d);
+    } else {
+      d["tokens"] = to_numpy(node.tokens);
+      d["pages"] = to_numpy(node.pages);
+      nb::cast<nb::list>(made[node.parent]["children"]).append(d);
+    }
+    d["locks"] = node.locks;
+    d["pins"] = node.pins;
+    d["children"] = nb::list();
+    made.push_back(d);
+  }
+  return roots;
+}
+
+nb::dict stats(PyCache& c) {
+  const Stats s = c.work(0, [&] { return c.cache->stats(); });
+  nb::dict d;
+  d["num_pages"] = s.num_pages, d["page_size"] = s.page_size;
+  d["free"] = s.free, d["private"] = s.private_, d["protected"] = s.protected_, d["evictable"] = s.evictable;
+  d["num_nodes"] = s.num_nodes, d["num_leases"] = s.num_leases, d["num_pins"] = s.num_pins, d["pinned"] = s.pinned;
+  d["requests"] = s.requests, d["input_tokens"] = s.input_tokens, d["hit_tokens"] = s.hit_tokens;
+  d["evicted_pages"] = s.evicted_pages, d["committed_tokens"] = s.committed_tokens;
+  return d;
+}
+
+std::int64_t evict(PyCache& c, nb::handle num_pages) {
+  const std::int64_t n = int_from(num_pages, "num_pages");
+  if (n < 0) throw Error(ErrorKind::InvalidArgument, "num_pages must be at least 0; got " + std::to_string(n));
+  return c.work(kLongWork, [&] { return c.cache->evict(n); });
+}
+
+std::int64_t clear(PyCache& c, nb::handle name) {
+  if (name.is_none()) return c.work(kLongWork, [&] { return c.cache->clear(); });
+  const std::string_view space = namespace_from(name);
+  return c.work(kLongWork, [&] { return c.cache->clear(space); });
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (nb::inst_ready(self)) Py_VISIT(nb::inst_ptr<PyCache>(self)->on_release.ptr());
+  return 0;
+}
+
+int forget(PyObject* self) {
+  if (nb::inst_ready(self)) nb::inst_ptr<PyCache>(self)->on_release.reset();
+  return 0;
+}
+
+PyType_Slot cache_slots[] = {
+    {Py_tp_traverse, reinterpret_cast<void*>(traverse)}, {Py_tp_clear, reinterpret_cast<void*>(forget)}, {0, nullptr}};
+
+// Pin, and the cache's object that it waits with.
+class PyPin {
+ public:
+  PyPin(CacheRef owner, std::unique_ptr<Pin> pin) : owner_(std::move(owner)), pin_(std::move(pin)) {}
+  std::int64_t num_tokens() const { return pin_->num_tokens(); }
+  void unpin() {
+    owner_->work(0, [&] { pin_->unpin(); });
+  }
+  void leave() {
+    if (pin_->pinned()) unpin();
+  }
+  nb::handle owner() const { return owner_.object(); }
+
+ private:
+  CacheRef owner_;
+  std::unique_ptr<Pin> pin_;
+};
+
+int traverse_pin(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (nb::inst_ready(self)) Py_VISIT(nb::inst_ptr<PyPin>(self)->owner().ptr());
+  return 0;
+}
+
+PyType_Slot pin_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse_pin)}, {0, nullptr}};
+
+PyLease acquire(nb::handle self, nb::handle tokens, nb::handle name) {
+  CacheRef cache(self);
+  const Tokens t(tokens);
+  const std::string_view space = namespace_from(name);
+  auto lease = cache->work(t.size(), [&] { return cache->cache->acquire(t.data(), t.size(), space); });
+  return PyLease(std::move(cache), std::move(lease));
+}
+
+std::int64_t match(PyCache& c, nb::handle tokens, nb::handle name) {
+  const Tokens t(tokens);
+  const std::string_view space = namespace_from(name);
+  return c.work(t.size(), [&] { return c.cache->match(t.data(), t.size(), space); });
+}
+
+PyPin pin(nb::handle self, nb::handle tokens, nb::handle name) {
+  CacheRef cache(self);
+  const Tokens t(tokens);
+  const std::string_view space = namespace_from(name);
+  auto pin = cache->work(t.size(), [&] { return cache->cache->pin(t.data(), t.size(), space); });
+  return PyPin(std::move(cache), std::move(pin));
+}
+
+}  // namespace
+
+void bind_cache(nb::module_& m) {
+  nb::class_<PyCache>(m, "Cache", nb::type_slots(cache_slots), "The native half of radixkv.PrefixCache.")
+      .def(
+          "__init__",
+          [](PyCache* self, nb::handle num_pages, nb::handle page_size) {
+            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"));
+          },
+          "num_pages"_a.none(), "page_size"_a.none() = 16)
+      .def_prop_ro(
+          "num_pages", [](const PyCache& c) { return c.cache->num_pages(); }, "Pages of the pool.")
+      .def_prop_ro(
+          "page_size", [](const PyCache& c) { return c.cache->page_size(); }, "Tokens a page holds.")
+      .def_prop_rw(
+          "on_release", [](const PyCache& c) { return c.on_release; },
+          [](PyCache& c, nb::object f) {
+            if (!f.is_none() && !PyCallable_Check(f.ptr())) {
+              throw Error(ErrorKind::InvalidArgument, "on_release must be callable or None; got " + describe(f));
+            }
+            c.on_release = std::move(f);
+          },
+          nb::arg("f").none(), kOnReleaseDoc)
+      .def(
+          "acquire", [](PyCache& c, nb::handle tokens, nb::handle name) { return acquire(nb::find(c), tokens, name); },
+          "tokens"_a.none(), "namespace"_a.none() = "", kAcquireDoc)
+      .def("match", &match, "tokens"_a.none(), "namespace"_a.none() = "", kMatchDoc)
+      .def(
+          "pin", [](PyCache& c, nb::handle tokens, nb::handle name) { return pin(nb::find(c), tokens, name); },
+          "tokens"_a.none(), "namespace"_a.none() = "", kPinDoc)
+      .def("evict", &evict, "num_pages"_a.none(),
+           "Take back up to num_pages evictable pages now, coldest first; returns how many. O(1) a page.")
+      .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
+      .def("_stats", &stats)
+      .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.cache->refuse_pages(n); })
+      .def("snapshot", &snapshot,
+           "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "
+           "is {tokens, pages, locks, pins, children}. O(cached tokens).")
+      .def(
+          "check", [](PyCache& c) { c.work(kLongWork, [&] { c.cache->check(); }); },
+          "Recompute every count, link and state from scratch; AssertionError if any is wrong. O(pages).")
+      .def(
+          "close", [](PyCache& c) { c.work(0, [&] { c.cache->close(); }); },
+          "Take nothing new from now on; live leases can still be released.");
+
+  nb::class_<PyPin>(m, "Pin", nb::type_slots(pin_slots),
+                    "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
+      .def_prop_ro("num_tokens", &PyPin::num_tokens, "Tokens of the pinned prefix.")
+      .def("unpin", &PyPin::unpin, "Let the prefix be evicted again. LeaseError if done already.")
+      .def("__enter__", [](nb::object self) { return self; })
+      .def("__exit__", [](PyPin& p, nb::args) { p.leave(); });
+}
+
+}  // namespace radixkv

@@ -1,0 +1,117 @@
+#include "step/page_table.hpp"
+
+#include <algorithm>
+
+namespace radixkv {
+
+namespace {
+[[noreturn]] void refuse(std::size_t i, const std::string& why) {
+  throw Error(ErrorKind::InvalidArgument, "lease " + std::to_string(i) + " " + why);
+}
+}  // namespace
+
+void PageTable::begin(const std::vector<Lease*>& leases) {
+  if (open_.exchange(true)) {
+    throw Error(ErrorKind::LeaseError, "another step of this engine is open: leave it first");
+  }
+  thread_ = std::this_thread::get_id();
+  try {
+    take(leases);
+    assemble();
+  } catch (...) {
+    let_go();
+    throw;
+  }
+}
+
+// Every lease that can be in this step is marked as being in it.
+void PageTable::take(const std::vector<Lease*>& leases) {
+  if (leases.empty()) throw Error(ErrorKind::InvalidArgument, "a step needs at least one lease; got 0");
+  leases_.reserve(leases.size());
+  for (std::size_t i = 0; i < leases.size(); ++i) {
+    Lease& lease = *leases[i]->use();
+    if (lease.cache_ != cache_) refuse(i, "is of another cache: a step takes leases that its own engine acquired");
+    if (lease.state_.load() == Lease::State::in_step &&
+        std::find(leases_.begin(), leases_.end(), &lease) != leases_.end()) {
+      refuse(i, "is listed twice in this step");
+    }
+    lease.check_idle();
+    if (lease.num_written_ == lease.num_tokens_) {
+      refuse(i, "has nothing to compute: all of its " + std::to_string(lease.num_tokens_) +
+                    " tokens are written; extend() it first");
+    }
+    lease.state_.store(Lease::State::in_step);
+    leases_.push_back(&lease);
+  }
+}
+
+void PageTable::end(bool written) {
+  if (!open_.load()) return;
+  if (thread_ != std::this_thread::get_id()) {
+    throw Error(ErrorKind::LeaseError, "the step belongs to another thread: leave it in the thread that entered it");
+  }
+  if (written) {
+    const Cache::Guard guard(cache_->mutex_);
+    for (std::size_t i = 0; i < leases_.size(); ++i) cache_->advance(*leases_[i], qo_indptr[i + 1] - qo_indptr[i]);
+  }
+  let_go();
+}
+
+void PageTable::let_go() noexcept {
+  for (Lease* lease : leases_) lease->state_.store(Lease::State::idle);
+  leases_.clear();
+  open_.store(false);
+}
+
+void PageTable::assemble() {
+  for (auto* v : {&kv_indices, &kv_last_page_len, &slots, &copy_source, &copy_target}) v->clear();
+  for (auto* v : {&input_ids, &positions, &last_rows}) v->clear();
+  qo_indptr.assign(1, 0);
+  kv_indptr.assign(1, 0);
+  window_limit = -1;
+  const std::int32_t page_size = cache_->page_size();
+  // Page lists and tokens lie anywhere in memory: fetched some leases ahead, they are there when it is their turn.
+  for (std::size_t i = 0; i < leases_.size(); ++i) {
+    if (i + 8 < leases_.size()) prefetch(&leases_[i + 8]->pages_.back(), 4);
+    if (i + 4 < leases_.size()) {
+      const Lease& next = *leases_[i + 4];
+      prefetch(next.tokens_of(next.pages_.back()), 64);
+      prefetch(next.pages_.data() + next.first_page_, (next.pages_.size() - next.first_page_) * sizeof(PageId));
+    }
+    add(*leases_[i], page_size);
+  }
+}
+
+void PageTable::add(const Lease& lease, std::int32_t page_size) {
+  kv_indices.insert(kv_indices.end(), lease.pages_.begin() + lease.first_page_, lease.pages_.end());
+  kv_indptr.push_back(static_cast<std::int32_t>(kv_indices.size()));
+  kv_last_page_len.push_back(static_cast<std::int32_t>((lease.num_tokens_ - 1) % page_size + 1));
+  add_rows(lease, page_size);
+  qo_indptr.push_back(static_cast<std::int32_t>(slots.size()));
+  last_rows.push_back(static_cast<std::int64_t>(slots.size()) - 1);
+  if (lease.first_page_ > 0) {  // the lease's first row looks back the furthest
+    const std::int64_t limit = lease.num_written_ - static_cast<std::int64_t>(lease.first_page_) * page_size;
+    window_limit = window_limit < 0 ? limit : std::min(window_limit, limit);
+  }
+  if (lease.source_ != kNone) {
+    copy_source.push_back(lease.copy_.source);
+    copy_target.push_back(lease.copy_.target);
+  }
+}
+
+// Page by page: a page's rows have neighbouring slots, and its tokens lie at the page's own place.
+void PageTable::add_rows(const Lease& lease, std::int32_t page_size) {
+  for (std::int64_t at = lease.num_written_; at < lease.num_tokens_;) {
+    const PageId page = lease.pages_[at / page_size];
+    const auto offset = static_cast<std::int32_t>(at % page_size);
+    const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(page_size, offset + lease.num_tokens_ - at));
+    const Token* const tokens = lease.tokens_of(page);
+    for (std::int32_t i = offset; i < end; ++i, ++at) {
+      input_ids.push_back(tokens[i]);
+      positions.push_back(at);
+      slots.push_back(page * page_size + i);
+    }
+  }
+}
+
+}  // namespace radixkv
