@@ -73,7 +73,7 @@ NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".
 NATIVE_LAYERS = {
     "base": {"base"},
     "cache": {"base", "cache"},
-    "step": {"base", "cache", "step", "attention"},
+    "step": {"base", "cache", "step"},
     "attention": {"base", "step", "attention"},
     "python": {"base", "cache", "step", "attention", "python"},
 }

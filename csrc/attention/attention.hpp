@@ -14,6 +14,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
+
+#include "step/table_view.hpp"
 
 namespace radixkv::attention {
 
@@ -37,22 +41,6 @@ struct KvLayout {
   std::int64_t page_stride;
   std::int64_t slot_stride;
   std::int64_t head_stride;
-};
-
-// The CSR arrays of one step: request b has the rows qo_indptr[b]..qo_indptr[b + 1] and the pages
-// kv_indices[kv_indptr[b]..kv_indptr[b + 1]], the last of which holds kv_last_page_len[b] keys, new rows included.
-struct PageTableView {
-  std::int32_t batch_size;
-  const std::int32_t* qo_indptr;         // [batch_size + 1]
-  const std::int32_t* kv_indptr;         // [batch_size + 1]
-  const std::int32_t* kv_indices;        // [kv_indptr[batch_size]]
-  const std::int32_t* kv_last_page_len;  // [batch_size]
-
-  std::int32_t num_rows(std::int32_t b) const { return qo_indptr[b + 1] - qo_indptr[b]; }
-  std::int64_t kv_len(std::int32_t b, std::int32_t page_size) const {
-    const std::int64_t pages = kv_indptr[b + 1] - kv_indptr[b];
-    return pages == 0 ? 0 : (pages - 1) * page_size + kv_last_page_len[b];
-  }
 };
 
 struct AttentionParams {
@@ -155,10 +143,10 @@ void append_kv(const Kernel& kernel, const KvLayout& layout, void* k_cache, void
                const Scales& scales, const std::int32_t* slots, std::int64_t begin, std::int64_t end);
 
 // The best kernel that this machine runs, or the one named by the environment variable RADIXKV_ISA. `isa` null or
-// empty: the environment's choice. Throws std::invalid_argument for a name that is unknown or not supported here.
+// empty: the environment's choice. Throws Error (InvalidArgument) for a name that is unknown or not supported here.
 const Kernel& kernel(const char* isa = nullptr);
 
-// The names of the kernels that this machine runs, best first, as many as fit; returns how many there are.
-int supported_isas(const char** names, int capacity);
+// The names of the kernels that this machine runs, best first.
+std::vector<std::string> supported_isas();
 
 }  // namespace radixkv::attention

@@ -1,10 +1,10 @@
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention/attention.hpp"
+#include "base/error.hpp"
 
 namespace radixkv::attention {
 
@@ -64,13 +64,10 @@ RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::
   return RowState{after_acc, after_acc + heads * vectors, memory, vectors};
 }
 
-int supported_isas(const char** names, int capacity) {
-  int count = 0;
-  for (const Kernel* kernel : supported_kernels()) {
-    if (count < capacity) names[count] = kernel->isa;
-    ++count;
-  }
-  return count;
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Kernel* kernel : supported_kernels()) names.emplace_back(kernel->isa);
+  return names;
 }
 
 const Kernel& kernel(const char* isa) {
@@ -83,8 +80,8 @@ const Kernel& kernel(const char* isa) {
     if (std::strcmp(candidate->isa, wanted) == 0) return *candidate;
     names += (names.empty() ? "" : ", ") + std::string(candidate->isa);
   }
-  throw std::invalid_argument((from_environment ? "RADIXKV_ISA is '" : "isa is '") + std::string(wanted) +
-                              "': this machine supports " + names);
+  invalid((from_environment ? "RADIXKV_ISA is '" : "isa is '") + std::string(wanted) + "': this machine supports " +
+          names);
 }
 
 }  // namespace radixkv::attention

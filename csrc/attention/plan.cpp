@@ -3,14 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
-#include <new>
 #include <numeric>
-#include <stdexcept>
 #include <string>
 
+#include "base/error.hpp"
 #include "step/table_check.hpp"
 
 namespace radixkv::attention {
@@ -24,44 +21,25 @@ constexpr std::int32_t kSharedVectorsTarget = 256;  // query vectors per block o
 constexpr std::int32_t kSharedVectorsLimit = 256;   // and of one head: beyond it K and V are read again
 constexpr std::int64_t kAppendRows = 256;           // rows per item of a parallel append
 
-std::string text(std::int64_t n) { return std::to_string(n); }
-
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
-
 }  // namespace
-
-void* AlignedBuffer::reserve(std::size_t bytes) {
-  constexpr std::size_t kAlign = 64;
-  if (bytes > bytes_) {
-    const std::size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
-    void* memory = std::aligned_alloc(kAlign, rounded);
-    if (memory == nullptr) throw std::bad_alloc();
-    std::memset(memory, 0, rounded);
-    memory_.reset(memory);
-    bytes_ = rounded;
-  }
-  return memory_.get();
-}
-
-void AlignedBuffer::Free::operator()(void* memory) const { std::free(memory); }
 
 AttentionPlan::AttentionPlan(std::int32_t num_qo_heads, const KvLayout& layout, int num_threads, const char* isa)
     : num_qo_heads_(num_qo_heads), group_(0), layout_(layout), kernel_(kernel(isa)), pool_(num_threads) {
   if (layout.head_dim < 8 || layout.head_dim > kMaxHeadDim || layout.head_dim % 8 != 0) {
-    fail("head_dim is " + text(layout.head_dim) + ": it must be a multiple of 8 from 8 to " + text(kMaxHeadDim));
+    invalid("head_dim is " + str(layout.head_dim) + ": it must be a multiple of 8 from 8 to " + str(kMaxHeadDim));
   }
   if (layout.num_kv_heads < 1 || num_qo_heads < 1 || num_qo_heads % layout.num_kv_heads != 0) {
-    fail("num_qo_heads is " + text(num_qo_heads) + " and num_kv_heads is " + text(layout.num_kv_heads) +
-         ": both must be positive and the first a multiple of the second");
+    invalid("num_qo_heads is " + str(num_qo_heads) + " and num_kv_heads is " + str(layout.num_kv_heads) +
+            ": both must be positive and the first a multiple of the second");
   }
   if (layout.kv_dtype != layout.dtype && layout.kv_dtype != DType::f8) {
-    fail("kv_dtype is neither dtype nor float8_e4m3fn");
+    invalid("kv_dtype is neither dtype nor float8_e4m3fn");
   }
-  if (layout.page_size < 1) fail("page_size is " + text(layout.page_size) + ": it must be at least 1");
-  if (layout.num_pages < 1) fail("num_pages is " + text(layout.num_pages) + ": it must be at least 1");
+  if (layout.page_size < 1) invalid("page_size is " + str(layout.page_size) + ": it must be at least 1");
+  if (layout.num_pages < 1) invalid("num_pages is " + str(layout.num_pages) + ": it must be at least 1");
   if (static_cast<std::int64_t>(layout.num_pages) * layout.page_size > INT32_MAX) {
-    fail("num_pages * page_size is " + text(static_cast<std::int64_t>(layout.num_pages) * layout.page_size) +
-         ": slots are int32, keep it below 2**31");
+    invalid("num_pages * page_size is " + str(static_cast<std::int64_t>(layout.num_pages) * layout.page_size) +
+            ": slots are int32, keep it below 2**31");
   }
   group_ = num_qo_heads / layout.num_kv_heads;
   scratch_.resize(static_cast<std::size_t>(pool_.num_threads()));
@@ -79,8 +57,8 @@ void AttentionPlan::plan(const PageTableView& table, const std::int32_t* slots, 
   check_table(table, layout_.page_size, layout_.num_pages);
   check_range("slots", slots, num_slots, static_cast<std::int64_t>(layout_.num_pages) * layout_.page_size);
   if (table.qo_indptr[batch_size] != num_slots) {
-    fail("slots has " + text(num_slots) + " entries for " + text(table.qo_indptr[batch_size]) +
-         " rows: give one slot for each row");
+    invalid("slots has " + str(num_slots) + " entries for " + str(table.qo_indptr[batch_size]) +
+            " rows: give one slot for each row");
   }
   const std::lock_guard lock(mutex_);
   slots_.assign(slots, slots + num_slots);
@@ -96,7 +74,7 @@ std::shared_ptr<const Cascade> AttentionPlan::cascade() {
 
 void AttentionPlan::set_costs(const CascadeCosts& costs) {
   if (costs.granularity < 1 || costs.granularity % kTileKeys != 0) {
-    fail("granularity is " + text(costs.granularity) + ": it must be a multiple of " + text(kTileKeys));
+    invalid("granularity is " + str(costs.granularity) + ": it must be a multiple of " + str(kTileKeys));
   }
   const std::lock_guard lock(mutex_);
   costs_ = costs;

@@ -2,35 +2,22 @@
 #pragma once
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "attention/attention.hpp"
 #include "base/fork_mutex.hpp"
+#include "base/memory.hpp"
 #include "base/thread_pool.hpp"
 #include "step/cascade.hpp"
 
 namespace radixkv::attention {
 
-// Memory that grows and is never initialised beyond zeroing.
-class AlignedBuffer {
- public:
-  void* reserve(std::size_t bytes);
-
- private:
-  struct Free {
-    void operator()(void* memory) const;
-  };
-  std::unique_ptr<void, Free> memory_;
-  std::size_t bytes_ = 0;
-};
-
 // The schedule of one step, made once and run for every layer.
 class AttentionPlan {
  public:
-  // layout's strides are ignored here. Throws std::invalid_argument for a geometry that the kernel does not take.
+  // layout's strides are ignored here. Throws Error (InvalidArgument) for a geometry that the kernel does not take.
   AttentionPlan(std::int32_t num_qo_heads, const KvLayout& layout, int num_threads, const char* isa = nullptr);
 
   // Copies and checks the page table: indptr monotone from 0, pages == ceil(kv_len / page_size) >= what the new rows
@@ -48,7 +35,7 @@ class AttentionPlan {
   std::shared_ptr<const Cascade> cascade();
 
   // When shared segments are read once for all of their users; takes effect with the next plan. It never changes a bit
-  // of the result. Throws std::invalid_argument unless the granularity is a multiple of kTileKeys.
+  // of the result. Throws Error (InvalidArgument) unless the granularity is a multiple of kTileKeys.
   void set_costs(const CascadeCosts& costs);
 
   std::int64_t num_rows() const { return static_cast<std::int64_t>(slots_.size()); }

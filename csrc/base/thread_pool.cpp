@@ -5,10 +5,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "base/error.hpp"
 
 namespace radixkv {
 namespace {
@@ -26,8 +27,7 @@ void cpu_relax() {
 
 int checked_num_threads(int num_threads) {
   if (num_threads < 1 || num_threads > kMaxThreads) {
-    throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + ": give 1 to " +
-                                std::to_string(kMaxThreads));
+    invalid("num_threads is " + str(num_threads) + ": give 1 to " + str(kMaxThreads));
   }
   return num_threads;
 }

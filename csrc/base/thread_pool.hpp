@@ -20,7 +20,7 @@ class ThreadPool {
  public:
   using Task = std::function<void(std::int64_t item, int worker)>;
 
-  // Throws std::invalid_argument unless 1 <= num_threads <= 1024.
+  // Throws Error (InvalidArgument) unless 1 <= num_threads <= 1024.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -1,5 +1,6 @@
 // Cache::check(): recomputes every count, link and state from scratch and compares. O(pages + nodes + leases).
 #include <set>
+#include <stdexcept>
 #include <unordered_map>
 
 #include "cache/cache.hpp"
@@ -7,32 +8,39 @@
 namespace radixkv {
 
 namespace {
-
 void expect(bool ok, const char* what) {
   if (!ok) throw std::logic_error(what);
 }
+}  // namespace
 
 // Walks what is reachable and counts it; compares at the end.
 class Audit {
  public:
-  explicit Audit(const RadixTree& tree) : tree_(tree), owned_(tree.pages.num_pages(), 0) {}
+  explicit Audit(const RadixTree& tree) : tree_(tree), owned_(tree.num_pages(), 0) {}
 
   void own(PageId page) {
-    expect(page >= 0 && page < tree_.pages.num_pages(), "a page id is out of range");
+    expect(page >= 0 && page < tree_.pages_.num_pages(), "a page id is out of range");
     expect(owned_[page]++ == 0, "a page has two owners");
   }
 
   void free_pages() {
     std::int64_t count = 0;
-    tree_.pages.for_each_free([&](PageId page) { own(page), ++count; });
-    expect(count == tree_.pages.num_free(), "the free list and num_free disagree");
+    tree_.pages_.for_each_free([&](PageId page) { own(page), ++count; });
+    expect(count == tree_.pages_.num_free(), "the free list and num_free disagree");
   }
 
   void lru() {
     NodeId before = kNone;
-    for (NodeId n = tree_.lru().coldest(); n != kNone; before = n, n = tree_.nodes[n].hotter) {
-      expect(tree_.nodes[n].colder == before, "the LRU list is broken");
+    for (NodeId n = tree_.lru_.coldest(); n != kNone; before = n, n = tree_.nodes_[n].hotter) {
+      expect(tree_.nodes_[n].colder == before, "the LRU list is broken");
       rank_[n] = static_cast<std::int64_t>(rank_.size());
+    }
+  }
+
+  void roots() {
+    for (const auto& [name, root] : tree_.roots_) {
+      expect(tree_.nodes_[root].root && !tree_.nodes_[root].detached, "a namespace names a node that is no live root");
+      subtree(root);
     }
   }
 
@@ -42,10 +50,10 @@ class Audit {
       const NodeId n = open.back();
       open.pop_back();
       visit(n);
-      tree_.index.check(n);
-      for (const NodeId child : tree_.index.list(n)) {
-        expect(tree_.nodes[child].parent == n, "a child names another parent");
-        expect(!tree_.nodes[child].detached, "a detached node is in the tree");
+      tree_.index_.check(n);
+      for (const NodeId child : tree_.index_.list(n)) {
+        expect(tree_.nodes_[child].parent == n, "a child names another parent");
+        expect(!tree_.nodes_[child].detached, "a detached node is in the tree");
         open.push_back(child);
       }
     }
@@ -53,32 +61,67 @@ class Audit {
 
   // A node that a lease or pin names, which may be out of the tree with the path above it.
   void holder(NodeId n) {
-    for (; n != kNone && tree_.nodes[n].detached && !seen_.count(n); n = tree_.nodes[n].parent) {
+    for (; n != kNone && tree_.nodes_[n].detached && !seen_.count(n); n = tree_.nodes_[n].parent) {
       visit(n);
-      if (tree_.nodes[n].locks == 0) break;  // held only: its parent may be gone
+      if (tree_.nodes_[n].locks == 0) break;  // held only: its parent may be gone
     }
     expect(n == kNone || seen_.count(n), "a holder names a node that is not reachable");
   }
 
-  void lock(NodeId n) { ++locks_[n]; }
-  void pin(NodeId n) { ++pins_[n]; }
-  void hold(NodeId n) { ++holds_[n]; }
+  // What a lease holds, and that its pages are the tree's as far as it shares them.
+  void lease(const Lease& l) {
+    lock(l.node_);
+    if (l.tail_ != kNone) lock(l.tail_);
+    if (l.source_ != kNone) holder(l.source_), ++holds_[l.source_];
+    expect(l.num_written_ <= l.num_tokens_ && l.num_cached_ <= l.num_written_, "a lease's lengths are disordered");
+    expect(static_cast<std::int64_t>(l.pages_.size()) == l.pages_for(l.num_tokens_), "a lease has too many pages");
+    const std::int64_t dropped = static_cast<std::int64_t>(l.first_page_) * tree_.page_size();
+    expect(dropped == static_cast<std::int64_t>(l.dropped_.size()), "a lease lost the tokens of pages it dropped");
+    expect(dropped <= l.num_written_, "a lease dropped what is not written");
+    std::int32_t depth = 0;
+    for (NodeId n = l.node_; n != kNone; n = tree_.nodes_[n].parent) depth += tree_.nodes_[n].num_pages;
+    expect(depth == l.num_shared_, "a lease's place in the tree and its shared pages disagree");
+    for (NodeId n = l.node_; n != kNone; n = tree_.nodes_[n].parent) {
+      PageId page = tree_.nodes_[n].last;
+      for (std::int32_t k = tree_.nodes_[n].num_pages; k > 0; --k, page = tree_.pages_.prev(page)) {
+        expect(l.pages_[--depth] == page, "a lease lists another page than the tree");
+      }
+    }
+    private_ += l.num_private();
+    for (std::size_t k = l.pages_.size() - l.num_private(); k < l.pages_.size(); ++k) own(l.pages_[k]);
+  }
+
+  // The journal has the full pages of the tree, and no others.
+  void journal(const Journal& journal) {
+    std::vector<bool> expected(tree_.num_pages(), false);
+    for (const NodeId n : seen_) {
+      const Node& node = tree_.nodes_[n];
+      if (node.root || node.detached || node.last_len < tree_.page_size()) continue;
+      PageId page = node.first;
+      for (std::int32_t i = 0; i < node.num_pages; ++i, page = tree_.pages_.next(page)) expected[page] = true;
+    }
+    for (PageId page = 0; page < tree_.num_pages(); ++page) {
+      expect(expected[page] == (journal.stored_at(page) >= 0), "the journal and the tree disagree on a page");
+    }
+  }
+
+  void pin(NodeId n) { lock(n), ++pins_[n]; }
 
   void finish() {
     std::int64_t guarded = 0, evictable = 0, pinned = 0;
     for (const NodeId n : seen_) {
-      const Node& node = tree_.nodes[n];
+      const Node& node = tree_.nodes_[n];
       if (node.parent != kNone && node.locks > 0) ++locks_[node.parent];
       if (node.parent != kNone && node.pins > 0) ++pins_[node.parent];
     }
     for (const NodeId n : seen_) {
-      const Node& node = tree_.nodes[n];
+      const Node& node = tree_.nodes_[n];
       expect(node.locks == locks_[n], "a lock count is wrong");
       expect(node.pins == pins_[n], "a pin count is wrong");
       expect(node.holds == holds_[n], "a hold count is wrong");
       const bool listed = !node.root && !node.detached && node.locks == 0;
       expect(listed == (rank_.count(n) > 0), "a node is on the LRU list and should not be, or the reverse");
-      if (listed && !tree_.nodes[node.parent].root && tree_.nodes[node.parent].locks == 0) {
+      if (listed && !tree_.nodes_[node.parent].root && tree_.nodes_[node.parent].locks == 0) {
         expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");
       }
       (node.locks > 0 || node.holds > 0 ? guarded : evictable) += node.num_pages;
@@ -91,14 +134,17 @@ class Audit {
     expect(pinned == tree_.num_pinned(), "the count of pinned pages is wrong");
     expect(static_cast<std::int64_t>(seen_.size()) == tree_.num_nodes(), "a node was lost");
     for (const auto owners : owned_) expect(owners == 1, "a page was lost");
+    if (tree_.journal() != nullptr) journal(*tree_.journal());
+    expect(tree_.num_free() + private_ + guarded + evictable == tree_.num_pages(),
+           "free + private + protected + evictable != num_pages");
   }
 
  private:
   void visit(NodeId n) {
     expect(seen_.insert(n).second, "a node is reached twice");
-    const Node& node = tree_.nodes[n];
+    const Node& node = tree_.nodes_[n];
     if (node.root) return expect(node.num_pages == 0, "a root holds pages");
-    const std::int32_t page_size = tree_.pages.page_size();
+    const std::int32_t page_size = tree_.pages_.page_size();
     expect(node.num_pages > 0, "a node holds no page");
     expect(node.last_len > 0 && node.last_len <= page_size, "an open page has a wrong length");
     expect(node.last_len == page_size || (node.num_pages == 1 && node.children == kNone),
@@ -107,104 +153,33 @@ class Audit {
     for (std::int32_t i = 0; i < node.num_pages; ++i) {
       own(page);
       if (i + 1 == node.num_pages) break;
-      expect(tree_.pages.prev(tree_.pages.next(page)) == page, "a run of pages is broken");
-      page = tree_.pages.next(page);
+      expect(tree_.pages_.prev(tree_.pages_.next(page)) == page, "a run of pages is broken");
+      page = tree_.pages_.next(page);
     }
     expect(page == node.last, "a run of pages does not end where its node says");
   }
 
+  void lock(NodeId n) { holder(n), ++locks_[n]; }
+
   const RadixTree& tree_;
+  std::int64_t private_ = 0;
   std::vector<std::int8_t> owned_;
   std::set<NodeId> seen_;
   std::unordered_map<NodeId, std::int64_t> rank_;
   std::unordered_map<NodeId, std::int32_t> locks_, pins_, holds_;
 };
 
-}  // namespace
-
 void Cache::check() {
   Guard guard(mutex_);
   Audit audit(tree_);
   audit.free_pages();
   audit.lru();
-  for (const auto& [name, root] : tree_.roots()) {
-    expect(tree_.nodes[root].root && !tree_.nodes[root].detached, "a namespace names a node that is no live root");
-    audit.subtree(root);
-  }
-  std::int64_t leases = 0, own = 0;
-  for (Lease* l = newest_; l; l = l->older_, ++leases) {
-    audit.holder(l->node_);
-    audit.lock(l->node_);
-    if (l->tail_ != kNone) audit.holder(l->tail_), audit.lock(l->tail_);
-    if (l->source_ != kNone) audit.holder(l->source_), audit.hold(l->source_);
-    expect(l->num_written_ <= l->num_tokens_ && l->num_cached_ <= l->num_written_, "a lease's lengths are disordered");
-    expect(static_cast<std::int64_t>(l->pages_.size()) == pages_for(l->num_tokens_), "a lease has too many pages");
-    const std::int64_t dropped = static_cast<std::int64_t>(l->first_page_) * page_size();
-    expect(dropped == static_cast<std::int64_t>(l->dropped_.size()), "a lease lost the tokens of pages it dropped");
-    expect(dropped <= l->num_written_, "a lease dropped what is not written");
-    std::int32_t depth = 0;
-    for (NodeId n = l->node_; n != kNone; n = tree_.nodes[n].parent) depth += tree_.nodes[n].num_pages;
-    expect(depth == l->num_shared_, "a lease's place in the tree and its shared pages disagree");
-    std::int32_t i = depth;
-    for (NodeId n = l->node_; n != kNone; n = tree_.nodes[n].parent) {
-      PageId page = tree_.nodes[n].last;
-      for (std::int32_t k = tree_.nodes[n].num_pages; k > 0; --k, page = tree_.pages.prev(page)) {
-        expect(l->pages_[--i] == page, "a lease lists another page than the tree");
-      }
-    }
-    for (std::size_t k = l->pages_.size() - l->num_private(); k < l->pages_.size(); ++k, ++own) audit.own(l->pages_[k]);
-  }
+  audit.roots();
+  std::int64_t leases = 0;
+  for (const Lease* l = newest_; l; l = l->older_, ++leases) audit.lease(*l);
   expect(leases == num_leases_, "the number of leases is wrong");
-  for (const Pin::Entry& entry : pins_) audit.holder(entry.node), audit.lock(entry.node), audit.pin(entry.node);
+  for (const NodeId node : pins_) audit.pin(node);
   audit.finish();
-  expect(tree_.pages.num_free() + own + tree_.num_protected() + tree_.num_evictable() == num_pages(),
-         "free + private + protected + evictable != num_pages");
-}
-
-Stats Cache::stats() {
-  Guard guard(mutex_);
-  std::int64_t own = 0;
-  for (const Lease* l = newest_; l; l = l->older_) own += l->num_private();
-  return Stats{num_pages(),
-               page_size(),
-               tree_.pages.num_free(),
-               own,
-               tree_.num_protected(),
-               tree_.num_evictable(),
-               tree_.num_nodes() - static_cast<std::int64_t>(tree_.roots().size()),
-               num_leases_,
-               static_cast<std::int64_t>(pins_.size()),
-               tree_.num_pinned(),
-               requests_,
-               input_tokens_,
-               hit_tokens_,
-               evicted_pages_,
-               committed_tokens_};
-}
-
-std::vector<SnapshotNode> Cache::snapshot() {
-  Guard guard(mutex_);
-  std::vector<SnapshotNode> out;
-  std::vector<NodeId> ids;
-  for (const auto& [name, root] : tree_.roots()) {
-    ids.push_back(root);
-    out.push_back({-1, name, {}, {}, tree_.nodes[root].locks, tree_.nodes[root].pins});
-  }
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    for (const NodeId child : tree_.index.list(ids[i])) {
-      const Node& node = tree_.nodes[child];
-      SnapshotNode s{static_cast<std::int32_t>(i), {}, {}, {}, node.locks, node.pins};
-      PageId page = node.first;
-      for (std::int32_t k = 0; k < node.num_pages; ++k, page = tree_.pages.next(page)) {
-        const std::int32_t n = k + 1 < node.num_pages ? page_size() : node.last_len;
-        s.pages.push_back(page);
-        s.tokens.insert(s.tokens.end(), tree_.pages.tokens(page), tree_.pages.tokens(page) + n);
-      }
-      ids.push_back(child);
-      out.push_back(std::move(s));
-    }
-  }
-  return out;
 }
 
 }  // namespace radixkv

@@ -26,7 +26,7 @@ ChildIndex::Best ChildIndex::find(NodeId parent, const Token* tokens, std::int64
 
 void ChildIndex::insert(NodeId child) {
   const NodeId parent = nodes_[child].parent;
-  nodes_[child].slot = kNone;
+  nodes_[child].branch = kNone;
   if (nodes_[parent].children == kNone) {
     nodes_[parent].children = child;
     return;
@@ -61,8 +61,8 @@ void ChildIndex::insert(NodeId child) {
 
 void ChildIndex::remove(NodeId child) {
   const NodeId parent = nodes_[child].parent;
-  const std::int32_t above = nodes_[child].slot;
-  nodes_[child].slot = kNone;
+  const std::int32_t above = nodes_[child].branch;
+  nodes_[child].branch = kNone;
   if (above == kNone) {
     nodes_[parent].children = kNone;
     return;
@@ -76,10 +76,10 @@ void ChildIndex::remove(NodeId child) {
 }
 
 void ChildIndex::replace(NodeId child, NodeId by) {
-  const std::int32_t above = nodes_[child].slot;
+  const std::int32_t above = nodes_[child].branch;
   point(nodes_[child].parent, above, child, by);
-  nodes_[by].slot = above;
-  nodes_[child].slot = kNone;
+  nodes_[by].branch = above;
+  nodes_[child].branch = kNone;
 }
 
 void ChildIndex::clear(NodeId parent) {
@@ -129,7 +129,7 @@ void ChildIndex::check(NodeId parent) const {
 }
 
 void ChildIndex::set_up(std::int32_t ref, std::int32_t up) {
-  (is_branch(ref) ? branch(ref).up : nodes_[ref].slot) = up;
+  (is_branch(ref) ? branch(ref).up : nodes_[ref].branch) = up;
 }
 
 void ChildIndex::point(NodeId parent, std::int32_t up, std::int32_t from, std::int32_t to) {

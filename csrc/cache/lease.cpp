@@ -1,45 +1,56 @@
-// Lease: the thread-bound face of a request. The work is done by Cache, under its mutex.
-#include <algorithm>
+#include "cache/lease.hpp"
+
 #include <cstring>
 
+#include "base/error.hpp"
 #include "cache/cache.hpp"
 
 namespace radixkv {
 
 Lease::Lease(std::shared_ptr<Cache> cache, std::string_view name)
-    : cache_(std::move(cache)), name_(name), thread_(std::this_thread::get_id()) {}
+    : cache_(std::move(cache)), tree_(cache_->tree_), name_(name), thread_(std::this_thread::get_id()) {}
 
 Lease::~Lease() {
   if (released()) return;
   Cache::Guard guard(cache_->mutex_);
-  cache_->release(*this, false);
+  let_go(false);
 }
 
+// --- who may use it --------------------------------------------------------------------------------------------------
+
 const Lease* Lease::use() const {
-  if (released()) throw Error(ErrorKind::LeaseError, "the lease was released: acquire the tokens again");
+  if (released()) fail(ErrorKind::LeaseError, "the lease was released: acquire the tokens again");
   if (thread_.load(std::memory_order_relaxed) != std::this_thread::get_id()) {
-    throw Error(ErrorKind::LeaseError,
-                "the lease belongs to another thread: call lease.adopt() in the thread that takes it over");
+    fail(ErrorKind::LeaseError,
+         "the lease belongs to another thread: call lease.adopt() in the thread that takes it over");
   }
   return this;
 }
 
 void Lease::change() const {
   use();
-  check_idle();
+  check_free();
 }
 
-void Lease::check_idle() const {
-  switch (state_.load()) {
-    case State::idle:
-      return;
-    case State::in_step:
-      throw Error(ErrorKind::LeaseError,
-                  "the lease is in an open step, whose rows go into its pages: leave the step first");
-    case State::releasing:
-      throw Error(ErrorKind::LeaseError, "the lease is being released: on_release may read it, not change it");
-  }
+void Lease::check_free() const {
+  if (!in_step_.load()) return;
+  fail(ErrorKind::LeaseError, "the lease is in an open step, whose rows go into its pages: leave the step first");
 }
+
+void Lease::adopt() {
+  Cache::Guard guard(cache_->mutex_);
+  if (released()) fail(ErrorKind::LeaseError, "the lease was released: acquire the tokens again");
+  check_free();
+  thread_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+}
+
+// --- reading ---------------------------------------------------------------------------------------------------------
+
+std::int32_t Lease::pages_for(std::int64_t tokens) const {
+  return static_cast<std::int32_t>((tokens + tree_.page_size() - 1) / tree_.page_size());
+}
+
+std::int64_t Lease::num_dropped() const { return static_cast<std::int64_t>(use()->first_page_) * tree_.page_size(); }
 
 bool Lease::copy(PageCopy* out) const {
   use();
@@ -47,67 +58,302 @@ bool Lease::copy(PageCopy* out) const {
   return source_ != kNone;
 }
 
-const Token* Lease::tokens_of(PageId page) const { return cache_->tree_.pages.tokens(page); }
-
 void Lease::read_tokens(std::int64_t from, std::int64_t to, Token* out) const {
   use();
-  const std::int64_t page_size = cache_->page_size();
-  if (const auto dropped = std::min(to, num_dropped()); from < dropped) {
+  copy_tokens(from, to, out);
+}
+
+void Lease::copy_tokens(std::int64_t from, std::int64_t to, Token* out) const {
+  const std::int64_t page_size = tree_.page_size();
+  if (const auto dropped = std::min<std::int64_t>(to, dropped_.size()); from < dropped) {
     out = std::copy(dropped_.begin() + from, dropped_.begin() + dropped, out);
     from = dropped;
   }
   while (from < to) {
     const std::int64_t offset = from % page_size, part = std::min(page_size - offset, to - from);
-    const Token* tokens = tokens_of(pages_[from / page_size]) + offset;
+    const Token* tokens = tree_.tokens(pages_[from / page_size]) + offset;
     std::memcpy(out, tokens, part * sizeof(Token));
     out += part;
     from += part;
   }
 }
 
+// --- it begins -------------------------------------------------------------------------------------------------------
+
+// Its pages_ have their final size, those of the match in front. Nothing here fails.
+void Lease::start(const Match& match, const Token* tokens, std::int64_t n) {
+  const std::int64_t shared = static_cast<std::int64_t>(match.pages) * tree_.page_size();
+  node_ = tree_.end_of(match);
+  tree_.lock(node_);
+  const NodeId source = match.partial > 0 ? tree_.isolate(match.source) : kNone;
+  num_shared_ = match.pages;
+  const bool in_place = take_pages(static_cast<std::int32_t>(pages_.size()) - match.pages, match.source_page);
+  if (source != kNone) copy_open_page(source, match.source_page, match.partial, in_place);
+  num_tokens_ = shared;
+  write_tokens(tokens + shared, n - shared);
+  num_prompt_ = n;
+  num_cached_ = num_written_ = shared + match.partial;
+  cache_->enlist(*this);
+}
+
+// Fills the last `need` places of pages_. Where the copy source itself is among the evicted pages it becomes the copy:
+// true, and nothing is left to copy.
+bool Lease::take_pages(std::int32_t need, PageId source) {
+  return tree_.take(pages_.data() + pages_.size() - need, need, source);
+}
+
+// The first page of its own begins with `tokens` tokens of `page`, the page of node `source`.
+void Lease::copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place) {
+  if (in_place) return;
+  const PageId target = pages_[num_shared_];
+  std::memcpy(tree_.tokens(target), tree_.tokens(page), tokens * sizeof(Token));
+  tree_.hold(source);
+  source_ = source;
+  copy_ = {page, target, tokens};
+}
+
+void Lease::write_tokens(const Token* tokens, std::int64_t n) {
+  const std::int64_t page_size = tree_.page_size();
+  for (std::int64_t done = 0; done < n;) {
+    const std::int64_t at = num_tokens_ + done;
+    const std::int64_t offset = at % page_size;
+    const std::int64_t part = std::min<std::int64_t>(page_size - offset, n - done);
+    std::memcpy(tree_.tokens(pages_[at / page_size]) + offset, tokens + done, part * sizeof(Token));
+    done += part;
+  }
+  num_tokens_ += n;
+}
+
+// --- it grows --------------------------------------------------------------------------------------------------------
+
 void Lease::extend(const Token* tokens, std::int64_t n) {
   change();
+  if (n == 0) return;
   Cache::Guard guard(cache_->mutex_);
-  cache_->extend(*this, tokens, n);
+  cache_->check_open();
+  Cache::check_tokens(tokens, n, 0);
+  cache_->check_length(num_tokens_ + n, std::max(0, first_page_ - num_shared_));
+  const std::size_t total = pages_for(num_tokens_ + n);
+  if (total > pages_.capacity()) pages_.reserve(std::max(total, 2 * pages_.size()));
+  const auto more = static_cast<std::int32_t>(total - pages_.size());
+  // An open page that a commit published never changes: go on in a copy of it. Where no page is left for the copy and
+  // nobody else has use for the published one, it leaves the tree and is written to again.
+  const NodeId tail = tail_;
+  const bool back = tail != kNone && more == tree_.num_free() + tree_.num_evictable() && tree_.only_lease(tail);
+  const std::int32_t need = more + (tail != kNone && !back ? 1 : 0);
+  cache_->require_pages(need, 0);
+
+  const PageId open = pages_.back();
+  if (back) tree_.take_back(tail);
+  pages_.resize(total);
+  take_pages(need, kNone);
+  if (tail != kNone && !back) {
+    copy_open_page(tail, open, static_cast<std::int32_t>(num_tokens_ % tree_.page_size()), false);
+    tree_.unlock(tail);
+  }
+  tail_ = kNone;
+  write_tokens(tokens, n);
 }
 
 void Lease::advance(std::int64_t n) {
   change();
   Cache::Guard guard(cache_->mutex_);
-  cache_->advance(*this, n);
+  note_written(n);
 }
 
-std::int64_t Lease::num_dropped() const { return static_cast<std::int64_t>(use()->first_page_) * cache_->page_size(); }
+void Lease::note_written(std::int64_t n) {
+  const std::int64_t unwritten = num_tokens_ - num_written_;
+  if (n < 0) n = unwritten;
+  if (n > unwritten) {
+    invalid("advance by " + str(n) + ": only " + str(unwritten) + " of " + str(num_tokens_) +
+            " tokens are unwritten; extend() first");
+  }
+  if (source_ != kNone) tree_.drop_hold(source_);
+  source_ = kNone;
+  num_written_ += n;
+}
 
+// Shared pages leave the view only. Private ones are freed, last first, so that their ids come back in ascending order.
 std::int64_t Lease::drop(std::int64_t num_tokens) {
   change();
   Cache::Guard guard(cache_->mutex_);
-  return cache_->drop(*this, num_tokens);
+  if (num_tokens < 0 || num_tokens > num_written_) {
+    invalid("drop the first " + str(num_tokens) + " tokens: only the " + str(num_written_) +
+            " written ones can be dropped");
+  }
+  const auto first = static_cast<std::int32_t>(num_tokens / tree_.page_size());
+  if (first <= first_page_) return 0;
+  const std::int64_t known = num_dropped(), to = static_cast<std::int64_t>(first) * tree_.page_size();
+  std::vector<Token> tokens(to - known);
+  read_tokens(known, to, tokens.data());
+  dropped_.insert(dropped_.end(), tokens.begin(), tokens.end());
+
+  // Nothing below fails.
+  const std::int32_t own = std::max(num_shared_, first_page_);
+  for (std::int32_t i = first; i-- > own;) {
+    tree_.give_back(pages_[i]);
+    pages_[i] = kNone;
+  }
+  first_page_ = first;
+  return std::max(0, first - own);
 }
+
+// --- it publishes: from its own place in the tree, O(new pages) -----------------------------------------------------
 
 void Lease::commit() {
   change();
   Cache::Guard guard(cache_->mutex_);
-  cache_->commit(*this, false);
+  publish_written(false);
 }
+
+void Lease::publish_written(bool closing) {
+  if (tree_.detached(root_)) return;      // its namespace was cleared: these tokens are not to be found again
+  if (tail_ != kNone) return;             // an earlier commit published the open page, and nothing came after
+  if (source_ != kNone) return;           // nobody has said that the open page's copy is made; the rest is shared
+  if (first_page_ > num_shared_) return;  // what comes next was dropped
+  const std::int32_t page_size = tree_.page_size();
+  const auto full = static_cast<std::int32_t>(num_written_ / page_size);
+  const auto rest = static_cast<std::int32_t>(num_written_ % page_size);
+  while (num_shared_ < full) {
+    const RadixTree::Child child = tree_.child(node_, pages_[num_shared_], page_size);
+    if (child.shared == page_size) {
+      fold(child.node, full);
+    } else {
+      publish(full, child.whole ? child.node : kNone);
+    }
+  }
+  // A page with unwritten tokens is still to be written to, so it waits; a published page never changes.
+  if (rest > 0 && (closing || num_written_ == num_tokens_)) publish_open(rest, closing);
+}
+
+// Another request published `child` first: use its pages and free the duplicates.
+void Lease::fold(NodeId child, std::int32_t full) {
+  const std::int32_t k = tree_.replace_duplicates(child, pages_.data() + num_shared_, full - num_shared_);
+  const NodeId node = tree_.upper(child, k);
+  tree_.lock(node);
+  tree_.unlock(node_);
+  node_ = node;
+  num_shared_ += k;
+}
+
+// The rest of the full pages is new; `shorter` is an open page that is a prefix of the first of them, if there is one.
+void Lease::publish(std::int32_t full, NodeId shorter) {
+  const PageId* run = pages_.data() + num_shared_;
+  const std::int32_t count = full - num_shared_;
+  const bool pinned = shorter != kNone && tree_.pinned(shorter);
+  if (shorter != kNone) tree_.remove_open(shorter);
+  if (!pinned && tree_.can_append(node_)) {
+    tree_.append(node_, run, count);
+  } else {
+    const NodeId node = tree_.add(node_, run, count, tree_.page_size());
+    tree_.lock(node);
+    tree_.unlock(node_);
+    node_ = node;
+    if (pinned) cache_->move_pins(shorter, tree_.isolate(node));
+  }
+  num_shared_ = full;
+  cache_->committed_tokens_ += static_cast<std::int64_t>(count) * tree_.page_size();
+}
+
+void Lease::publish_open(std::int32_t tokens, bool closing) {
+  const PageId page = pages_[num_shared_];
+  const RadixTree::Child child = tree_.child(node_, page, tokens);
+  if (child.shared == tokens) {  // a page of the tree begins with these tokens already
+    if (closing) {
+      const NodeId node = tree_.isolate(child.node);
+      tree_.lock(node);
+      tree_.unlock(node);  // used just now
+    }
+    return;
+  }
+  const NodeId shorter = child.whole ? child.node : kNone;
+  const bool pinned = shorter != kNone && tree_.pinned(shorter);
+  if (shorter != kNone) tree_.remove_open(shorter);
+  tail_ = tree_.add(node_, &page, 1, tokens);
+  tree_.lock(tail_);
+  if (pinned) cache_->move_pins(shorter, tail_);
+  cache_->committed_tokens_ += tokens;
+}
+
+// --- it ends, or goes on twice ---------------------------------------------------------------------------------------
 
 void Lease::release(bool commit) {
   change();
   Cache::Guard guard(cache_->mutex_);
-  cache_->release(*this, commit);
+  let_go(commit);
+}
+
+void Lease::let_go(bool commit) {
+  if (commit) publish_written(true);
+  if (Journal* journal = tree_.journal()) record(*journal);
+  if (source_ != kNone) tree_.drop_hold(source_);
+  for (std::int64_t i = num_private(); i > 0; --i) {
+    tree_.give_back(pages_.back());
+    pages_.pop_back();
+  }
+  if (tail_ != kNone) tree_.unlock(tail_);
+  tree_.unlock(node_);
+  cache_->delist(*this);
+}
+
+void Lease::record(Journal& journal) const noexcept {
+  try {
+    Release release{name_, num_prompt_, std::vector<Token>(num_tokens_)};
+    copy_tokens(0, num_tokens_, release.tokens.data());
+    journal.released(std::move(release));
+  } catch (...) {
+    journal.lost_release();
+  }
 }
 
 std::unique_ptr<Lease> Lease::fork() {
   change();
   Cache::Guard guard(cache_->mutex_);
-  return cache_->fork(*this);
+  cache_->check_open();
+  check_fork();
+  auto child = std::make_unique<Lease>(cache_, name_);
+  child->pages_.reserve(pages_.size());
+  child->dropped_ = dropped_;
+  cache_->require_pages(num_tokens_ % tree_.page_size() > 0 ? 1 : 0, 0);
+  share_with(*child);
+  return child;
 }
 
-void Lease::adopt() {
-  Cache::Guard guard(cache_->mutex_);
-  if (released()) throw Error(ErrorKind::LeaseError, "the lease was released: acquire the tokens again");
-  check_idle();
-  thread_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+void Lease::check_fork() const {
+  if (num_written_ != num_tokens_ || source_ != kNone) {
+    fail(ErrorKind::LeaseError, "fork needs every token written and every copy made: " + str(num_written_) + " of " +
+                                    str(num_tokens_) + " are written; run the step or advance() first");
+  }
+  if (tree_.detached(root_)) {
+    fail(ErrorKind::LeaseError, "cannot fork: the namespace was cleared; acquire the tokens again");
+  }
+  if (first_page_ > num_shared_) {
+    fail(ErrorKind::LeaseError, "cannot fork: the first " + str(num_dropped()) + " tokens were dropped, " +
+                                    str(static_cast<std::int64_t>(num_shared_) * tree_.page_size()) +
+                                    " of them committed; commit() before drop()");
+  }
+}
+
+// Sharing goes through the tree. The child's memory is there, and so is a page for its copy of the open page.
+void Lease::share_with(Lease& child) {
+  publish_written(false);
+  child.pages_ = pages_;
+  child.root_ = root_;
+  child.node_ = node_;
+  child.num_shared_ = num_shared_;
+  child.first_page_ = first_page_;
+  child.num_prompt_ = num_prompt_;
+  child.num_cached_ = child.num_written_ = child.num_tokens_ = num_tokens_;
+  tree_.lock(child.node_);
+  const auto rest = static_cast<std::int32_t>(num_tokens_ % tree_.page_size());
+  if (rest > 0) {
+    const NodeId found = tail_ != kNone ? tail_ : tree_.child(node_, pages_.back(), rest).node;
+    const PageId page = tree_.first_page(found);
+    const NodeId source = tree_.isolate(found);
+    const bool in_place = child.take_pages(1, page);
+    child.copy_open_page(source, page, rest, in_place);
+  }
+  cache_->enlist(child);
 }
 
 }  // namespace radixkv

@@ -11,7 +11,7 @@
 // down to its end, and that end is where it was.
 #pragma once
 
-#include "base/common.hpp"
+#include "base/ids.hpp"
 
 namespace radixkv {
 
@@ -21,7 +21,7 @@ struct Node {
   std::int32_t num_pages;
   std::int32_t last_len;  // tokens in its last page: page_size, or fewer in a node that is one open page
   std::int32_t children;  // ChildIndex reference to its children
-  std::int32_t slot;      // branch above it in its parent's ChildIndex; kNone: it is the only child
+  std::int32_t branch;    // above it in its parent's ChildIndex; kNone: it is the only child
   NodeId colder, hotter;  // neighbours on the LRU list; a node is on it while it is attached, unlocked and no root
   std::int32_t locks;     // leases and pins that end here, plus children with locks
   std::int32_t pins;      // pins that end here, plus children with pins

@@ -7,7 +7,8 @@
 //   next/prev  link the pages of one node of the tree into a run; `next` also links the free pages
 #pragma once
 
-#include "base/common.hpp"
+#include "base/ids.hpp"
+#include "base/memory.hpp"
 
 namespace radixkv {
 

@@ -1,11 +1,26 @@
 #include "cache/radix_tree.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 namespace radixkv {
 
 RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size)
-    : pages(num_pages, page_size), nodes(2 * static_cast<std::size_t>(num_pages) + 1), index(nodes, pages) {}
+    : pages_(num_pages, page_size), nodes_(2 * static_cast<std::size_t>(num_pages) + 1), index_(nodes_, pages_) {}
+
+// --- pages -----------------------------------------------------------------------------------------------------------
+
+bool RadixTree::take(PageId* out, std::int32_t need, PageId watch) {
+  bool watched = false;
+  if (const std::int32_t missing = need - num_free(); missing > 0) watched = evict(missing, watch).watched;
+  std::int32_t taken = 0;
+  if (watched) {
+    pages_.take_this(watch, need);
+    out[taken++] = watch;
+  }
+  for (; taken < need; ++taken) out[taken] = pages_.take();
+  return watched;
+}
 
 // --- roots -----------------------------------------------------------------------------------------------------------
 
@@ -16,6 +31,7 @@ NodeId RadixTree::find_root(std::string_view name) const {
 
 NodeId RadixTree::make_root(std::string_view name) {
   if (const NodeId root = find_root(name); root != kNone) return root;
+  if (journal_) journal_->name(free_ != kNone ? free_ : fresh_, name);
   const auto it = roots_.emplace(std::string(name), kNone).first;
   const NodeId root = free_ != kNone ? free_ : fresh_;
   try {
@@ -25,12 +41,12 @@ NodeId RadixTree::make_root(std::string_view name) {
     throw;
   }
   it->second = new_node(kNone);
-  nodes[root].root = true;
+  nodes_[root].root = true;
   return root;
 }
 
 void RadixTree::drop_root_if_bare(NodeId root) {
-  const Node& n = nodes[root];
+  const Node& n = nodes_[root];
   if (n.locks > 0 || n.children != kNone) return;
   if (!n.detached) {
     const auto it = root_names_.find(root);
@@ -43,27 +59,28 @@ void RadixTree::drop_root_if_bare(NodeId root) {
 // --- matching --------------------------------------------------------------------------------------------------------
 
 Match RadixTree::match(NodeId root, const Token* tokens, std::int64_t n, PageId* out) const {
-  const std::int32_t page_size = pages.page_size();
+  const std::int32_t page_size = pages_.page_size();
   Match m{root, 0, 0};
   while (true) {
     const std::int64_t at = static_cast<std::int64_t>(m.pages) * page_size;
-    const auto [child, shared] = index.find(m.node, tokens + at, n - at);
+    const auto [child, shared] = index_.find(m.node, tokens + at, n - at);
     if (child == kNone || shared < page_size) {
-      if (shared > 0) m.source = child, m.source_page = nodes[child].first, m.partial = shared;
+      if (shared > 0) m.source = child, m.source_page = nodes_[child].first, m.partial = shared;
       return m;
     }
-    const auto limit = static_cast<std::int32_t>(std::min<std::int64_t>(nodes[child].num_pages, (n - at) / page_size));
-    const std::int32_t equal = pages.count_equal(nodes[child].first, limit, tokens + at, out ? out + m.pages : nullptr);
+    const auto limit = static_cast<std::int32_t>(std::min<std::int64_t>(nodes_[child].num_pages, (n - at) / page_size));
+    const std::int32_t equal =
+        pages_.count_equal(nodes_[child].first, limit, tokens + at, out ? out + m.pages : nullptr);
     m.node = child;
     m.node_pages = equal;
     m.pages += equal;
-    if (equal == nodes[child].num_pages) continue;
+    if (equal == nodes_[child].num_pages) continue;
     // The match ends inside this node's run: only its next page can hold more.
     const std::int64_t end = static_cast<std::int64_t>(m.pages) * page_size;
-    PageId next = nodes[child].first;
-    for (std::int32_t i = 0; i < equal; ++i) next = pages.next(next);
+    PageId next = nodes_[child].first;
+    for (std::int32_t i = 0; i < equal; ++i) next = pages_.next(next);
     const auto most = static_cast<std::int32_t>(std::min<std::int64_t>(page_size, n - end));
-    m.partial = pages.common_prefix(next, tokens + end, most);
+    m.partial = pages_.common_prefix(next, tokens + end, most);
     if (m.partial > 0) m.source = child, m.source_page = next;
     return m;
   }
@@ -71,78 +88,101 @@ Match RadixTree::match(NodeId root, const Token* tokens, std::int64_t n, PageId*
 
 std::int64_t RadixTree::evictable_on_path(const Match& m) const {
   std::int64_t count = 0;
-  for (NodeId n = m.node; !nodes[n].root && nodes[n].locks == 0; n = nodes[n].parent) {
-    if (nodes[n].holds == 0) count += n == m.node ? m.node_pages : nodes[n].num_pages;
+  for (NodeId n = m.node; !nodes_[n].root && nodes_[n].locks == 0; n = nodes_[n].parent) {
+    if (nodes_[n].holds == 0) count += n == m.node ? m.node_pages : nodes_[n].num_pages;
   }
   return count;
 }
 
 std::int64_t RadixTree::unpinned_on_path(const Match& m) const {
-  std::int64_t count = m.partial > 0 && nodes[m.source].pins == 0;
-  for (NodeId n = m.node; !nodes[n].root && nodes[n].pins == 0; n = nodes[n].parent) {
-    count += n == m.node ? m.node_pages : nodes[n].num_pages;
+  std::int64_t count = m.partial > 0 && nodes_[m.source].pins == 0;
+  for (NodeId n = m.node; !nodes_[n].root && nodes_[n].pins == 0; n = nodes_[n].parent) {
+    count += n == m.node ? m.node_pages : nodes_[n].num_pages;
   }
   return count;
+}
+
+RadixTree::Child RadixTree::child(NodeId n, PageId page, std::int32_t count) const {
+  const auto [node, shared] = index_.find(n, tokens(page), count);
+  return Child{node, shared, node != kNone && shared == index_.key_tokens(node)};
 }
 
 // --- shape -----------------------------------------------------------------------------------------------------------
 
 NodeId RadixTree::new_node(NodeId parent) {
   const NodeId n = free_ != kNone ? free_ : fresh_++;
-  if (n == free_) free_ = nodes[n].parent;
-  nodes[n] = Node{parent, kNone, kNone, 0, pages.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0, false, false};
+  if (n == free_) free_ = nodes_[n].parent;
+  nodes_[n] = Node{parent, kNone, kNone, 0, pages_.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0, false, false};
   ++num_nodes_;
   return n;
 }
 
 void RadixTree::free_node(NodeId n) {
-  nodes[n].parent = free_;
+  nodes_[n].parent = free_;
   free_ = n;
   --num_nodes_;
 }
 
 NodeId RadixTree::split(NodeId n, std::int32_t k) {
-  const NodeId upper = new_node(nodes[n].parent);
-  Node &u = nodes[upper], &l = nodes[n];
+  const NodeId upper = new_node(nodes_[n].parent);
+  Node &u = nodes_[upper], &l = nodes_[n];
   PageId cut = l.first;
-  for (std::int32_t i = 1; i < k; ++i) cut = pages.next(cut);
+  for (std::int32_t i = 1; i < k; ++i) cut = pages_.next(cut);
   u.first = l.first;
   u.last = cut;
   u.num_pages = k;
-  index.replace(n, upper);
-  l.first = pages.next(cut);
+  index_.replace(n, upper);
+  l.first = pages_.next(cut);
   l.num_pages -= k;
   l.parent = upper;
   u.locks = l.locks > 0;
   u.pins = l.pins > 0;
-  index.insert(n);
+  index_.insert(n);
   if (u.locks == 0) lru_.insert_hotter_than(n, upper);
   return upper;
 }
 
+NodeId RadixTree::upper(NodeId n, std::int32_t k) { return k < nodes_[n].num_pages ? split(n, k) : n; }
+
+NodeId RadixTree::end_of(const Match& m) { return m.node_pages > 0 ? upper(m.node, m.node_pages) : m.node; }
+
+std::int32_t RadixTree::replace_duplicates(NodeId n, PageId* run, std::int32_t count) {
+  const std::int32_t most = std::min(nodes_[n].num_pages, count);
+  const std::size_t bytes = page_size() * sizeof(Token);
+  std::int32_t k = 0;
+  for (PageId page = nodes_[n].first; k < most; ++k, page = pages_.next(page)) {
+    if (std::memcmp(tokens(page), tokens(run[k]), bytes) != 0) break;
+    pages_.give_back(run[k]);
+    run[k] = page;
+  }
+  return k;
+}
+
 NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len) {
   const NodeId n = new_node(parent);
-  Node& node = nodes[n];
+  Node& node = nodes_[n];
   node.first = run[0];
   node.last = run[count - 1];
   node.num_pages = count;
   node.last_len = last_len;
-  for (std::int32_t i = 1; i < count; ++i) pages.link(run[i - 1], run[i]);
-  index.insert(n);
+  for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
+  index_.insert(n);
   lru_.push_hottest(n);
   evictable_ += count;
+  if (journal_ && last_len == page_size()) record_run(parent, nodes_[parent].last, run, count);
   return n;
 }
 
 bool RadixTree::can_append(NodeId n) const {
-  const Node& node = nodes[n];
+  const Node& node = nodes_[n];
   return !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone;
 }
 
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
-  Node& node = nodes[n];
+  Node& node = nodes_[n];
+  if (journal_) record_run(n, node.last, run, count);
   for (std::int32_t i = 0; i < count; ++i) {
-    pages.link(node.last, run[i]);
+    pages_.link(node.last, run[i]);
     node.last = run[i];
   }
   node.num_pages += count;
@@ -150,8 +190,8 @@ void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
 }
 
 void RadixTree::remove_open(NodeId open) {
-  index.remove(open);
-  Node& n = nodes[open];
+  index_.remove(open);
+  Node& n = nodes_[open];
   if (n.locks == 0) lru_.remove(open);
   if (n.locks > 0 || n.holds > 0) {
     n.detached = true;
@@ -162,30 +202,31 @@ void RadixTree::remove_open(NodeId open) {
 }
 
 bool RadixTree::only_lease(NodeId open) const {
-  const Node& n = nodes[open];
+  const Node& n = nodes_[open];
   return n.locks == 1 && n.pins == 0 && n.holds == 0;
 }
 
-std::int32_t RadixTree::take_back(NodeId open) {
-  const Node& n = nodes[open];
+void RadixTree::take_back(NodeId open) {
+  const Node& n = nodes_[open];
   const NodeId parent = n.parent;
-  const bool attached = !n.detached;
-  if (attached) index.remove(open);
+  if (!n.detached) {
+    index_.remove(open);
+    ++num_evicted_;
+  }
   protected_ -= n.num_pages;
   free_node(open);
   unlock(parent);
-  return attached ? 1 : 0;
 }
 
 std::int32_t RadixTree::free_pages(NodeId n) {
   // Tail first, so that the run is handed out again in ascending order.
-  PageId page = nodes[n].last;
-  for (std::int32_t i = 0; i < nodes[n].num_pages; ++i) {
-    const PageId prev = pages.prev(page);
-    pages.give_back(page);
+  PageId page = nodes_[n].last;
+  for (std::int32_t i = 0; i < nodes_[n].num_pages; ++i) {
+    const PageId prev = pages_.prev(page);
+    pages_.give_back(page);
     page = prev;
   }
-  return nodes[n].num_pages;
+  return nodes_[n].num_pages;
 }
 
 // --- locks, pins and holds -------------------------------------------------------------------------------------------
@@ -201,18 +242,18 @@ void RadixTree::expose(const Node& n) {
 }
 
 void RadixTree::lock(NodeId n) {
-  for (; n != kNone; n = nodes[n].parent) {
-    if (nodes[n].locks++ > 0) return;
-    if (nodes[n].root) return;
+  for (; n != kNone; n = nodes_[n].parent) {
+    if (nodes_[n].locks++ > 0) return;
+    if (nodes_[n].root) return;
     lru_.remove(n);
-    if (nodes[n].holds == 0) protect(nodes[n]);
+    if (nodes_[n].holds == 0) protect(nodes_[n]);
   }
 }
 
 void RadixTree::unlock(NodeId n) {
   while (n != kNone) {
-    if (--nodes[n].locks > 0) return;
-    const Node& node = nodes[n];
+    if (--nodes_[n].locks > 0) return;
+    const Node& node = nodes_[n];
     const NodeId parent = node.parent;
     if (node.root) {
       drop_root_if_bare(n);
@@ -228,20 +269,20 @@ void RadixTree::unlock(NodeId n) {
 }
 
 void RadixTree::pin(NodeId n) {
-  for (; n != kNone && nodes[n].pins++ == 0; n = nodes[n].parent) pinned_ += nodes[n].num_pages;
+  for (; n != kNone && nodes_[n].pins++ == 0; n = nodes_[n].parent) pinned_ += nodes_[n].num_pages;
 }
 
 void RadixTree::unpin(NodeId n) {
-  for (; n != kNone && --nodes[n].pins == 0; n = nodes[n].parent) pinned_ -= nodes[n].num_pages;
+  for (; n != kNone && --nodes_[n].pins == 0; n = nodes_[n].parent) pinned_ -= nodes_[n].num_pages;
 }
 
 void RadixTree::hold(NodeId n) {
-  if (nodes[n].holds++ == 0 && nodes[n].locks == 0) protect(nodes[n]);
+  if (nodes_[n].holds++ == 0 && nodes_[n].locks == 0) protect(nodes_[n]);
 }
 
 void RadixTree::drop_hold(NodeId n) {
-  const Node& node = nodes[n];
-  if (--nodes[n].holds > 0 || node.locks > 0) return;
+  const Node& node = nodes_[n];
+  if (--nodes_[n].holds > 0 || node.locks > 0) return;
   if (!node.detached) return expose(node);
   protected_ -= free_pages(n);
   free_node(n);
@@ -253,31 +294,34 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
   Evicted out{0, false};
   while (out.pages < count && lru_.coldest() != kNone) {
     const NodeId victim = lru_.coldest();
-    Node& node = nodes[victim];
+    Node& node = nodes_[victim];
     const NodeId parent = node.parent;
     if (node.holds > 0) {
-      index.remove(victim);
+      if (journal_) record_removed(node);
+      index_.remove(victim);
       lru_.remove(victim);
       node.detached = true;
     } else {
       const auto trim = static_cast<std::int32_t>(std::min<std::int64_t>(node.num_pages, count - out.pages));
       for (std::int32_t i = 0; i < trim; ++i) {
         const PageId page = node.last;
-        node.last = pages.prev(page);
+        node.last = pages_.prev(page);
         out.watched |= page == watch;
-        pages.give_back(page);
+        if (journal_ && node.last_len == page_size()) journal_->removed(page);
+        pages_.give_back(page);
       }
       evictable_ -= trim;
+      num_evicted_ += trim;
       out.pages += trim;
       if (trim < node.num_pages) {
         node.num_pages -= trim;
         return out;
       }
-      index.remove(victim);
+      index_.remove(victim);
       lru_.remove(victim);
       free_node(victim);
     }
-    if (nodes[parent].root) drop_root_if_bare(parent);
+    if (nodes_[parent].root) drop_root_if_bare(parent);
   }
   return out;
 }
@@ -285,12 +329,15 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
 std::int32_t RadixTree::clear(NodeId root) {
   std::vector<NodeId> all{root};
   for (std::size_t i = 0; i < all.size(); ++i) {
-    for (const NodeId child : index.list(all[i])) all.push_back(child);
+    for (const NodeId child : index_.list(all[i])) all.push_back(child);
+  }
+  if (journal_) {
+    for (auto n = all.rbegin(); n != all.rend(); ++n) record_removed(nodes_[*n]);  // children first
   }
   std::int32_t freed = 0;
   for (const NodeId n : all) {
-    index.clear(n);
-    Node& node = nodes[n];
+    index_.clear(n);
+    Node& node = nodes_[n];
     if (node.root) continue;
     if (node.locks == 0) lru_.remove(n);
     if (node.locks > 0 || node.holds > 0) {
@@ -304,9 +351,59 @@ std::int32_t RadixTree::clear(NodeId root) {
   const auto it = root_names_.find(root);
   roots_.erase(it->second);
   root_names_.erase(it);
-  nodes[root].detached = true;
+  nodes_[root].detached = true;
   drop_root_if_bare(root);
   return freed;
+}
+
+// --- the journal -----------------------------------------------------------------------------------------------------
+
+// A run of full pages under `parent`, after the page `before` (kNone under a root).
+void RadixTree::record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count) {
+  const NodeId root = nodes_[parent].root ? parent : kNone;  // below, a page is of its parent's namespace
+  for (std::int32_t i = 0; i < count; ++i) journal_->stored(run[i], i > 0 ? run[i - 1] : before, root, tokens(run[i]));
+}
+
+// All pages of a node, last first; an open page never was recorded.
+void RadixTree::record_removed(const Node& n) {
+  if (n.last_len < page_size()) return;
+  PageId page = n.last;
+  for (std::int32_t i = 0; i < n.num_pages; ++i, page = pages_.prev(page)) journal_->removed(page);
+}
+
+Journal& RadixTree::start_journal() {
+  if (!journal_) {
+    auto journal = std::make_unique<Journal>(num_pages(), page_size());
+    record_all(*journal);
+    journal_ = std::move(journal);
+  }
+  return *journal_;
+}
+
+JournalBatch RadixTree::dump() const {
+  Journal all(num_pages(), page_size());
+  record_all(all);
+  return all.read(0, all.end());
+}
+
+void RadixTree::record_all(Journal& journal) const {
+  std::vector<NodeId> open;
+  for (const auto& [name, root] : roots_) {
+    journal.name(root, name);
+    open.push_back(root);
+  }
+  while (!open.empty()) {
+    const NodeId n = open.back();
+    open.pop_back();
+    for (const NodeId child : index_.list(n)) open.push_back(child);
+    const Node& node = nodes_[n];
+    if (node.root || node.last_len < page_size()) continue;
+    const NodeId root = nodes_[node.parent].root ? node.parent : kNone;
+    PageId before = nodes_[node.parent].last, page = node.first;
+    for (std::int32_t i = 0; i < node.num_pages; ++i, before = page, page = pages_.next(page)) {
+      journal.stored(page, before, root, tokens(page));
+    }
+  }
 }
 
 }  // namespace radixkv

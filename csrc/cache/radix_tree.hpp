@@ -11,17 +11,28 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
 
 #include "cache/child_index.hpp"
+#include "cache/journal.hpp"
 #include "cache/lru.hpp"
 #include "cache/node.hpp"
 #include "cache/pages.hpp"
 
 namespace radixkv {
+
+// One node of a snapshot.
+struct SnapshotNode {
+  std::int32_t parent;  // index into the snapshot; -1: the root of a namespace
+  std::string name;     // namespace of a root
+  std::vector<Token> tokens;
+  std::vector<PageId> pages;
+  std::int32_t locks, pins;
+};
 
 // Where the longest cached prefix ends.
 struct Match {
@@ -38,14 +49,20 @@ class RadixTree {
   RadixTree(std::int32_t num_pages, std::int32_t page_size);
   RadixTree(const RadixTree&) = delete;
 
-  Pages pages;
-  LazyArray<Node> nodes;
-  ChildIndex index;
+  // --- pages --------------------------------------------------------------------------------------------------------
+  std::int32_t num_pages() const { return pages_.num_pages(); }
+  std::int32_t page_size() const { return pages_.page_size(); }
+  std::int32_t num_free() const { return pages_.num_free(); }
+  Token* tokens(PageId page) { return pages_.tokens(page); }
+  const Token* tokens(PageId page) const { return pages_.tokens(page); }
+  // Takes `need` pages into `out`, evicting what is missing; there must be as many free and evictable ones. True where
+  // the page `watch` was evicted on the way: it is out[0] then.
+  bool take(PageId* out, std::int32_t need, PageId watch);
+  void give_back(PageId page) { pages_.give_back(page); }
 
   // --- roots, one per namespace -------------------------------------------------------------------------------------
   NodeId find_root(std::string_view name) const;  // kNone if nothing is cached or leased there
   NodeId make_root(std::string_view name);        // finds or makes it. O(log namespaces)
-  void drop_root_if_bare(NodeId root);
   const std::map<std::string, NodeId, std::less<>>& roots() const { return roots_; }
 
   // --- matching: pure; changes neither recency nor nodes ------------------------------------------------------------
@@ -55,15 +72,29 @@ class RadixTree {
   std::int64_t evictable_on_path(const Match& m) const;
   // Pages that pinning this match, its partly matched page included, would pin in addition.
   std::int64_t unpinned_on_path(const Match& m) const;
+  // The child of `n` that shares the most leading tokens with the first `count` ones of `page`.
+  struct Child {
+    NodeId node;          // kNone: it has none
+    std::int32_t shared;  // tokens
+    bool whole;           // they are all that the child's first page holds
+  };
+  Child child(NodeId n, PageId page, std::int32_t count) const;
+  PageId first_page(NodeId n) const { return nodes_[n].first; }
+  bool detached(NodeId n) const { return nodes_[n].detached; }
+  bool pinned(NodeId n) const { return nodes_[n].pins > 0; }
 
   // --- shape --------------------------------------------------------------------------------------------------------
-  NodeId split(NodeId n, std::int32_t k);  // its first k pages become a new parent of the rest; returns that. O(k)
+  NodeId end_of(const Match& m);           // the node that ends where the match's full pages do; splits. O(pages)
+  NodeId upper(NodeId n, std::int32_t k);  // the node of its first k pages; splits. O(k)
+  NodeId isolate(NodeId n) { return upper(n, 1); }
+  // Of a run of private pages, frees the leading ones that hold the same tokens as n's, and puts n's in their place.
+  std::int32_t replace_duplicates(NodeId n, PageId* run, std::int32_t count);
   NodeId add(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len);  // a new child, not yet locked
   bool can_append(NodeId n) const;  // nobody but one lease would notice if n grew at its end
   void append(NodeId n, const PageId* run, std::int32_t count);
-  void remove_open(NodeId open);        // an open page that a fuller page replaces; a holder keeps it alive
-  bool only_lease(NodeId open) const;   // whether one lease's lock is all that there is on it: no pin, no hold
-  std::int32_t take_back(NodeId open);  // such a page becomes its lease's own; returns how many left the tree, 0 or 1
+  void remove_open(NodeId open);       // an open page that a fuller page replaces; a holder keeps it alive
+  bool only_lease(NodeId open) const;  // whether one lease's lock is all that there is on it: no pin, no hold
+  void take_back(NodeId open);         // such a page becomes its lease's own, and leaves the tree if it was there
 
   // --- locks, pins and holds ----------------------------------------------------------------------------------------
   // A lock protects the path from the root to the end of the node. O(nodes whose state changes).
@@ -91,22 +122,42 @@ class RadixTree {
   std::int64_t num_protected() const { return protected_; }
   std::int64_t num_evictable() const { return evictable_; }
   std::int64_t num_pinned() const { return pinned_; }
-  std::int64_t num_nodes() const { return num_nodes_; }
-  const LruList& lru() const { return lru_; }
+  std::int64_t num_nodes() const { return num_nodes_; }      // roots included
+  std::int64_t num_evicted() const { return num_evicted_; }  // pages, since it was made
+  // The tree, parents before children. O(cached tokens).
+  std::vector<SnapshotNode> snapshot() const;
+  // From now on every change is recorded, after one record for each namespace and each full page that is there.
+  Journal& start_journal();
+  Journal* journal() { return journal_.get(); }  // null: nobody has asked for one
+  const Journal* journal() const { return journal_.get(); }
+  // What is there now, as the records that would make it. O(cached tokens).
+  JournalBatch dump() const;
 
  private:
+  friend class Audit;  // recomputes all of it
+
   NodeId new_node(NodeId parent);
   void free_node(NodeId n);
+  void drop_root_if_bare(NodeId root);
+  NodeId split(NodeId n, std::int32_t k);  // its first k pages become a new parent of the rest; returns that. O(k)
   std::int32_t free_pages(NodeId n);
-  void detach(NodeId n);
+  void record_all(Journal& journal) const;
+  void record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count);
+  void record_removed(const Node& n);
   void protect(const Node& n);
   void expose(const Node& n);
 
-  LruList lru_{nodes};
-  std::map<std::string, NodeId, std::less<>> roots_;
-  std::unordered_map<NodeId, std::map<std::string, NodeId, std::less<>>::iterator> root_names_;
+  using Roots = std::map<std::string, NodeId, std::less<>>;
+
+  Pages pages_;
+  LazyArray<Node> nodes_;
+  ChildIndex index_;
+  LruList lru_{nodes_};
+  Roots roots_;
+  std::unordered_map<NodeId, Roots::iterator> root_names_;  // where each root's name stands
+  std::unique_ptr<Journal> journal_;
   NodeId fresh_ = 0, free_ = kNone;
-  std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0;
+  std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0, num_evicted_ = 0;
 };
 
 }  // namespace radixkv

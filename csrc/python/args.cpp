@@ -1,14 +1,12 @@
 #include "python/args.hpp"
 
-#include "base/common.hpp"
+#include "base/error.hpp"
 
 namespace nb = nanobind;
 
 namespace radixkv {
 
 namespace {
-
-[[noreturn]] void refuse(const std::string& what) { throw Error(ErrorKind::InvalidArgument, what); }
 
 // An attribute, or an invalid object where there is none.
 nb::object attribute(nb::handle object, const char* name) {
@@ -51,24 +49,24 @@ std::int64_t int_from(nb::handle object, const char* name) {
   const nb::object index = nb::steal(PyBool_Check(object.ptr()) ? nullptr : PyNumber_Index(object.ptr()));
   if (!index.is_valid()) {
     if (PyErr_Occurred()) forgive();
-    refuse(std::string(name) + " must be an int; got " + text(object, PyObject_Repr));
+    invalid(std::string(name) + " must be an int; got " + text(object, PyObject_Repr));
   }
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  if (overflow != 0) refuse(std::string(name) + " must be an int of 64 bits; got a larger one");
+  if (overflow != 0) invalid(std::string(name) + " must be an int of 64 bits; got a larger one");
   if (value == -1 && PyErr_Occurred()) throw nb::python_error();
   return value;
 }
 
 std::string_view namespace_from(nb::handle object) {
   if (!PyUnicode_Check(object.ptr())) {
-    refuse("a namespace is a str (\"\" by default); got " + describe(object));
+    invalid("a namespace is a str (\"\" by default); got " + describe(object));
   }
   Py_ssize_t size = 0;
   const char* utf8 = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
   if (utf8 == nullptr) {
     forgive();
-    refuse("a namespace must have a UTF-8 form; got one with a lone surrogate, " + text(object, PyObject_Repr));
+    invalid("a namespace must have a UTF-8 form; got one with a lone surrogate, " + text(object, PyObject_Repr));
   }
   return {utf8, static_cast<std::size_t>(size)};
 }

@@ -7,11 +7,11 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention/plan.hpp"
+#include "base/error.hpp"
 #include "python/arrays.hpp"
 
 namespace nb = nanobind;
@@ -27,7 +27,6 @@ using attention::AttentionParams;
 using attention::AttentionPlan;
 using attention::DType;
 using attention::KvLayout;
-using attention::PageTableView;
 using attention::Rows;
 using attention::Scales;
 
@@ -35,7 +34,7 @@ DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
-  throw std::invalid_argument("dtype is " + name + ": it must be float32, bfloat16 or float16");
+  invalid("dtype is " + name + ": it must be float32, bfloat16 or float16");
 }
 
 DType kv_dtype_named(const std::string& name) { return name == "float8_e4m3fn" ? DType::f8 : dtype_named(name); }
@@ -74,11 +73,11 @@ class Plan {
               reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap, v_scale});
   }
 
-  std::shared_ptr<const attention::Cascade> cascade() {
+  std::shared_ptr<const Cascade> cascade() {
     const nb::gil_scoped_release release;
     return plan_.cascade();
   }
-  void set_costs(const attention::CascadeCosts& costs) {
+  void set_costs(const CascadeCosts& costs) {
     const nb::gil_scoped_release release;
     plan_.set_costs(costs);
   }
@@ -103,12 +102,6 @@ class Plan {
   AttentionPlan plan_;
 };
 
-std::vector<std::string> isas() {
-  const char* names[8];
-  const int count = attention::supported_isas(names, 8);
-  return std::vector<std::string>(names, names + (count < 8 ? count : 8));
-}
-
 }  // namespace
 
 void bind_attention(nb::module_& m) {
@@ -116,7 +109,7 @@ void bind_attention(nb::module_& m) {
       "isa", [] { return std::string(attention::kernel().isa); },
       "The instruction set that attention uses: the machine's best, or the environment's RADIXKV_ISA.");
   m.attr("CHUNK_KEYS") = attention::kChunkKeys;
-  m.def("isas", &isas, "The instruction sets that this machine supports, best first.");
+  m.def("isas", &attention::supported_isas, "The instruction sets that this machine supports, best first.");
 
   nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
       .def(nb::init<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t, const std::string&,

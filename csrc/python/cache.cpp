@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 
+#include "base/error.hpp"
 #include "python/args.hpp"
 #include "python/numpy.hpp"
 #include "python/objects.hpp"
@@ -54,12 +55,6 @@ constexpr const char* kClearDoc =
 For weights that change under a running cache: nothing cached so far is found again. Leases and pins stay valid and keep
 their pages until they let go; what such a lease writes later is not published.)";
 
-constexpr const char* kOnReleaseDoc =
-    R"(None, or a callable that is given each lease just before it is released, by release() or by leaving its `with`.
-
-It may read the lease; what would change it raises LeaseError. If it raises, the lease is released all the same and the
-error passes through to the caller. It is not called for a lease that is dropped without a release.)";
-
 nb::list snapshot(PyCache& c) {
   nb::list roots;
   std::vector<nb::dict> made;
@@ -94,7 +89,7 @@ nb::dict stats(PyCache& c) {
 
 std::int64_t evict(PyCache& c, nb::handle num_pages) {
   const std::int64_t n = int_from(num_pages, "num_pages");
-  if (n < 0) throw Error(ErrorKind::InvalidArgument, "num_pages must be at least 0; got " + std::to_string(n));
+  if (n < 0) invalid("num_pages must be at least 0; got " + str(n));
   return c.work(kLongWork, [&] { return c.cache->evict(n); });
 }
 
@@ -103,20 +98,6 @@ std::int64_t clear(PyCache& c, nb::handle name) {
   const std::string_view space = namespace_from(name);
   return c.work(kLongWork, [&] { return c.cache->clear(space); });
 }
-
-int traverse(PyObject* self, visitproc visit, void* arg) {
-  Py_VISIT(Py_TYPE(self));
-  if (nb::inst_ready(self)) Py_VISIT(nb::inst_ptr<PyCache>(self)->on_release.ptr());
-  return 0;
-}
-
-int forget(PyObject* self) {
-  if (nb::inst_ready(self)) nb::inst_ptr<PyCache>(self)->on_release.reset();
-  return 0;
-}
-
-PyType_Slot cache_slots[] = {
-    {Py_tp_traverse, reinterpret_cast<void*>(traverse)}, {Py_tp_clear, reinterpret_cast<void*>(forget)}, {0, nullptr}};
 
 // Pin, and the cache's object that it waits with.
 class PyPin {
@@ -169,7 +150,7 @@ PyPin pin(nb::handle self, nb::handle tokens, nb::handle name) {
 }  // namespace
 
 void bind_cache(nb::module_& m) {
-  nb::class_<PyCache>(m, "Cache", nb::type_slots(cache_slots), "The native half of radixkv.PrefixCache.")
+  nb::class_<PyCache>(m, "Cache", "The native half of radixkv.PrefixCache.")
       .def(
           "__init__",
           [](PyCache* self, nb::handle num_pages, nb::handle page_size) {
@@ -180,15 +161,6 @@ void bind_cache(nb::module_& m) {
           "num_pages", [](const PyCache& c) { return c.cache->num_pages(); }, "Pages of the pool.")
       .def_prop_ro(
           "page_size", [](const PyCache& c) { return c.cache->page_size(); }, "Tokens a page holds.")
-      .def_prop_rw(
-          "on_release", [](const PyCache& c) { return c.on_release; },
-          [](PyCache& c, nb::object f) {
-            if (!f.is_none() && !PyCallable_Check(f.ptr())) {
-              throw Error(ErrorKind::InvalidArgument, "on_release must be callable or None; got " + describe(f));
-            }
-            c.on_release = std::move(f);
-          },
-          nb::arg("f").none(), kOnReleaseDoc)
       .def(
           "acquire", [](PyCache& c, nb::handle tokens, nb::handle name) { return acquire(nb::find(c), tokens, name); },
           "tokens"_a.none(), "namespace"_a.none() = "", kAcquireDoc)

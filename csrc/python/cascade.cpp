@@ -7,10 +7,10 @@
 
 #include <cstring>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "base/error.hpp"
 #include "python/arrays.hpp"
 #include "python/numpy.hpp"
 #include "step/table_check.hpp"
@@ -24,17 +24,12 @@ void bind_cascade(nb::module_& m);
 
 namespace {
 
-using attention::Cascade;
-using attention::CascadeCosts;
-using attention::Segment;
-
 constexpr std::size_t kSegmentFields = 8;
 static_assert(sizeof(Segment) == kSegmentFields * sizeof(std::int32_t));
 
 void expect_length(const char* name, std::size_t have, std::size_t want) {
   if (have == want) return;
-  throw std::invalid_argument(std::string(name) + " has " + std::to_string(have) + " entries: it must have " +
-                              std::to_string(want));
+  invalid(std::string(name) + " has " + std::to_string(have) + " entries: it must have " + std::to_string(want));
 }
 
 // One row of kSegmentFields numbers for each segment, end to end.
@@ -46,26 +41,26 @@ nb::object segment_fields(const Cascade& cascade) {
 
 std::shared_ptr<Cascade> derive(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
                                 const Int32Array& kv_last_page_len, std::int32_t page_size, const CascadeCosts& costs) {
-  if (page_size < 1) throw std::invalid_argument("page_size must be at least 1; got " + std::to_string(page_size));
-  const attention::PageTableView table = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
+  if (page_size < 1) invalid("page_size must be at least 1; got " + str(page_size));
+  const PageTableView table = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
   auto cascade = std::make_shared<Cascade>();
   const nb::gil_scoped_release release;
-  attention::check_table(table, page_size, INT32_MAX);
+  check_table(table, page_size, INT32_MAX);
   cascade->derive(table, page_size, costs);
   return cascade;
 }
 
 }  // namespace
 
-attention::PageTableView table_view(const Int32Array& qo_indptr, const Int32Array& kv_indptr,
-                                    const Int32Array& kv_indices, const Int32Array& kv_last_page_len) {
+PageTableView table_view(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
+                         const Int32Array& kv_last_page_len) {
   const std::size_t batch_size = kv_last_page_len.shape(0);
   expect_length("qo_indptr", qo_indptr.shape(0), batch_size + 1);
   expect_length("kv_indptr", kv_indptr.shape(0), batch_size + 1);
   const std::int64_t num_pages = kv_indptr.data()[batch_size];
   expect_length("kv_indices", kv_indices.shape(0), static_cast<std::size_t>(num_pages < 0 ? 0 : num_pages));
-  return attention::PageTableView{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(),
-                                  kv_indices.data(), kv_last_page_len.data()};
+  return PageTableView{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(), kv_indices.data(),
+                       kv_last_page_len.data()};
 }
 
 void bind_cascade(nb::module_& m) {
@@ -74,7 +69,7 @@ void bind_cascade(nb::module_& m) {
           "__init__",
           [](CascadeCosts* costs, std::int32_t min_users, std::int32_t min_tokens, double launch_tokens,
              double merge_tokens, std::int32_t max_levels, std::int32_t max_rows, std::int32_t granularity) {
-            if (granularity < 1) throw std::invalid_argument("granularity must be at least 1");
+            if (granularity < 1) invalid("granularity must be at least 1");
             new (costs)
                 CascadeCosts{min_users, min_tokens, launch_tokens, merge_tokens, max_levels, max_rows, granularity};
           },

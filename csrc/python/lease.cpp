@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include "base/error.hpp"
 #include "python/args.hpp"
 #include "python/numpy.hpp"
 #include "python/objects.hpp"
@@ -54,18 +55,8 @@ Raises:
     LeaseError: tokens are unwritten, copies are not made (advance() says they are), what was dropped was not committed,
         or the namespace was cleared. PoolExhausted: no page is left for the copy.)";
 
-// Whatever the observer does, the lease is released.
 void release(PyLease& l, bool commit) {
-  const auto let_go = [&] { l.owner->work(l.lease->num_tokens(), [&] { l.lease->release(commit); }); };
-  if (l.owner->on_release.is_none()) return let_go();
-  const nb::object observer = l.owner->on_release;
-  try {
-    l.lease->before_release([&] { observer(nb::find(l)); });
-  } catch (const nb::python_error&) {
-    let_go();
-    throw;
-  }
-  let_go();
+  l.owner->work(l.lease->num_tokens(), [&] { l.lease->release(commit); });
 }
 
 void leave(PyLease& l, nb::handle type, nb::handle, nb::handle) {
@@ -98,7 +89,7 @@ void extend(PyLease& l, nb::handle tokens) {
 void advance(PyLease& l, nb::handle count) {
   const std::int64_t n = count.is_none() ? -1 : int_from(count, "n");
   if (n < 0 && !count.is_none()) {
-    throw Error(ErrorKind::InvalidArgument, "advance by " + std::to_string(n) + ": n >= 0");
+    invalid("advance by " + str(n) + ": n >= 0");
   }
   l.owner->work(0, [&] { l.lease->advance(n); });
 }

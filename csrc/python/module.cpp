@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "base/common.hpp"
-#include "base/huge_pages.hpp"
+#include "base/error.hpp"
+#include "base/memory.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -13,6 +13,7 @@ using namespace nb::literals;
 namespace radixkv {
 
 void bind_cache(nb::module_& m);      // python/cache.cpp
+void bind_journal(nb::module_& m);    // python/journal.cpp
 void bind_lease(nb::module_& m);      // python/lease.cpp
 void bind_step(nb::module_& m);       // python/step.cpp
 void bind_cascade(nb::module_& m);    // python/cascade.cpp
@@ -20,18 +21,28 @@ void bind_attention(nb::module_& m);  // python/attention.cpp
 
 namespace {
 
+const char* class_of(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::PoolExhausted:
+      return "PoolExhausted";
+    case ErrorKind::LeaseError:
+      return "LeaseError";
+    case ErrorKind::InvalidTokens:
+      return "InvalidTokens";
+    case ErrorKind::InvalidArgument:
+      return "InvalidArgument";
+    case ErrorKind::NotCached:
+      return "NotCached";
+  }
+  return "RadixKVError";
+}
+
 void translate(const std::exception_ptr& p, void*) {
-  const auto raise = [](const char* name, const char* what) {
-    PyErr_SetString(nb::object(nb::module_::import_("radixkv.errors").attr(name)).ptr(), what);
-  };
-  static constexpr const char* names[] = {"PoolExhausted", "LeaseError", "InvalidTokens", "InvalidArgument",
-                                          "NotCached"};
   try {
     std::rethrow_exception(p);
   } catch (const Error& e) {
-    raise(names[static_cast<int>(e.kind)], e.what());
-  } catch (const std::invalid_argument& e) {
-    raise("InvalidArgument", e.what());
+    const nb::object type = nb::module_::import_("radixkv.errors").attr(class_of(e.kind));
+    PyErr_SetString(type.ptr(), e.what());
   } catch (const std::logic_error& e) {
     PyErr_SetString(PyExc_AssertionError, e.what());
   }
@@ -46,6 +57,7 @@ NB_MODULE(_core, m) {
 #endif
   nb::register_exception_translator(radixkv::translate);
   radixkv::bind_cache(m);
+  radixkv::bind_journal(m);
   radixkv::bind_lease(m);
   radixkv::bind_step(m);
   radixkv::bind_cascade(m);

@@ -1,10 +1,9 @@
 // The native halves of Python's objects: what each keeps alive, and how it waits.
 //
-//   Step ──► PageTable ──► Cache ──► on_release (Python)
+//   Step ──► PageTable ──► Cache ◄── Journal, Pin
 //     └────► Lease ──────────┘
 //
-// Every arrow is a reference that Python's garbage collector is told of, so that a hook which refers back to its engine
-// does not keep it for ever.
+// Every arrow is a reference that Python's garbage collector is told of.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -38,7 +37,6 @@ class PyCache {
   }
 
   const std::shared_ptr<Cache> cache;
-  nanobind::object on_release = nanobind::none();
 
  private:
   struct Count {

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include "base/error.hpp"
 #include "python/args.hpp"
 #include "python/numpy.hpp"
 #include "python/objects.hpp"
@@ -32,7 +33,7 @@ std::vector<Lease*> batch(const nb::list& leases) {
     if (i + 8 < count) prefetch(PyList_GetItem(leases.ptr(), static_cast<Py_ssize_t>(i + 8)), 64);
     const nb::handle item = PyList_GetItem(leases.ptr(), static_cast<Py_ssize_t>(i));
     if (!nb::isinstance<PyLease>(item) || !nb::inst_ready(item)) {
-      throw Error(ErrorKind::InvalidArgument, "a step takes leases; got " + describe(item));
+      invalid("a step takes leases; got " + describe(item));
     }
     Lease* const lease = nb::inst_ptr<PyLease>(item)->lease.get();
     prefetch(lease, sizeof(Lease));
@@ -45,7 +46,7 @@ nb::list list_of(nb::handle leases) {
   nb::object list = nb::steal(PySequence_List(leases.ptr()));
   if (list.is_valid()) return nb::list(list);
   forgive();
-  throw Error(ErrorKind::InvalidArgument, "a step takes a list of leases; got " + describe(leases));
+  invalid("a step takes a list of leases; got " + describe(leases));
 }
 
 class PyStep {
@@ -61,7 +62,7 @@ class PyStep {
   }
 
   void enter(nb::handle self) {
-    if (open_) throw Error(ErrorKind::LeaseError, "the step is open already: enter it once");
+    if (open_) fail(ErrorKind::LeaseError, "the step is open already: enter it once");
     page_table_->table.begin(batch(leases_));
     open_ = true;
     attended_.assign(attended_.size(), false);
@@ -82,9 +83,9 @@ class PyStep {
     page_table_->owner->work(0, [&] { page_table_->table.end(written); });
     open_ = false;
     if (written || !normally) return;
-    throw Error(ErrorKind::LeaseError, "the step attended " + std::to_string(done) + " of " + std::to_string(layers) +
-                                           " layers: a page is written only when every layer is, so no lease was "
-                                           "advanced");
+    fail(ErrorKind::LeaseError, "the step attended " + str(done) + " of " + str(layers) +
+                                    " layers: a page is written only when every layer is, so no lease was "
+                                    "advanced");
   }
 
   void attended(std::int64_t layer) { attended_.at(layer) = true; }

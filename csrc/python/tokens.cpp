@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "base/error.hpp"
 #include "python/args.hpp"
 #include "python/numpy.hpp"
 
@@ -12,13 +13,11 @@ namespace radixkv {
 namespace {
 
 [[noreturn]] void refuse(const std::string& got) {
-  throw Error(ErrorKind::InvalidTokens,
-              "tokens must be a list of ints or a 1-D int32 or int64 array on the CPU; got " + got);
+  fail(ErrorKind::InvalidTokens, "tokens must be a list of ints or a 1-D int32 or int64 array on the CPU; got " + got);
 }
 
 [[noreturn]] void refuse_value(const std::string& value, std::int64_t at) {
-  throw Error(ErrorKind::InvalidTokens,
-              "token " + value + " at index " + std::to_string(at) + ": tokens are ids, 0 <= token < 2**31");
+  fail(ErrorKind::InvalidTokens, "token " + value + " at index " + str(at) + ": tokens are ids, 0 <= token < 2**31");
 }
 
 bool is_items(nb::handle source) { return PyList_Check(source.ptr()) || PyTuple_Check(source.ptr()); }
@@ -96,7 +95,7 @@ void Tokens::from_int64(const std::int64_t* items, std::int64_t n, std::int64_t 
   }
   if (out_of_range != 0) {
     for (std::int64_t i = 0; i < n; ++i) {
-      if (items[i * stride] >> 31) refuse_value(std::to_string(items[i * stride]), i);
+      if (items[i * stride] >> 31) refuse_value(str(items[i * stride]), i);
     }
   }
   own();
@@ -109,7 +108,7 @@ nb::object index_of(nb::handle source, nb::handle item, std::int64_t at) {
   nb::object index = nb::steal(PyBool_Check(item.ptr()) ? nullptr : PyNumber_Index(item.ptr()));
   if (index.is_valid()) return index;
   if (PyErr_Occurred()) forgive();
-  refuse(describe(source) + " with " + describe(item) + " at index " + std::to_string(at));
+  refuse(describe(source) + " with " + describe(item) + " at index " + str(at));
 }
 
 }  // namespace
@@ -125,7 +124,7 @@ void Tokens::from_items(nb::handle source) {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
     if (overflow != 0) refuse_value("of more than 64 bits", i);
-    if (value >> 31) refuse_value(std::to_string(value), i);
+    if (value >> 31) refuse_value(str(value), i);
     owned_.push_back(static_cast<Token>(value));
   }
   own();

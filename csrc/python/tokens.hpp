@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "base/common.hpp"
+#include "base/ids.hpp"
 
 namespace radixkv {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-namespace radixkv::attention {
+namespace radixkv {
 
 PageTableView Cascade::view() const {
   return PageTableView{batch_size(), qo_indptr.data(), kv_indptr.data(), kv_indices.data(), kv_last_page_len.data()};
@@ -113,4 +113,4 @@ Verdict Cascade::verdict(const Segment& segment) const {
   return saved > spent ? Verdict::used : Verdict::does_not_pay;
 }
 
-}  // namespace radixkv::attention
+}  // namespace radixkv

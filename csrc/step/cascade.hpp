@@ -11,9 +11,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/attention.hpp"
+#include "step/table_view.hpp"
 
-namespace radixkv::attention {
+namespace radixkv {
 
 // When does a segment pay? It saves (users - 1) * tokens reads of a token's K and V and costs launch_tokens plus
 // merge_tokens for each row of its users, all in tokens' worth of reading. The defaults use all there is; each
@@ -80,4 +80,4 @@ class Cascade {
   std::vector<std::int32_t> limits_;  // for each request: how many of its first pages may be shared
 };
 
-}  // namespace radixkv::attention
+}  // namespace radixkv

@@ -2,17 +2,17 @@
 
 #include <algorithm>
 
+#include "base/error.hpp"
+
 namespace radixkv {
 
 namespace {
-[[noreturn]] void refuse(std::size_t i, const std::string& why) {
-  throw Error(ErrorKind::InvalidArgument, "lease " + std::to_string(i) + " " + why);
-}
+[[noreturn]] void refuse(std::size_t i, const std::string& why) { invalid("lease " + str(i) + " " + why); }
 }  // namespace
 
 void PageTable::begin(const std::vector<Lease*>& leases) {
   if (open_.exchange(true)) {
-    throw Error(ErrorKind::LeaseError, "another step of this engine is open: leave it first");
+    fail(ErrorKind::LeaseError, "another step of this engine is open: leave it first");
   }
   thread_ = std::this_thread::get_id();
   try {
@@ -26,21 +26,20 @@ void PageTable::begin(const std::vector<Lease*>& leases) {
 
 // Every lease that can be in this step is marked as being in it.
 void PageTable::take(const std::vector<Lease*>& leases) {
-  if (leases.empty()) throw Error(ErrorKind::InvalidArgument, "a step needs at least one lease; got 0");
+  if (leases.empty()) invalid("a step needs at least one lease; got 0");
   leases_.reserve(leases.size());
   for (std::size_t i = 0; i < leases.size(); ++i) {
     Lease& lease = *leases[i]->use();
     if (lease.cache_ != cache_) refuse(i, "is of another cache: a step takes leases that its own engine acquired");
-    if (lease.state_.load() == Lease::State::in_step &&
-        std::find(leases_.begin(), leases_.end(), &lease) != leases_.end()) {
+    if (lease.in_step_.load() && std::find(leases_.begin(), leases_.end(), &lease) != leases_.end()) {
       refuse(i, "is listed twice in this step");
     }
-    lease.check_idle();
+    lease.check_free();
     if (lease.num_written_ == lease.num_tokens_) {
-      refuse(i, "has nothing to compute: all of its " + std::to_string(lease.num_tokens_) +
-                    " tokens are written; extend() it first");
+      refuse(i,
+             "has nothing to compute: all of its " + str(lease.num_tokens_) + " tokens are written; extend() it first");
     }
-    lease.state_.store(Lease::State::in_step);
+    lease.in_step_.store(true);
     leases_.push_back(&lease);
   }
 }
@@ -48,17 +47,17 @@ void PageTable::take(const std::vector<Lease*>& leases) {
 void PageTable::end(bool written) {
   if (!open_.load()) return;
   if (thread_ != std::this_thread::get_id()) {
-    throw Error(ErrorKind::LeaseError, "the step belongs to another thread: leave it in the thread that entered it");
+    fail(ErrorKind::LeaseError, "the step belongs to another thread: leave it in the thread that entered it");
   }
   if (written) {
     const Cache::Guard guard(cache_->mutex_);
-    for (std::size_t i = 0; i < leases_.size(); ++i) cache_->advance(*leases_[i], qo_indptr[i + 1] - qo_indptr[i]);
+    for (std::size_t i = 0; i < leases_.size(); ++i) leases_[i]->note_written(qo_indptr[i + 1] - qo_indptr[i]);
   }
   let_go();
 }
 
 void PageTable::let_go() noexcept {
-  for (Lease* lease : leases_) lease->state_.store(Lease::State::idle);
+  for (Lease* lease : leases_) lease->in_step_.store(false);
   leases_.clear();
   open_.store(false);
 }
@@ -75,7 +74,7 @@ void PageTable::assemble() {
     if (i + 8 < leases_.size()) prefetch(&leases_[i + 8]->pages_.back(), 4);
     if (i + 4 < leases_.size()) {
       const Lease& next = *leases_[i + 4];
-      prefetch(next.tokens_of(next.pages_.back()), 64);
+      prefetch(next.tree_.tokens(next.pages_.back()), 64);
       prefetch(next.pages_.data() + next.first_page_, (next.pages_.size() - next.first_page_) * sizeof(PageId));
     }
     add(*leases_[i], page_size);
@@ -105,7 +104,7 @@ void PageTable::add_rows(const Lease& lease, std::int32_t page_size) {
     const PageId page = lease.pages_[at / page_size];
     const auto offset = static_cast<std::int32_t>(at % page_size);
     const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(page_size, offset + lease.num_tokens_ - at));
-    const Token* const tokens = lease.tokens_of(page);
+    const Token* const tokens = lease.tree_.tokens(page);
     for (std::int32_t i = offset; i < end; ++i, ++at) {
       input_ids.push_back(tokens[i]);
       positions.push_back(at);

@@ -1,22 +1,19 @@
 #include "step/table_check.hpp"
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
-namespace radixkv::attention {
+#include "base/error.hpp"
+
+namespace radixkv {
 namespace {
 
-std::string text(std::int64_t n) { return std::to_string(n); }
-
-[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
-
 void check_indptr(const char* name, const std::int32_t* indptr, std::int32_t batch_size) {
-  if (indptr[0] != 0) fail(std::string(name) + "[0] is " + text(indptr[0]) + ": it must be 0");
+  if (indptr[0] != 0) invalid(std::string(name) + "[0] is " + str(indptr[0]) + ": it must be 0");
   for (std::int32_t b = 0; b < batch_size; ++b) {
     if (indptr[b + 1] < indptr[b]) {
-      fail(std::string(name) + "[" + text(b + 1) + "] is " + text(indptr[b + 1]) + " after " + text(indptr[b]) +
-           ": it must not decrease");
+      invalid(std::string(name) + "[" + str(b + 1) + "] is " + str(indptr[b + 1]) + " after " + str(indptr[b]) +
+              ": it must not decrease");
     }
   }
 }
@@ -25,16 +22,16 @@ void check_request(const PageTableView& table, std::int32_t b, std::int32_t page
   const std::int64_t rows = table.num_rows(b);
   const std::int64_t pages = table.kv_indptr[b + 1] - table.kv_indptr[b];
   const std::int32_t last = table.kv_last_page_len[b];
-  const auto who = [&] { return "request " + text(b); };
-  if (rows == 0) fail(who() + " has no new row: leave it out of the step");
-  if (pages == 0) fail(who() + " has " + text(rows) + " rows and no page: give it ceil(length / page_size) pages");
+  const auto who = [&] { return "request " + str(b); };
+  if (rows == 0) invalid(who() + " has no new row: leave it out of the step");
+  if (pages == 0) invalid(who() + " has " + str(rows) + " rows and no page: give it ceil(length / page_size) pages");
   if (last < 1 || last > page_size) {
-    fail(who() + ": kv_last_page_len is " + text(last) + ": it must be 1 to page_size = " + text(page_size));
+    invalid(who() + ": kv_last_page_len is " + str(last) + ": it must be 1 to page_size = " + str(page_size));
   }
   const std::int64_t kv_len = table.kv_len(b, page_size);
   if (kv_len < rows) {
-    fail(who() + " has " + text(rows) + " new rows but a length of " + text(kv_len) +
-         ": its length includes the new rows");
+    invalid(who() + " has " + str(rows) + " new rows but a length of " + str(kv_len) +
+            ": its length includes the new rows");
   }
 }
 
@@ -48,7 +45,7 @@ void check_range(const char* name, const std::int32_t* ids, std::int64_t count, 
   if (out_of_range >= 0) return;
   for (std::int64_t i = 0; i < count; ++i) {
     if (ids[i] < 0 || ids[i] >= limit) {
-      fail(std::string(name) + "[" + text(i) + "] is " + text(ids[i]) + ": it must be 0 to " + text(limit - 1));
+      invalid(std::string(name) + "[" + str(i) + "] is " + str(ids[i]) + ": it must be 0 to " + str(limit - 1));
     }
   }
 }
@@ -60,4 +57,4 @@ void check_table(const PageTableView& table, std::int32_t page_size, std::int64_
   check_range("kv_indices", table.kv_indices, table.kv_indptr[table.batch_size], num_pages);
 }
 
-}  // namespace radixkv::attention
+}  // namespace radixkv

@@ -72,7 +72,6 @@ RADIXKV_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 RADIXKV_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 RADIXKV_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 RADIXKV_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
-RADIXKV_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 RADIXKV_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 RADIXKV_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 RADIXKV_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

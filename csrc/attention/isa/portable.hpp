@@ -116,7 +116,6 @@ RADIXKV_INLINE F select_less(F a, F b, F x, F y) {
   for (int i = 0; i < kLanes; ++i) result[i] = a[i] < b[i] ? x[i] : y[i];
   return result;
 }
-RADIXKV_INLINE F min(F a, F b) { return select_less(a, b, a, b); }
 RADIXKV_INLINE F max(F a, F b) { return select_less(b, a, a, b); }
 RADIXKV_INLINE F fma(F a, F b, F c) {
 #if defined(__aarch64__)

@@ -11,8 +11,7 @@
 //   set4(p)                        the four numbers at p in every block; a block is four lanes, 16 bytes
 //   load_f32/bf16/f16/f8(p, n)     n <= kLanes elements at p, widened to fp32; the other lanes are zero
 //   store_f32/bf16/f16(p, x, n)    the first n lanes, rounded to nearest even
-//   add, sub, mul, div, min, max, fma
-//                                  lane by lane; min and max return their second operand where one is NaN
+//   add, sub, mul, div, max, fma   lane by lane; max returns its second operand where one is NaN
 //   round, pow2                    to the nearest integer; 2^x of an integer -127 <= x <= 127 (2^-127 is 0)
 //   select(x, lo, hi, other)       x in the lanes lo <= i < hi, other elsewhere
 //   select_less(a, b, x, y)        x in the lanes where a < b, else y

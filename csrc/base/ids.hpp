@@ -1,0 +1,13 @@
+// What the core counts in.
+#pragma once
+
+#include <cstdint>
+
+namespace radixkv {
+
+using Token = std::int32_t;
+using PageId = std::int32_t;
+using NodeId = std::int32_t;
+inline constexpr std::int32_t kNone = -1;
+
+}  // namespace radixkv

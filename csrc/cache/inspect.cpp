@@ -1,0 +1,86 @@
+// What a cache tells of itself: counts, and a copy of its tree.
+#include "cache/cache.hpp"
+
+namespace radixkv {
+
+Stats Cache::stats() {
+  Guard guard(mutex_);
+  std::int64_t own = 0;
+  for (const Lease* l = newest_; l; l = l->older_) own += l->num_private();
+  return Stats{num_pages(),
+               page_size(),
+               tree_.num_free(),
+               own,
+               tree_.num_protected(),
+               tree_.num_evictable(),
+               tree_.num_nodes() - static_cast<std::int64_t>(tree_.roots().size()),
+               num_leases_,
+               static_cast<std::int64_t>(pins_.size()),
+               tree_.num_pinned(),
+               requests_,
+               input_tokens_,
+               hit_tokens_,
+               tree_.num_evicted(),
+               committed_tokens_};
+}
+
+std::vector<SnapshotNode> Cache::snapshot() {
+  Guard guard(mutex_);
+  return tree_.snapshot();
+}
+
+std::vector<SnapshotNode> RadixTree::snapshot() const {
+  std::vector<SnapshotNode> out;
+  std::vector<NodeId> ids;
+  for (const auto& [name, root] : roots_) {
+    ids.push_back(root);
+    out.push_back({-1, name, {}, {}, nodes_[root].locks, nodes_[root].pins});
+  }
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    for (const NodeId child : index_.list(ids[i])) {
+      const Node& node = nodes_[child];
+      SnapshotNode s{static_cast<std::int32_t>(i), {}, {}, {}, node.locks, node.pins};
+      PageId page = node.first;
+      for (std::int32_t k = 0; k < node.num_pages; ++k, page = pages_.next(page)) {
+        const std::int32_t n = k + 1 < node.num_pages ? page_size() : node.last_len;
+        s.pages.push_back(page);
+        s.tokens.insert(s.tokens.end(), tokens(page), tokens(page) + n);
+      }
+      ids.push_back(child);
+      out.push_back(std::move(s));
+    }
+  }
+  return out;
+}
+
+// --- the journal -----------------------------------------------------------------------------------------------------
+
+void Cache::start_journal() {
+  Guard guard(mutex_);
+  check_open();
+  tree_.start_journal();
+}
+
+JournalBatch Cache::read_journal(std::int64_t cursor, std::int64_t limit) {
+  Guard guard(mutex_);
+  return tree_.journal()->read(cursor, limit);
+}
+
+ReleaseBatch Cache::read_releases(std::int64_t cursor, std::int64_t limit) {
+  Guard guard(mutex_);
+  return tree_.journal()->read_releases(cursor, limit);
+}
+
+JournalBatch Cache::dump_journal() {
+  Guard guard(mutex_);
+  JournalBatch out = tree_.dump();
+  out.cursor = tree_.journal()->end();
+  return out;
+}
+
+std::pair<std::int64_t, std::int64_t> Cache::journal_ends() {
+  Guard guard(mutex_);
+  return {tree_.journal()->end(), tree_.journal()->releases_end()};
+}
+
+}  // namespace radixkv
