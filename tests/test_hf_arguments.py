@@ -56,7 +56,7 @@ def test_bad_prompts_are_refused(generator, prompt):
         ("temperature", -0.1, "0 .greedy. or above"),
         ("temperature", math.nan, "finite"),
         ("temperature", math.inf, "finite"),
-        ("temperature", 10**400, "number"),
+        pytest.param("temperature", 10**400, "number", id="temperature-huge"),
         ("temperature", "0.5", "number"),
         ("temperature", None, "number"),
         ("temperature", True, "number"),
