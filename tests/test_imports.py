@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run_without(package: str, statement: str) -> str:
-    """Runs `statement` in an interpreter that has no `package`; returns the error it raised, as "Class: message"."""
+def run_without(package: str, statement: str, stub: str = "None") -> str:
+    """Runs `statement` in an interpreter that has `stub` for `package`: "Class: message" of the error it raised."""
     code = f"""
-import sys
-sys.modules[{package!r}] = None
+import sys, types
+sys.modules[{package!r}] = {stub}
 try:
     {statement}
 except Exception as error:
@@ -27,26 +27,28 @@ else:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    "statement", ["exec('from radixkv import *')", "from radixkv import Engine", "from radixkv import Step"]
-)
-def test_the_engine_without_torch(statement):
-    name = "Step" if "Step" in statement else "Engine"
-    assert run_without("torch", statement) == (
-        f"BackendUnavailable: radixkv.{name} needs torch: pip install 'radixkv[engine]'"
+@pytest.mark.parametrize("name", ["Engine", "Step", "*"])
+def test_the_engine_without_torch(name):
+    assert run_without("torch", f"exec('from radixkv import {name}')") == (
+        f"BackendUnavailable: radixkv.{name.replace('*', 'Engine')} needs torch: pip install 'radixkv[engine]'"
     )
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])
-@pytest.mark.parametrize(
-    "statement", ["import radixkv.hf", "from radixkv.hf import Generator", "import radixkv.hf.adapter"]
-)
-def test_hf_without_torch_or_transformers(package, statement):
+@pytest.mark.parametrize("module", ["radixkv.hf", "radixkv.hf.adapter"])
+def test_hf_without_torch_or_transformers(package, module):
     if package == "transformers":
         pytest.importorskip("torch")
-    assert run_without(package, statement) == (
-        f"BackendUnavailable: radixkv.hf needs {package}: pip install 'radixkv[hf]'"
-    )
+    error = run_without(package, f"import {module}")
+    assert error.startswith("BackendUnavailable: radixkv.hf needs torch and transformers 5.23 or later (import of ")
+    assert error.endswith(": pip install 'radixkv[hf]'")
+    assert package in error.partition("(")[2]
+
+
+def test_hf_with_transformers_of_old():
+    pytest.importorskip("torch")
+    error = run_without("transformers", "import radixkv.hf", stub="types.ModuleType('transformers')")
+    assert error.startswith("BackendUnavailable: radixkv.hf needs torch and transformers 5.23 or later (cannot import ")
 
 
 def test_another_missing_module_is_not_mistaken_for_these():
@@ -55,5 +57,4 @@ def test_another_missing_module_is_not_mistaken_for_these():
 
 
 def test_the_bookkeeping_needs_neither():
-    code = "from radixkv import PrefixCache; PrefixCache(8).close()"
-    assert run_without("torch", code) == "no error"
+    assert run_without("torch", "from radixkv import PrefixCache; PrefixCache(8).close()") == "no error"

@@ -12,10 +12,12 @@ try:
     from radixkv.hf.optimize import optimize
     from radixkv.hf.request import Request, RequestStats
     from radixkv.hf.sampling import Sampling
-except ModuleNotFoundError as error:
-    if error.name not in ("torch", "transformers"):
+except ImportError as error:
+    if (error.name or "").split(".")[0] not in ("torch", "transformers"):
         raise
-    raise BackendUnavailable(f"radixkv.hf needs {error.name}: pip install 'radixkv[hf]'") from error
+    raise BackendUnavailable(
+        f"radixkv.hf needs torch and transformers 5.23 or later ({error}): pip install 'radixkv[hf]'"
+    ) from error
 
 __all__ = [
     "EngineCache",

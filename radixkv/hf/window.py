@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from radixkv.errors import InvalidArgument, PoolExhausted
-from radixkv.hf.adapter import STEP, engine_attention
+from radixkv.hf.adapter import engine_attention, forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from radixkv.engine import Engine
+    from radixkv.step import Step
 
 __all__ = ["Room", "observe_window", "room_for"]
 
@@ -70,9 +71,10 @@ def room_for(engine: Engine, window_left: int, max_rows: int, prompt_tokens: int
 
 
 class _Lookback:
-    """Stands in for a step: notes how far back each layer looks, and answers zeros."""
+    """Stands in for a step of one row: notes how far back each layer looks, and answers zeros."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.input_ids = self.positions = self.last_rows = torch.zeros(1, dtype=torch.int64, device=device)
         self.windows: list[int] = []
 
     def attend(
@@ -87,12 +89,14 @@ def observe_window(model: PreTrainedModel) -> int:
 
     Raises InvalidArgument for a model that computes no logits.
     """
-    seen = _Lookback()
-    with engine_attention(model), torch.inference_mode():
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-        output = model(input_ids=zero, position_ids=zero, use_cache=False, **{STEP: seen})
-    if getattr(output, "logits", None) is None:
+    seen = _Lookback(model.device)
+    try:
+        with engine_attention(model), torch.inference_mode():
+            forward(model, cast("Step", seen))
+    except AttributeError as error:
+        if error.name != "logits":
+            raise
         raise InvalidArgument(
             f"{type(model).__name__} gives no logits to choose tokens by: load it as AutoModelForCausalLM"
-        )
+        ) from error
     return -1 if min(seen.windows) < 0 else max(seen.windows)
