@@ -15,9 +15,7 @@ try:
 except ImportError as error:
     if (error.name or "").split(".")[0] not in ("torch", "transformers"):
         raise
-    raise BackendUnavailable(
-        f"radixkv.hf needs torch and transformers 5.23 or later ({error}): pip install 'radixkv[hf]'"
-    ) from error
+    raise BackendUnavailable(f"radixkv.hf needs torch and transformers ({error}): pip install 'radixkv[hf]'") from error
 
 __all__ = [
     "EngineCache",
