@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from radixkv import InvalidArgument, InvalidTokens, PoolExhausted
+from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
 from tests.hf_helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
@@ -174,7 +174,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(make, model, prompts, 
     cut = expected[0].index(stop) + 1
     generator = make()
     stopped, free = [
-        generator.submit(prompts[0], max_new_tokens=COUNT, stop_tokens=stops) for stops in ([stop, VOCABULARY], ())
+        generator.submit(prompts[0], max_new_tokens=COUNT, stop_tokens=stops) for stops in ([stop, VOCABULARY - 1], ())
     ]
     model.generation_config.eos_token_id = stop
     try:
@@ -185,38 +185,6 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(make, model, prompts, 
     assert (stopped.tokens, stopped.status) == (expected[0][:cut], "stop")
     assert by_default.tokens == stopped.tokens
     assert (free.tokens, free.status) == (expected[0], "length")
-
-
-def test_callbacks_see_each_token_once_in_order_even_if_one_raises(make, prompts, expected):
-    generator = make(num_pages=24)
-    seen = []
-
-    def on_token(request, token):
-        seen.append((request.id, token))
-        if len(seen) == 5:
-            raise ValueError("from the callback")
-
-    requests = [generator.submit(prompt, max_new_tokens=COUNT, on_token=on_token) for prompt in prompts[:3]]
-    with pytest.raises(ValueError, match="from the callback"):
-        generator.run()
-    generator.run()
-    for request, tokens in zip(requests, expected, strict=False):
-        assert [token for id, token in seen if id == request.id] == request.tokens == tokens
-
-
-def test_a_callback_may_submit_and_cancel(make, prompts, expected):
-    generator = make()
-    later = []
-
-    def on_token(request, token):
-        if len(request.tokens) == 2:
-            later.append(generator.submit(prompts[1], max_new_tokens=COUNT))
-            generator.cancel(request)
-
-    first = generator.submit(prompts[0], max_new_tokens=COUNT, on_token=on_token)
-    generator.run()
-    assert (first.tokens, first.status) == (expected[0][:2], "cancelled")
-    assert later[0].tokens == expected[1]
 
 
 def test_streams_interleave(make, prompts, expected):
@@ -275,28 +243,6 @@ def test_a_request_that_never_fits_is_refused_and_the_rest_go_on(make, prompts, 
     generator.run()
     assert good.tokens == expected[0]
     assert len(exact.tokens) == 19
-
-
-@pytest.mark.parametrize(
-    ("error", "prompt", "options"),
-    [
-        (InvalidTokens, [], {}),
-        (InvalidTokens, [[1, 2]], {}),
-        (InvalidTokens, [1, -1], {}),
-        (InvalidTokens, [1, VOCABULARY], {}),
-        (InvalidTokens, [1.5], {}),
-        (InvalidTokens, "text", {}),
-        (InvalidArgument, [1], {"max_new_tokens": 0}),
-        (InvalidArgument, [1], {"max_new_tokens": 512}),
-        (InvalidArgument, [1], {"n": 0}),
-        (InvalidArgument, [1], {"temperature": -0.1}),
-    ],
-)
-def test_bad_submissions_are_refused(make, error, prompt, options):
-    generator = make()
-    with pytest.raises(error):
-        generator.submit(prompt, **options)
-    assert not generator.step()
 
 
 def test_prompts_may_be_arrays_and_tensors(make, prompts, expected):
@@ -408,22 +354,3 @@ def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected
         assert request.done
         assert request.tokens == expected[number][: len(request.tokens)]
         assert request.status == "cancelled" or len(request.tokens) == request.max_new_tokens
-
-
-def test_close_cancels_everything(make, prompts):
-    generator = make(max_running=2)
-    requests = [generator.submit(prompt, max_new_tokens=COUNT, n=2) for prompt in prompts[:3]]
-    generator.step()
-    generator.close()
-    assert {sibling.status for request in requests for sibling in request.siblings} == {"cancelled"}
-    assert not generator.step()
-
-
-def test_a_model_in_training_mode_is_refused():
-    with pytest.raises(InvalidArgument, match=r"model.eval\(\)"):
-        Generator(tiny().train())
-
-
-def test_limits_of_a_step_are_checked(model):
-    with pytest.raises(InvalidArgument, match="max_running"):
-        Generator(model, engine_for(model, num_pages=4), max_step_tokens=4, max_running=8)

@@ -61,6 +61,10 @@ def test_equal_seeds_draw_equal_tokens_and_each_token_takes_one_number():
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"seed": 2**64},
+        {"seed": None},
+        {"top_k": 2.0},
+        {"top_p": "1"},
+        {"temperature": True},
     ],
 )
 def test_options_out_of_range_are_refused(options):

@@ -3,12 +3,19 @@
 Needs the extra `radixkv[hf]` (transformers 5.23 or later).
 """
 
-from radixkv.hf.adapter import attach, engine_for, forward
-from radixkv.hf.cache import EngineCache
-from radixkv.hf.generate import Generator
-from radixkv.hf.optimize import optimize
-from radixkv.hf.request import Request, RequestStats
-from radixkv.hf.sampling import Sampling
+from radixkv.errors import BackendUnavailable
+
+try:
+    from radixkv.hf.adapter import attach, engine_for, forward
+    from radixkv.hf.cache import EngineCache
+    from radixkv.hf.generate import Generator
+    from radixkv.hf.optimize import optimize
+    from radixkv.hf.request import Request, RequestStats
+    from radixkv.hf.sampling import Sampling
+except ImportError as error:
+    if (error.name or "").split(".")[0] not in ("torch", "transformers"):
+        raise
+    raise BackendUnavailable(f"radixkv.hf needs torch and transformers ({error}): pip install 'radixkv[hf]'") from error
 
 __all__ = [
     "EngineCache",

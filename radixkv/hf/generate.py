@@ -1,48 +1,48 @@
 """The generation loop: continuous batching of any number of requests over one engine.
 
 Every step runs one forward pass over a ragged batch in which prefills (in chunks, if long) and decodes are mixed.
-One rule orders everything: the older request first. Running requests get their tokens and pages in order of arrival,
-waiting requests are admitted in order of arrival, and when pages run out the newest running request is preempted. It
-gives its pages back, waits, and goes on later with the tokens and the random state it had; what is still cached then
-is not computed again.
-
-    submit ─► waiting ──acquire──► running ──stop token or length──► done
-                 ▲                    │
-                 └────── preempt ─────┘   PoolExhausted while a running request grows
+Which requests those are is `Schedule`'s business.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+import logging
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
-import numpy as np
 import torch
 
-from radixkv.errors import InvalidArgument, PoolExhausted
-from radixkv.hf.adapter import attach, engine_for, forward, length_limit
-from radixkv.hf.request import OnToken, Request, Tokens, token_array
+from radixkv.errors import InvalidArgument, LeaseError
+from radixkv.hf.adapter import attach, engine_for, forward
+from radixkv.hf.arguments import (
+    check_callback,
+    check_engine,
+    check_model,
+    check_namespace,
+    check_token_set,
+    check_tokens,
+    end_tokens,
+    integer,
+    length_for,
+)
+from radixkv.hf.request import OnToken, Request, Tokens
 from radixkv.hf.sampling import Sampler, Sampling
+from radixkv.hf.schedule import Schedule, lease_of
+from radixkv.hf.window import observe_window, room_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from radixkv.cache import Lease
     from radixkv.engine import Engine
 
 __all__ = ["Generator"]
 
-
-def _arrival(request: Request) -> int:
-    return request.id
-
-
-def _lease(request: Request) -> Lease:
-    assert request.lease is not None, "only running requests hold a lease"
-    return request.lease
+_LOG = logging.getLogger("radixkv")
 
 
 class Generator:
@@ -51,9 +51,15 @@ class Generator:
     `engine` defaults to `engine_for(model, capacity=0.5)`, half of the free memory. A step computes at most
     `max_step_tokens` tokens: longer prompts are computed over several steps, so that running requests keep their pace.
     At most `max_running` requests run at once. `max_length` bounds prompt plus generated tokens; by default it is what
-    the model was built for.
+    the model was built for. The model is switched to the engine's attention and stays so.
 
-    Not thread-safe: one thread calls all methods. The model is switched to the engine's attention and stays so.
+    A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
+    requests from others through a `queue.Queue`. Requests may be read from any thread. `on_token` may call `submit`,
+    `cancel` and `close`, but not step; hooks of the model or the cache may call nothing while a step runs. Other calls
+    raise LeaseError, and change nothing.
+
+    Raises InvalidArgument for what is no model or engine, an engine made for other layers, heads, dtype or device, and
+    for limits that cannot work; and what `probe` raises for the model.
     """
 
     def __init__(
@@ -65,26 +71,30 @@ class Generator:
         max_running: int = 256,
         max_length: int | None = None,
     ) -> None:
-        if not 1 <= max_running <= max_step_tokens:
+        step_tokens = integer("max_step_tokens", max_step_tokens, 1)
+        running = integer("max_running", max_running, 1)
+        if running > step_tokens:
             raise InvalidArgument(
-                f"max_running is {max_running}, max_step_tokens {max_step_tokens}: every running request needs a token "
-                "a step, so give 1 <= max_running <= max_step_tokens"
+                f"max_running is {running}, max_step_tokens {step_tokens}: every running request needs a token a step, "
+                "so give 1 <= max_running <= max_step_tokens"
             )
-        if model.training:
-            raise InvalidArgument(
-                "the model is in training mode, where dropout may change its answers: call model.eval()"
-            )
+        check_model(model)
+        self.max_length = length_for(model, max_length)
+        if engine is not None:
+            check_engine(engine, model)
         self.model = model
         self.engine = engine if engine is not None else engine_for(model, capacity=0.5)
+        window_left = observe_window(model)
         attach(model)
-        self.max_step_tokens = max_step_tokens
-        self.max_running = max_running
-        self.max_length = max_length if max_length is not None else length_limit(model)
+        self._room = partial(room_for, self.engine, window_left, step_tokens)
+        self._schedule = Schedule(self.engine, window_left, step_tokens, running)
         self._vocabulary = int(cast("torch.Tensor", model.get_input_embeddings().weight).shape[0])
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
         self._undelivered: deque[tuple[Request, int]] = deque()
         self._submitted = 0
+        self._owner = object()
+        self._thread = threading.current_thread()
+        self._stage: Literal["idle", "computing", "delivering"] = "idle"
+        self._closed = False
 
     def submit(
         self,
@@ -95,7 +105,7 @@ class Generator:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop_tokens: Sequence[int] | None = None,
+        stop_tokens: Iterable[int] | None = None,
         n: int = 1,
         namespace: str = "",
         on_token: OnToken | None = None,
@@ -105,24 +115,43 @@ class Generator:
         `stop_tokens` end the request when generated (they are its last token); None means the end-of-sequence tokens
         of the model's generation config, `()` none. `n` > 1 computes the prompt once and forks it: the result is the
         first of n requests, all in `.siblings`, and the i-th draws exactly as a request of its own with `seed + i`.
-        `on_token(request, token)` is called at the end of the step that made the token. Raises InvalidTokens for a bad
-        prompt, InvalidArgument for bad options, PoolExhausted for a request that the whole pool could not hold.
+
+        `on_token(request, token)` is called at the end of the step that made the token, once for each. If it raises,
+        its own request ends there, with status "error" and the exception in `request.error`; other requests go on.
+
+        Raises InvalidTokens for a bad prompt, InvalidArgument for bad options, PoolExhausted for a request that the
+        whole pool could not hold, LeaseError after `close`. Then nothing was submitted.
         """
-        array = token_array(prompt, self._vocabulary)
-        if n < 1:
-            raise InvalidArgument(f"n is {n}: give at least 1")
-        self._check_size(len(array), max_new_tokens)
-        stops = frozenset(_end_tokens(self.model) if stop_tokens is None else (int(token) for token in stop_tokens))
-        samplers = [Sampler(Sampling(temperature, top_k, top_p, seed + i)) for i in range(n)]
+        self._check_call("submit")
+        if self._closed:
+            raise LeaseError("the generator is closed: make a new Generator")
+        array = check_tokens(prompt, self._vocabulary)
+        new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        if self.max_length is not None and len(array) + new_tokens > self.max_length:
+            raise InvalidArgument(
+                f"{len(array)} prompt + {new_tokens} new tokens exceed max_length {self.max_length}: shorten the "
+                "prompt or lower max_new_tokens"
+            )
+        count = integer("n", n, 1)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        samplers = [Sampler(replace(sampling, seed=sampling.seed + i)) for i in range(count)]
+        if stop_tokens is None:
+            stops = end_tokens(self.model)
+        else:
+            stops = check_token_set("stop_tokens", stop_tokens, self._vocabulary)
+        namespace, callback = check_namespace(namespace), check_callback("on_token", on_token)
+        room = self._room(len(array), new_tokens)
+        self.engine.cache.match(array[:1], namespace)  # a closed engine refuses here, not in every later step
+        first = self._submitted
         requests = tuple(
-            Request(self._submitted + i, array, max_new_tokens, stops, namespace, sampler, on_token)
+            Request(first + i, array, new_tokens, stops, namespace, sampler, callback, room, self._owner)
             for i, sampler in enumerate(samplers)
         )
-        self._submitted += n
+        self._submitted += count
         for request in requests:
             request.siblings = requests
         requests[0].followers = list(requests[1:])
-        self._waiting.append(requests[0])
+        self._schedule.waiting.append(requests[0])
         return requests[0]
 
     def step(self) -> bool:
@@ -130,56 +159,56 @@ class Generator:
 
         If the model raises, the leases of the step are released without commit, its requests wait again and no token
         is lost: the error passes through, and `step` may be called again. Raises PoolExhausted, with the requests
-        still waiting, when nothing runs and the oldest request finds too few pages because leases or pins outside
-        this generator hold them.
+        as they were, when the oldest request finds too few pages because leases or pins outside this generator hold
+        them.
+
+        What `on_token` raises ends its request (see `submit`), is logged to "radixkv" and does not leave `step`. A
+        KeyboardInterrupt or another BaseException does: tokens that were not delivered yet are by the next `step`. What
+        the cache's `on_release` raises passes through once leases are released and tokens delivered (of several, the
+        first).
         """
-        batch = self._schedule()
-        if batch:
-            logits = self._compute(batch)
-            for request, row in zip(batch, logits, strict=True):
-                self._advance(request, row)
-        self._deliver()
-        return bool(self._waiting or self._running)
+        self._step()
+        return bool(self._schedule.waiting or self._schedule.running)
 
     def run(self) -> None:
-        """Step until every request is done."""
-        while self.step():
-            pass
+        """Step until every request is done; then raise what `on_token` raised meanwhile (of several, the first)."""
+        errors = self._step()
+        while self._schedule.waiting or self._schedule.running:
+            errors += self._step()
+        if errors:
+            raise errors[0]
 
     def stream(self, request: Request) -> Iterator[int]:
-        """Yield the tokens of `request` as they come, stepping for all requests meanwhile."""
-        sent = 0
-        while True:
-            while sent < len(request.tokens):
-                yield request.tokens[sent]
-                sent += 1
-            if request.done:
-                return
-            self.step()
+        """Yield the tokens of `request` as they come, stepping for all requests meanwhile.
+
+        At its end raises `request.error`, if there is one.
+        """
+        self._check_call("stream")
+        self._check_request(request)
+        return self._stream(request)
 
     def cancel(self, request: Request) -> bool:
-        """End `request` and release its pages; what it has computed stays cached. False if it was done already."""
+        """End `request` and release its pages; what it has computed stays cached. False if it was done already.
+
+        Its `on_token` is not called any more. What the cache's `on_release` raises passes through at the end.
+        """
+        self._check_call("cancel")
+        self._check_request(request)
         if request.done:
             return False
-        if request in self._waiting:
-            self._waiting.remove(request)
-        elif request in self._running:
-            self._leave(request, commit=True)
-        for leader in request.siblings:
-            if request in leader.followers:
-                leader.followers.remove(request)
-        if request.followers:
-            heir, *rest = request.followers
-            heir.followers, request.followers = rest, []
-            insort(self._waiting, heir, key=_arrival)
-        request.status = "cancelled"
+        self._schedule.end(request, "cancelled")
+        self._raise_release_error()
         return True
 
     def close(self) -> None:
-        """Cancel every unfinished request. The engine stays open."""
-        for request in [*self._waiting, *self._running]:
+        """Cancel every unfinished request and take no new ones. Closing again does nothing. The engine stays open."""
+        self._check_call("close")
+        self._closed = True
+        for request in [*self._schedule.waiting, *self._schedule.running]:
             for sibling in request.siblings:
-                self.cancel(sibling)
+                if not sibling.done:
+                    self._schedule.end(sibling, "cancelled")
+        self._raise_release_error()
 
     def __enter__(self) -> Generator:
         return self
@@ -189,192 +218,107 @@ class Generator:
     ) -> None:
         self.close()
 
-    # ---- scheduling ----
+    # ---- who may call ----
 
-    def _check_size(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Refuse what could never run."""
-        if max_new_tokens < 1:
-            raise InvalidArgument(f"max_new_tokens is {max_new_tokens}: give at least 1")
-        total = prompt_tokens + max_new_tokens
-        if self.max_length is not None and total > self.max_length:
-            raise InvalidArgument(
-                f"{prompt_tokens} prompt + {max_new_tokens} new tokens exceed max_length {self.max_length}"
+    def _check_call(self, call: str) -> None:
+        """Refuse calls from another thread, whose leases these are not, and calls from the middle of a step."""
+        thread = threading.current_thread()
+        if thread is not self._thread:
+            raise LeaseError(
+                f"{call}() was called in thread {thread.name!r}, but this Generator belongs to thread "
+                f"{self._thread.name!r}, which made it: let one thread make it and run its loop, and pass requests to "
+                "that thread through a queue.Queue"
             )
-        # The last token is handed out, its K and V are never needed.
-        pages = -(-(total - 1) // self.engine.page_size)
-        if pages > self.engine.num_pages:
-            raise PoolExhausted(
-                f"{prompt_tokens} prompt + {max_new_tokens} new tokens need {pages} pages; the pool has "
-                f"{self.engine.num_pages}: shorten the request or raise num_pages"
-            )
+        if self._stage == "computing" or (self._stage == "delivering" and call == "step"):
+            raise LeaseError(f"{call}() was called from inside step(), by a callback or a hook: return from it first")
 
-    def _schedule(self) -> list[Request]:
-        """Choose the requests of the next step and give each a lease with room for its rows of this step."""
-        batch: list[Request] = []
-        budget = self.max_step_tokens
-        before = len(self._running)
-        for request in list(self._running):
-            if budget == 0 or request.lease is None:
-                break
-            lease = request.lease
-            if lease.num_written == request.num_tokens:  # the last step ended before this request's token was drawn
-                self._leave(request, commit=True)
-                self._wait_again(request)
-                continue
-            rows = max(lease.num_tokens - lease.num_written, min(request.num_tokens - lease.num_written, budget))
-            if self._make_room(request, lease.num_written + rows):
-                batch.append(request)
-                budget = max(budget - rows, 0)
-        if len(self._running) == before:
-            self._admit(batch, budget)
-        return batch
+    def _check_request(self, request: Request) -> None:
+        if not isinstance(request, Request):
+            raise InvalidArgument(f"request is {request!r}: give a Request that submit() returned")
+        if request.owner is not self._owner:
+            raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
 
-    def _make_room(self, request: Request, end: int) -> bool:
-        """Extend the lease to `end` tokens, preempting newer requests as needed; False if it was preempted itself."""
-        lease = _lease(request)
-        while lease.num_tokens < end:
-            try:
-                lease.extend(request.sequence(lease.num_tokens, end))
-            except PoolExhausted:
-                newest = self._running[-1]
-                self._preempt(newest)
-                if newest is request:
-                    return False
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        """Take the pages of a running request back; what it has written stays cached as long as nobody needs room."""
-        self._leave(request, commit=True)
-        self._wait_again(request)
-        request.stats.preemptions += 1
-
-    def _leave(self, request: Request, *, commit: bool) -> None:
-        """Release the lease of a running request."""
-        self._running.remove(request)
-        lease, request.lease = _lease(request), None
-        lease.release(commit=commit)
-
-    def _wait_again(self, request: Request) -> None:
-        request.status = "waiting"
-        insort(self._waiting, request, key=_arrival)
-
-    def _admit(self, batch: list[Request], budget: int) -> None:
-        """Let waiting requests join `batch`, oldest first, as long as the budget and the pages last."""
-        for request in list(self._waiting):
-            if budget == 0 or len(self._running) >= self.max_running:
-                return
-            cached = self._cached(request)
-            if self._worth_waiting(request, cached):
-                continue
-            end = min(request.num_tokens, cached + budget)
-            try:
-                lease = self.engine.acquire(request.sequence(0, end), request.namespace)
-            except PoolExhausted:
-                if self._running:
-                    return
-                raise  # nothing runs here: leases or pins outside this generator hold the pages
-            self._start(request, lease)
-            batch.append(request)
-            budget = max(budget - (lease.num_tokens - lease.num_written), 0)
-
-    def _cached(self, request: Request) -> int:
-        """How many tokens of a waiting request a lease would find cached; one is always left to compute."""
-        if request.num_tokens == 1:
-            return 0
-        return self.engine.cache.match(request.sequence(0, request.num_tokens - 1), request.namespace)
-
-    def _worth_waiting(self, request: Request, cached: int) -> bool:
-        """Whether a running request is about to publish at least a page more of this prompt than is cached now."""
-        longest = min(len(request.prompt), request.num_tokens - 1)
-        if longest < cached + self.engine.page_size:
-            return False
-        for other in self._running:
-            pending = _lease(other).num_written < len(other.prompt) and other.namespace == request.namespace
-            if pending and _common_prefix(request.prompt, other.prompt) >= cached + self.engine.page_size:
-                return True
-        return False
-
-    def _start(self, request: Request, lease: Lease) -> None:
-        """Move a request from waiting to running with `lease`."""
-        self._waiting.remove(request)
-        insort(self._running, request, key=_arrival)
-        if request.stats.computed_tokens == 0 and not request.tokens:
-            request.stats.cached_tokens = lease.num_cached
-        request.lease, request.status = lease, "running"
+    def _raise_release_error(self) -> None:
+        """Raise what the cache's hook raised, unless a step is still to do so."""
+        if self._stage == "idle" and self._schedule.release_error is not None:
+            error, self._schedule.release_error = self._schedule.release_error, None
+            raise error
 
     # ---- one step ----
 
+    def _step(self) -> list[Exception]:
+        """`step`, with what callbacks raised."""
+        self._check_call("step")
+        try:
+            errors = self._deliver()  # what an interrupted step has left
+            self._stage = "computing"
+            batch = self._schedule.next_batch()
+            if batch:
+                logits = self._compute(batch)
+                for request, row in zip(batch, logits, strict=True):
+                    self._advance(request, row)
+            errors += self._deliver()
+        finally:
+            self._stage = "idle"
+        self._raise_release_error()
+        return errors
+
+    def _stream(self, request: Request) -> Iterator[int]:
+        sent = 0
+        while True:
+            while sent < len(request.tokens):
+                yield request.tokens[sent]
+                sent += 1
+            if request.error is not None:
+                raise request.error
+            if request.done:
+                return
+            self.step()
+
     def _compute(self, batch: list[Request]) -> torch.Tensor:
         """One forward pass: K and V of every row written, and the logits of each request's last row."""
-        leases = [_lease(request) for request in batch]
+        leases = [lease_of(request) for request in batch]
         rows = [lease.num_tokens - lease.num_written for lease in leases]
         try:
             with torch.inference_mode(), self.engine.step(leases) as step:
                 logits = forward(self.model, step)
         except BaseException:
             for request in batch:
-                self._leave(request, commit=False)
-                self._wait_again(request)
+                self._schedule.leave(request, commit=False, again=True)
             raise
         for request, count in zip(batch, rows, strict=True):
             request.stats.computed_tokens += count
-            if count > 1:
-                _lease(request).commit()
+            if count > 1 and lease_of(request).num_written <= request.room.shared:
+                lease_of(request).commit()
         return logits
 
     def _advance(self, request: Request, logits: torch.Tensor) -> None:
         """Draw the next token of a request whose tokens are all computed, and those of its followers."""
-        if _lease(request).num_written < request.num_tokens:
+        if lease_of(request).num_written < request.num_tokens:
             return
-        followers, request.followers = request.followers, []
-        for follower in followers:
-            self._fork(request, follower)
-        for drawing in (request, *followers):
+        complete = [request]
+        while request.followers:
+            complete.append(request.followers.pop(0))
+            self._schedule.fork(request, complete[-1])
+        for drawing in complete:
             drawing.accept(drawing.sampler(logits))
             self._undelivered.append((drawing, drawing.tokens[-1]))
             if drawing.done:
-                self._retire(drawing)
+                self._schedule.end(drawing, drawing.status)
 
-    def _fork(self, request: Request, follower: Request) -> None:
-        """Let `follower` run on a fork of the lease, or wait for a lease of its own where the batch or pool is full."""
-        follower.stats.cached_tokens = len(follower.prompt)
-        if len(self._running) < self.max_running:
-            try:
-                follower.lease = _lease(request).fork()
-            except PoolExhausted:
-                self._wait_again(follower)
-            else:
-                follower.status = "running"
-                insort(self._running, follower, key=_arrival)
-        else:
-            self._wait_again(follower)
-
-    def _retire(self, request: Request) -> None:
-        """Let go of the pages or the place in the queue of a request that is done."""
-        if request.lease is not None:
-            self._leave(request, commit=True)
-        else:
-            self._waiting.remove(request)
-
-    def _deliver(self) -> None:
-        """Call the callbacks, each token once, after all bookkeeping: a callback may submit, cancel or raise."""
+    def _deliver(self) -> list[Exception]:
+        """Call the callbacks, each token once, after all bookkeeping; what they raise ends their own request."""
+        self._stage = "delivering"
+        errors = []
         while self._undelivered:
             request, token = self._undelivered.popleft()
-            if request.on_token is not None:
+            if request.on_token is None or request.status in ("cancelled", "error"):
+                continue
+            try:
                 request.on_token(request, token)
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix of two int32 arrays."""
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if different.size else length
-
-
-def _end_tokens(model: PreTrainedModel) -> list[int]:
-    """The end-of-sequence tokens of the model's generation config."""
-    config = getattr(model, "generation_config", None)
-    tokens = getattr(config, "eos_token_id", None)
-    if tokens is None:
-        return []
-    return [int(tokens)] if isinstance(tokens, int) else [int(token) for token in tokens]
+            except Exception as error:
+                _LOG.error("on_token of request %d raised, which ends the request", request.id, exc_info=error)
+                errors.append(error)
+                request.error = error
+                self._schedule.end(request, "error")
+        return errors

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from radixkv.errors import InvalidTokens
-
 if TYPE_CHECKING:
     from radixkv.cache import Lease
+    from radixkv.hf.window import Room
 
-__all__ = ["OnToken", "Request", "RequestStats", "Status", "Tokens", "token_array"]
+__all__ = ["OnToken", "Request", "RequestStats", "Status", "Tokens"]
 
-Status = Literal["waiting", "running", "stop", "length", "cancelled"]
+Status = Literal["waiting", "running", "stop", "length", "cancelled", "error"]
 """Waiting and running requests are unfinished. The others say why generation ended: a stop token, `max_new_tokens`,
-or `Generator.cancel`."""
+`Generator.cancel`, or an exception in `on_token`, which is then `Request.error`."""
 
 Tokens = list[int] | np.ndarray | torch.Tensor
 """A sequence of token ids: a list, or a one-dimensional integer array or CPU tensor."""
@@ -56,15 +55,23 @@ class Request:
     sampler: Callable[[torch.Tensor], int] = field(repr=False)
     """The next token for logits `[vocabulary]`."""
     on_token: OnToken | None = field(repr=False)
+    room: Room = field(repr=False)
+    """What it may take of the pool."""
+    owner: object = field(repr=False)
+    """The same for all requests of one generator."""
     submitted: float = field(default_factory=time.perf_counter, repr=False)
     tokens: list[int] = field(default_factory=list)
     """The tokens generated so far, a final stop token included."""
     status: Status = "waiting"
+    error: Exception | None = None
+    """What `on_token` raised, if that ended the request."""
     siblings: tuple[Request, ...] = field(default=(), repr=False)
     """All requests of the same submission in order, this one included."""
     followers: list[Request] = field(default_factory=list, repr=False)
     """Siblings that wait for this request's prompt to be computed, to fork it."""
     lease: Lease | None = field(default=None, repr=False)
+    dropped: bool = field(default=False, repr=False)
+    """Whether pages were dropped that the tree does not have: preempted, it would compute them again."""
     stats: RequestStats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,19 +103,3 @@ class Request:
             self.status = "stop"
         elif len(self.tokens) == self.max_new_tokens:
             self.status = "length"
-
-
-def token_array(tokens: Tokens, vocabulary: int) -> np.ndarray:
-    """`tokens` as int32 `[n]`, each checked to be one of a `vocabulary`; raises InvalidTokens."""
-    try:
-        array = np.asarray(tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidTokens(f"tokens are not a sequence of integers: {error}") from error
-    if array.ndim != 1 or array.size == 0:
-        raise InvalidTokens(f"tokens have shape {array.shape}: give a non-empty, one-dimensional sequence")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise InvalidTokens(f"tokens are {array.dtype}: give integers")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= vocabulary:
-        raise InvalidTokens(f"tokens range from {low} to {high}: the model's embedding takes 0 to {vocabulary - 1}")
-    return array.astype(np.int32)

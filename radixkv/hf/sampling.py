@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from radixkv.errors import InvalidArgument
+from radixkv.hf.arguments import integer, number
 
 __all__ = ["Sampler", "Sampling"]
 
@@ -17,7 +18,7 @@ class Sampling:
     """How tokens are chosen. `temperature` 0 is greedy (argmax) and ignores the rest.
 
     `top_k` 0 and `top_p` 1 are off. The order is that of transformers: temperature, then top-k, then top-p over what
-    top-k left. Raises InvalidArgument for values out of range.
+    top-k left. Raises InvalidArgument for values of a wrong type or out of range.
     """
 
     temperature: float = 0.0
@@ -26,14 +27,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        values = {
+            "temperature": number("temperature", self.temperature),
+            "top_k": integer("top_k", self.top_k, 0),
+            "top_p": number("top_p", self.top_p),
+            "seed": integer("seed", self.seed, -(2**63)),
+        }
+        if not (math.isfinite(values["temperature"]) and values["temperature"] >= 0):
             raise InvalidArgument(f"temperature is {self.temperature}: give a finite number, 0 (greedy) or above")
-        if self.top_k < 0:
-            raise InvalidArgument(f"top_k is {self.top_k}: give 0 (off) or a number of tokens")
-        if not 0 < self.top_p <= 1:
+        if not 0 < values["top_p"] <= 1:
             raise InvalidArgument(f"top_p is {self.top_p}: give a probability above 0, at most 1 (off)")
-        if not -(2**63) <= self.seed < 2**63:
-            raise InvalidArgument(f"seed is {self.seed}: give a 64-bit integer")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # as plain numbers
 
 
 class Sampler:
