@@ -7,6 +7,7 @@ from types import TracebackType
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
+from radixkv.journal import Journal
 
 __all__ = ["Lease", "Pin", "PrefixCache", "Stats"]
 
@@ -59,6 +60,14 @@ class PrefixCache(_core.Cache):
     def stats(self) -> Stats:
         """Pages by state, and counts since the cache was made. O(live leases)."""
         return Stats(**self._stats())
+
+    def journal(self) -> Journal:
+        """What enters and leaves the tree and which requests end, from now on: see `radixkv.journal`.
+
+        Raises:
+            LeaseError: the cache is closed.
+        """
+        return Journal(self)
 
     def __enter__(self) -> PrefixCache:
         return self

@@ -20,7 +20,7 @@ LAYERS = [
     {"attention"},
     {"pool"},
     {"traces", "view"},
-    {"cache"},
+    {"cache", "journal"},
     {"_core"},
     {"geometry", "errors"},
 ]

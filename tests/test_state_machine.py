@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 import radixkv
+from tests.journal_shadow import Shadow
 from tests.model import Exhausted, Misuse, Model, ModelLease
 
 NAMESPACES = ("", "b")
@@ -23,9 +24,10 @@ class Machine(RuleBasedStateMachine):
     leases = Bundle("leases")
     pins = Bundle("pins")
 
-    @initialize(num_pages=st.integers(4, 20), page_size=st.integers(1, 4))
-    def start(self, num_pages: int, page_size: int) -> None:
+    @initialize(num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans())
+    def start(self, num_pages: int, page_size: int, journal: bool) -> None:
         self.cache = radixkv.PrefixCache(num_pages, page_size)
+        self.shadow = Shadow(self.cache.journal()) if journal else None
         self.model = Model(num_pages, page_size)
         self.seen: list[tuple[str, list[int]]] = [("", [0]), ("b", [0])]
         self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds
@@ -257,6 +259,10 @@ class Machine(RuleBasedStateMachine):
         assert {name: getattr(stats, name) for name in states} == states
         assert stats.free + stats.private + stats.protected + stats.evictable == stats.num_pages
         assert self.published() == set(self.model.tree)
+        if self.shadow is not None:
+            self.shadow.catch_up()
+            full = {name for name in self.model.tree if len(name[1]) % self.cache.page_size == 0}
+            assert set(self.shadow.pages.values()) == full
         for lease, model in self.live:
             assert list(lease.tokens) == model.tokens
             assert (lease.num_written, lease.num_cached) == (model.written, model.cached)
