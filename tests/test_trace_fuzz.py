@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import msgpack
 import numpy as np
@@ -105,27 +106,29 @@ def damaged(draw):
     return content if draw(st.booleans()) else content[: draw(st.integers(0, len(content)))]
 
 
-numbers = st.one_of(
-    st.integers(-2, 10), st.integers(), st.sampled_from([2**24, 2**24 + 1, 2**31, 2**63, 10**400, -(10**400)])
-)
-scalars = st.one_of(st.none(), st.booleans(), numbers, st.floats(), st.text(max_size=3), st.just("\ud800"))
+# Values that once were accepted, or came out as another error.
+NASTY = [math.nan, math.inf, 10**400, 2**62, 2**31, 2**24 + 1, -1, True, None, 1.0, "7", "\ud800", [1, True], [[1]], []]
+scalars = st.one_of(st.none(), st.booleans(), st.integers(-2, 10), st.integers(), st.floats(), st.text(max_size=3))
 values = st.recursive(
     scalars,
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=2), inner, max_size=2)),
     max_leaves=6,
 )
-counts = st.lists(st.integers(0, 5), max_size=4)
-binary = st.one_of(st.binary(max_size=16), counts.map(lambda ids: np.array(ids, dtype="<i4").tobytes()))
+tokens = st.lists(st.integers(0, 5), max_size=4)
+binary = st.one_of(st.binary(max_size=16), tokens.map(lambda ids: np.array(ids, dtype="<i4").tobytes()))
 packable = st.one_of(binary, st.integers(-2, 10), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=3))
+packable_nasty = [value for value in NASTY if value not in (10**400, "\ud800")]
 
 JSON_OBJECTS = [
     {"input": [1, 2], "output": [3], "timestamp": 1, "session": "s", "namespace": "n"},
     {"ids": [1, 2], "unit": 4, "input_length": 9, "output_length": 2, "timestamp": 1.5, "session": 7},
     {"ids": [1, 2, 3], "unit": 1, "input_length": 2, "output_length": 1},
+    {"ids": [1], "unit": 2**30, "input_length": 2**30},
     {"hash_ids": [1, 2**40], "input_length": 600, "output_length": 7, "timestamp": 27482},
 ]
 MAPS = [
     {"in": bytes(8), "out": bytes(4), "session": "s", "timestamp": 0.5, "namespace": "n"},
+    {"ids": bytes(4), "unit": 2**62, "length": 2**62, "tail": 3},
     {"ids": bytes(8), "unit": 4, "length": 9, "tail": 3, "session": "s", "timestamp": 0.5, "namespace": "n"},
 ]
 
@@ -185,13 +188,13 @@ def test_damaged_traces_are_refused_by_a_trace_error(content):
 
 
 @fuzz
-@given(altered(JSON_OBJECTS, st.one_of(values, numbers, counts)), st.sampled_from([1, 300, 512]))
+@given(altered(JSON_OBJECTS, st.one_of(values, tokens, st.sampled_from(NASTY))), st.sampled_from([1, 300, 512]))
 def test_json_objects_of_any_shape_are_read_or_refused(lines, block_size):
     check(accepted("".join(json.dumps(line) + "\n" for line in lines).encode(), block_size))
 
 
 @fuzz
-@given(altered(MAPS, packable))
+@given(altered(MAPS, st.one_of(packable, st.sampled_from(packable_nasty))))
 def test_msgpack_maps_of_any_shape_are_read_or_refused(records):
     header = written(MsgpackWriter, [])
     check(accepted(header + b"".join(msgpack.packb(record) for record in records)))
