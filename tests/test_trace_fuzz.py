@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import msgpack
 import numpy as np
@@ -96,11 +97,12 @@ SPLINTERS += [json.dumps(key).encode() for key in KEYS] + [msgpack.packb(key) fo
 
 @st.composite
 def damaged(draw):
-    """A trace with splinters in it, pieces gone and pieces twice."""
+    """A trace with splinters in place of some of its words, pieces gone and pieces twice."""
     content = draw(st.sampled_from(SEEDS))
-    for _ in range(draw(st.integers(1, 6))):
-        first = draw(st.integers(0, len(content)))
-        last = min(len(content), first + draw(st.integers(0, 12)))
+    for _ in range(draw(st.integers(1, 4))):
+        words = [word.span() for word in re.finditer(rb"[0-9.]+|\"[a-z_]*\"|.", content, re.DOTALL)] or [(0, 0)]
+        first, last = draw(st.sampled_from(words))
+        first, last = draw(st.sampled_from([(first, last), (first, first), (first, last + 8)]))
         piece = draw(st.one_of(st.sampled_from(SPLINTERS), st.just(content[first:last] * 2), st.binary(max_size=8)))
         content = content[:first] + piece + content[last:]
     return content if draw(st.booleans()) else content[: draw(st.integers(0, len(content)))]
