@@ -293,6 +293,35 @@ def test_a_path_that_cannot_be_read(tmp_path):
         list(read_trace(str(tmp_path)))
 
 
+def test_a_path_object_is_a_path(tmp_path):
+    path = tmp_path / "trace"
+    path.write_bytes(lines({"input": [1, 2]}).getvalue())
+    assert [request.num_in for request in read_trace(path)] == [2]
+    with pytest.raises(TraceError, match="embedded null byte"):
+        list(read_trace("a\0b"))
+
+
+def test_a_stream_in_text_mode_is_refused():
+    with pytest.raises(InvalidArgument, match="reads as str, not bytes: open it in binary mode"):
+        list(read_trace(io.StringIO('{"input": [1]}')))
+
+
+@pytest.mark.parametrize("writer", [JsonWriter, MsgpackWriter])
+def test_a_stream_that_comes_in_pieces_is_read(writer):
+    class Drip(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(min(size, 3))
+
+    requests = [Request([1, 2], [3], session="s"), Request([4])]
+    back = list(read_trace(Drip(written(writer, requests))))
+    assert [fields(request) for request in back] == [fields(request) for request in requests]
+
+
+def test_lines_may_end_as_on_windows():
+    stream = io.BytesIO(b'{"input":[1]}\r\n\r\n{"input":[2]}\r\n')
+    assert [request.tokens_in.tolist() for request in read_trace(stream)] == [[1], [2]]
+
+
 def test_standard_input_is_read(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines({"input": [1, 2]})))
     assert [request.tokens_in.tolist() for request in read_trace("-")] == [[1, 2]]

@@ -108,6 +108,11 @@ def test_a_name_is_text(key):
         Request([1], **{key: "\ud800"})
 
 
+def test_a_number_of_thousands_of_digits_is_refused():
+    found = refusal(b'{"input":[1],"timestamp":1' + b"0" * 5000 + b"}\n")
+    assert "line 1: a number has thousands of digits" in found
+
+
 def test_a_value_in_a_message_is_short():
     assert len(refusal(line(input="x" * 10**6))) < 200
     assert len(refusal(line(hash_ids=[1], input_length="\n" * 10**6))) < 200

@@ -30,9 +30,9 @@ MOONCAKE_BLOCK = 512
 MAX_TOKEN = 2**31 - 1
 """The largest token id (int32)."""
 
-# What a file may ask for, so that a few bytes never cost gigabytes. Real traces stay far inside: the longest request of
-# Mooncake's conversation trace has 128,195 tokens, of recorded coding sessions 0.9 million; published ids stand for
-# 16 to 512 tokens.
+# What a file may ask for, so that a few bytes never cost gigabytes. Real traces stay far inside: the longest input of
+# Mooncake's conversation trace has 126,195 tokens, of recorded coding sessions 880,502; published ids stand for 16 to
+# 512 tokens.
 MAX_REQUEST_TOKENS = 2**24
 """The most tokens of one request in a trace file, input and output together."""
 

@@ -158,9 +158,11 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
     except RecursionError:
         raise InvalidArgument("nested too deeply: a request is one flat object; remove the line") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         hint = "the line is cut short; " if not line.endswith(b"\n") else ""
         raise InvalidArgument(f"not JSON ({error}): {hint}remove the line or write the trace again") from None
+    except ValueError:  # of int(), whose work grows with the square of the digits
+        raise InvalidArgument("a number has thousands of digits: remove the line or write the trace again") from None
 
 
 def _integers(fields: dict[str, Any], key: str) -> npt.NDArray[Any]:
