@@ -159,7 +159,7 @@ GOOD = {"input_length": 8, "output_length": 1, "hash_ids": [1, 2], "timestamp": 
         (b"{'input': [1]}\n", "line 2: not JSON"),
         (b'{"timestamp": 0, "input_le', "cut short; remove the line"),
         (b"[1, 2]\n", "not a JSON object"),
-        (b'{"text": "hello"}\n', "needs hash_ids, ids or input, has text"),
+        (b'{"text": "hello"}\n', "needs hash_ids, ids or input, has 'text'"),
         (b"\xff\xfe\n", "line 2: not JSON"),
         ({**GOOD, "hash_ids": [1, 2, 3]}, "give the trace's block size"),
         ({**GOOD, "hash_ids": [1]}, "1 hash_ids do not cover input_length 8"),
@@ -168,7 +168,7 @@ GOOD = {"input_length": 8, "output_length": 1, "hash_ids": [1, 2], "timestamp": 
         ({**GOOD, "hash_ids": [1, 2.5]}, "whole numbers only"),
         ({**GOOD, "hash_ids": [1, [2]]}, "flat list"),
         ({**GOOD, "hash_ids": [[1], [2]]}, "whole numbers"),
-        ({**GOOD, "hash_ids": 5}, "must be a list of whole numbers, not int"),
+        ({**GOOD, "hash_ids": 5}, "must be a list of whole numbers, not 5"),
         ({**GOOD, "input_length": 0}, "input_length must be at least 1, not 0"),
         ({**GOOD, "input_length": "8"}, "input_length must be a whole number"),
         ({**GOOD, "input_length": True}, "input_length must be a whole number"),
@@ -194,9 +194,12 @@ def test_a_bad_line_is_refused_with_its_number(bad, words):
         ({"input": [1, -1]}, "input holds -1: a token is from 0 to 2147483647"),
         ({"input": [2**31]}, "input holds 2147483648"),
         ({"input": [2**70]}, f"input holds {2**70}"),
-        ({"input": [1], "output": [1.0]}, "output must be a list of whole numbers"),
-        ({"input": [1], "output": [True]}, "output must be a list of whole numbers"),
-        ({"input": "text"}, "not str"),
+        ({"input": [1], "output": [1.0]}, "output must be a flat list of whole numbers only, but holds float"),
+        ({"input": [1], "output": [True]}, "whole numbers only, but holds bool"),
+        ({"input": [1, True]}, "whole numbers only, but holds bool"),
+        ({"input": [1, None, {}, "1"]}, "but holds NoneType, dict, str"),
+        ({"input": "text"}, "must be a list of whole numbers, not 'text'"),
+        ({"input": {"a": 1}}, "must be a list of whole numbers, not a dict of 1"),
         ({"unit": 1, "input_length": 3, "output_length": 2, "ids": [1, 2, 3, 4]}, "ids of unit 1 cover the input"),
         ({"unit": 1, "input_length": 3, "ids": [1, 2]}, "2 ids for input_length 3"),
         ({"unit": 1, "input_length": 3, "ids": []}, "ids is empty"),
@@ -261,10 +264,12 @@ def test_a_msgpack_trace_cut_anywhere_is_refused_and_its_remedy_works():
         ({"in": b"\xff\xff\xff\xff", "out": b""}, "a token is not negative"),
         ({"in": b"", "out": b""}, "in is empty"),
         ({"in": "text", "out": b""}, "4-byte integers"),
-        ({"in": bytes(4), "out": b"", "timestamp": "noon"}, "could not convert"),
+        ({"in": bytes(4), "out": b"", "timestamp": "noon"}, "timestamp must be a number, not 'noon'"),
         ({"ids": bytes(8), "unit": 4, "length": 3, "tail": 0}, "2 ids do not fit length 3"),
-        ({"ids": bytes(4), "unit": 0, "length": 3, "tail": 0}, "unit 0"),
-        ({"ids": bytes(4), "unit": 2, "length": 2, "tail": -1}, "tail -1"),
+        ({"ids": bytes(4), "unit": 0, "length": 3, "tail": 0}, "unit must be at least 1, not 0"),
+        ({"ids": bytes(4), "unit": 2, "length": 2, "tail": -1}, "tail must be at least 0, not -1"),
+        ({"ids": bytes(4), "unit": 2, "length": 2, "tail": 0.5}, "tail must be a whole number, not 0.5"),
+        ({"ids": bytes(4), "unit": True, "length": 2, "tail": 0}, "unit must be a whole number, not True"),
         ({"ids": bytes(4), "unit": 2, "length": 2, "tail": 0}, "ids of unit 2 after tokens"),
     ],
 )
@@ -286,6 +291,35 @@ def test_a_path_that_cannot_be_read(tmp_path):
         list(read_trace(str(tmp_path / "missing")))
     with pytest.raises(TraceError, match="cannot read"):
         list(read_trace(str(tmp_path)))
+
+
+def test_a_path_object_is_a_path(tmp_path):
+    path = tmp_path / "trace"
+    path.write_bytes(lines({"input": [1, 2]}).getvalue())
+    assert [request.num_in for request in read_trace(path)] == [2]
+    with pytest.raises(TraceError, match="embedded null byte"):
+        list(read_trace("a\0b"))
+
+
+def test_a_stream_in_text_mode_is_refused():
+    with pytest.raises(InvalidArgument, match="reads as str, not bytes: open it in binary mode"):
+        list(read_trace(io.StringIO('{"input": [1]}')))
+
+
+@pytest.mark.parametrize("writer", [JsonWriter, MsgpackWriter])
+def test_a_stream_that_comes_in_pieces_is_read(writer):
+    class Drip(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(min(size, 3))
+
+    requests = [Request([1, 2], [3], session="s"), Request([4])]
+    back = list(read_trace(Drip(written(writer, requests))))
+    assert [fields(request) for request in back] == [fields(request) for request in requests]
+
+
+def test_lines_may_end_as_on_windows():
+    stream = io.BytesIO(b'{"input":[1]}\r\n\r\n{"input":[2]}\r\n')
+    assert [request.tokens_in.tolist() for request in read_trace(stream)] == [[1], [2]]
 
 
 def test_standard_input_is_read(monkeypatch):

@@ -1,20 +1,20 @@
 """The command line: ``radixkv replay | curve | generate | record | info | doctor | demo``.
 
-Exit status 0 is success, 1 an error of the package (one line on standard error), 2 wrong usage.
+Exit status 0 is success, 1 an error (one line on standard error), 2 wrong usage, 130 an interrupt, 141 a reader of
+standard output that is gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import radixkv
-from radixkv.cli.io import ProgressLine, binary_output, text_output
+from radixkv.cli.io import ProgressLine, binary_output, flush_output, printable, say, text_output
 from radixkv.errors import BackendUnavailable, InvalidArgument, RadixKVError
 from radixkv.traces.curve import CapacityCurve, capacity_curve
 from radixkv.traces.read import read_trace
@@ -36,21 +36,26 @@ _TRACE_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Raises SystemExit as argparse does (usage, --help, --version)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (RadixKVError, OSError) as error:
+        say(f"radixkv: {error}")
+    except MemoryError as error:
+        say(f"radixkv: out of memory ({error}): lower --capacity-tokens or --requests, or raise --page-size")
+    return 1
+
+
+def _run(arguments: list[str]) -> int:
     try:
         args = _parser(with_demo=arguments[:1] == ["demo"]).parse_args(arguments)
         status: int = args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of standard output is gone: say nothing, also not when Python flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (RadixKVError, OSError) as error:
-        print(f"radixkv: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return status
+        return status
+    finally:
+        flush_output()
 
 
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
@@ -99,7 +104,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only the first N requests (default: all of a file, 1000 of a workload)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of a workload (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed of a workload (default: %(default)s)")
 
 
 def _add_page_size(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +150,7 @@ def _run_replay(args: argparse.Namespace) -> int:
 
 def _print_replay(trace: str, result: ReplayResult) -> None:
     mode = "page-aligned" if result.page_aligned else "token-exact"
-    print(f"trace         {trace}: {result.requests:,} requests, {result.input_tokens:,} input tokens")
+    print(f"trace         {printable(trace)}: {result.requests:,} requests, {result.input_tokens:,} input tokens")
     print(
         f"cache         {result.capacity_pages:,} pages of {result.page_size} tokens "
         f"({result.capacity_pages * result.page_size:,} tokens), {mode}"
@@ -173,7 +178,7 @@ def _add_curve(commands: Any) -> None:
     parser.add_argument("--csv", metavar="FILE", help="write the hit rate at each capacity where it changes (- prints)")
     parser.add_argument("--svg", metavar="FILE", help="draw the curve (- prints)")
     parser.add_argument(
-        "--points", type=_count, metavar="N", help="at most N points in the CSV (default: all) and the JSON (200)"
+        "--points", type=_points, metavar="N", help="at most N points in the CSV (default: all) and the JSON (200)"
     )
     parser.add_argument(
         "--clairvoyant",
@@ -185,16 +190,19 @@ def _add_curve(commands: Any) -> None:
 
 
 def _run_curve(args: argparse.Namespace) -> int:
-    if [args.csv, args.svg, "-" if args.json else None].count("-") > 1:
-        raise InvalidArgument("two outputs cannot share standard output: give --csv or --svg a file")
+    outputs = [name for name in (args.csv, args.svg, "-" if args.json else None) if name is not None]
+    if len(set(outputs)) < len(outputs):
+        raise InvalidArgument("two outputs cannot share standard output or a file: give --csv or --svg another name")
     kept = list(_requests(args)) if args.clairvoyant else None
     with ProgressLine() as progress:
         curve = capacity_curve(_requests(args) if kept is None else kept, args.page_size, progress)
+    if curve.distinct_pages == 0:
+        raise InvalidArgument(f"no request of {args.trace} fills a page of {args.page_size} tokens: lower --page-size")
     shares = _share_rows(curve, kept)
-    if args.csv:
+    if args.csv is not None:
         with text_output(args.csv) as stream:
             curve.to_csv(stream, args.points)
-    if args.svg:
+    if args.svg is not None:
         with text_output(args.svg) as stream:
             curve.to_svg(stream, f"{args.trace}: hit rate by capacity")
     if args.json:
@@ -222,7 +230,7 @@ def _share_rows(curve: CapacityCurve, requests: list[Request] | None) -> list[di
 
 def _print_curve(trace: str, curve: CapacityCurve, shares: list[dict[str, Any]]) -> None:
     page = curve.page_size
-    print(f"trace       {trace}: {curve.requests:,} requests, {curve.input_tokens:,} input tokens")
+    print(f"trace       {printable(trace)}: {curve.requests:,} requests, {curve.input_tokens:,} input tokens")
     print(f"footprint   {curve.distinct_pages:,} pages of {page} tokens ({curve.distinct_pages * page:,} tokens)")
     print(f"best        {100 * curve.hit_rate(curve.max_pages):.2f} % from {curve.max_pages:,} pages on")
     bound = "clairvoyant" in shares[0]
@@ -245,7 +253,7 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("kind", choices=list(WORKLOADS), help="multi-turn chat, few-shot prompts, or agent loops")
     parser.add_argument("--requests", type=_count, default=1000, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument(
         "-o", "--output", default="-", metavar="FILE", help="FILE.jsonl or FILE.msgpack; - prints JSON lines (default)"
     )
@@ -284,7 +292,7 @@ def _run_record(args: argparse.Namespace) -> int:
         for number, request in enumerate(_requests(args), 1):
             writer.write(request)
             progress(number)
-    print(f"{args.output}: {number:,} requests", file=sys.stderr)
+    say(f"{args.output}: {number:,} requests")
     return 0
 
 
@@ -319,7 +327,7 @@ def _add_doctor(commands: Any) -> None:
         help="only this one (repeatable; default: all the backend has)",
     )
     parser.add_argument("--batches", type=_count, default=20, metavar="N", help="of each case (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run_doctor)
 
@@ -375,17 +383,25 @@ def _requests(args: argparse.Namespace) -> Iterator[Request]:
         yield request
 
 
-def _count(text: str) -> int:
-    """A count of 1 or more: 100000, 100_000, 100k, 2M or 1G (decimal)."""
+def _count(text: str, at_least: int = 1) -> int:
+    """A count of ``at_least`` or more: 100000, 100_000, 100k, 2M or 1G (decimal)."""
     units = {"k": 10**3, "m": 10**6, "g": 10**9}
     factor = units.get(text[-1:].lower(), 1)
     try:
         value = int(text[:-1] if factor > 1 else text) * factor
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count such as 100000, 100k or 2M") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count such as 100000, 100k or 2M") from None
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {at_least}")
     return value
+
+
+def _seed(text: str) -> int:
+    return _count(text, at_least=0)
+
+
+def _points(text: str) -> int:
+    return _count(text, at_least=2)
 
 
 def _print_json(value: dict[str, Any]) -> None:

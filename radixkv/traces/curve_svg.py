@@ -31,7 +31,7 @@ def curve_svg(curve: CapacityCurve, title: str = "") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">',
         f"<style>{_STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
-        f'<text class="title" x="{_LEFT}" y="24">{escape(title or "Hit rate by capacity")}</text>',
+        f'<text class="title" x="{_LEFT}" y="24">{escape(_printable(title or "Hit rate by capacity"))}</text>',
         *_horizontal_grid(),
         *axis.vertical_grid(),
         _line("bound", _LEFT, _y(limit), _WIDTH - _RIGHT, _y(limit)),
@@ -97,6 +97,11 @@ def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _printable(title: str) -> str:
+    """A title without what XML forbids: control characters and half surrogate pairs, which a file name may have."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in title)
 
 
 def _short(tokens: int) -> str:

@@ -24,9 +24,10 @@ class Recorder:
         with Recorder("requests.trace").attach(cache):
             serve()
 
-    An ``on_release`` that was set before is still called, first. Recording never disturbs serving: when the file cannot
-    be written (a full disk), recording stops, and ``close`` raises what happened. One recorder serves one cache and any
-    number of threads. The file is replaced if it exists. Raises TraceError if it cannot be made.
+    An ``on_release`` that was set before is still called, first. Recording never disturbs serving: when a request
+    cannot be written (a full disk, more tokens than a trace takes), recording stops, and ``close`` raises what
+    happened. One recorder serves one cache and any number of threads. The file is replaced if it exists. Raises
+    TraceError if it cannot be made.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,7 +35,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._cache: PrefixCache | None = None
         self._previous: Callable[[Lease], object] | None = None
-        self._failure: OSError | None = None
+        self._failure: OSError | InvalidArgument | None = None
         self.num_requests = 0
         """Requests written so far."""
         try:
@@ -67,9 +68,11 @@ class Recorder:
                 self._failure = self._failure or error
             failure, self._failure = self._failure, None
         if failure is not None:
+            why, remedy = str(failure), "what came before it is recorded"
+            if isinstance(failure, OSError):
+                why, remedy = failure.strerror or why, "make room on the disk and record again"
             raise TraceError(
-                f"recording to {self._path} stopped after {self.num_requests} requests: {failure.strerror}: "
-                "make room on the disk and record again"
+                f"recording to {self._path} stopped after {self.num_requests} requests: {why}: {remedy}"
             ) from failure
 
     def __enter__(self) -> Recorder:
@@ -91,5 +94,5 @@ class Recorder:
             try:
                 self._writer.write(request)
                 self.num_requests += 1
-            except OSError as error:
+            except (OSError, InvalidArgument) as error:
                 self._failure = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,7 +11,16 @@ import numpy.typing as npt
 
 from radixkv.errors import InvalidArgument, InvalidTokens
 
-__all__ = ["MAX_TOKEN", "MOONCAKE_BLOCK", "Blocks", "Request", "Tokens"]
+__all__ = [
+    "MAX_REQUEST_BYTES",
+    "MAX_REQUEST_TOKENS",
+    "MAX_TOKEN",
+    "MAX_UNIT",
+    "MOONCAKE_BLOCK",
+    "Blocks",
+    "Request",
+    "Tokens",
+]
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 
@@ -19,6 +29,18 @@ MOONCAKE_BLOCK = 512
 
 MAX_TOKEN = 2**31 - 1
 """The largest token id (int32)."""
+
+# What a file may ask for, so that a few bytes never cost gigabytes. Real traces stay far inside: the longest input of
+# Mooncake's conversation trace has 126,195 tokens, of recorded coding sessions 880,502; published ids stand for 16 to
+# 512 tokens.
+MAX_REQUEST_TOKENS = 2**24
+"""The most tokens of one request in a trace file, input and output together."""
+
+MAX_UNIT = 2**12
+"""The most tokens that one block id of a trace file stands for."""
+
+MAX_REQUEST_BYTES = 2**27
+"""The most bytes of one request in a trace file: a line of JSON, or a msgpack object."""
 
 _NO_TOKENS: Tokens = np.empty(0, dtype=np.int32)
 
@@ -38,7 +60,7 @@ class Blocks:
 
     def tokens(self) -> Tokens:
         """The input as tokens, [length] int32. O(length)."""
-        tokens = np.repeat(self.ids, self.unit)[: self.length]
+        tokens = np.repeat(self.ids, min(self.unit, self.length))[: self.length]
         if len(tokens) < self.length:
             tail = np.full(self.length - len(tokens), self.tail, dtype=np.int32)
             tokens = np.concatenate([tokens, tail])
@@ -50,6 +72,7 @@ class Request:
 
     Give either ``tokens_in`` ([n] int32) or ``blocks``; the tokens of blocks are expanded each time ``tokens_in`` is
     read and not kept. ``timestamp`` is in seconds; ``session`` and ``namespace`` are names, empty where unknown.
+    Raises InvalidTokens for what is no token, InvalidArgument for a time that is not finite or a name that is no text.
     """
 
     __slots__ = ("_input", "namespace", "session", "timestamp", "tokens_out")
@@ -71,6 +94,9 @@ class Request:
         else:
             raise InvalidArgument("a request has either tokens_in or blocks: give exactly one of them")
         self.tokens_out: Tokens = _NO_TOKENS if tokens_out is None else _int32(tokens_out)
+        _check_time(timestamp)
+        _check_name("session", session)
+        _check_name("namespace", namespace)
         self.session = session
         self.timestamp = timestamp
         self.namespace = namespace
@@ -97,6 +123,27 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request({self.num_in} in, {self.num_out} out, session={self.session!r}, timestamp={self.timestamp})"
+
+
+def _check_time(timestamp: float) -> None:
+    try:
+        finite = math.isfinite(timestamp)
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        raise InvalidArgument(f"timestamp must be a finite number of seconds, not {timestamp!r:.60}")
+
+
+def _check_name(key: str, name: str) -> None:
+    """Refuse a name that no trace and no cache could hold."""
+    if not isinstance(name, str):
+        raise InvalidArgument(f"{key} must be a string, not {type(name).__name__}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"{key} is no Unicode text: half a surrogate pair at character {error.start}; replace it"
+        ) from None
 
 
 def _int32(tokens: npt.ArrayLike) -> Tokens:

@@ -9,8 +9,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from radixkv.errors import TraceError
-from radixkv.traces.trace import MAX_TOKEN, Blocks, Request, Tokens
+from radixkv.errors import InvalidArgument, TraceError
+from radixkv.traces.fields import check_length, check_writable, labels, shown, whole
+from radixkv.traces.trace import (
+    MAX_REQUEST_BYTES,
+    MAX_REQUEST_TOKENS,
+    MAX_TOKEN,
+    MAX_UNIT,
+    Blocks,
+    Request,
+    Tokens,
+)
 
 __all__ = ["JsonWriter", "read_json"]
 
@@ -27,7 +36,11 @@ class JsonWriter:
         self._stream = stream
 
     def write(self, request: Request) -> None:
-        """Append one request. A request given as blocks is written as ``ids`` with ``unit``."""
+        """Append one request. A request given as blocks is written as ``ids`` with ``unit``.
+
+        Raises InvalidArgument for a request beyond the limits of a trace.
+        """
+        check_writable(request)
         line: dict[str, Any] = {"timestamp": request.timestamp, "session": request.session}
         if request.namespace:
             line["namespace"] = request.namespace
@@ -43,16 +56,13 @@ def read_json(lines: Iterable[bytes], name: str, block_size: int) -> Iterator[Re
     """Yield a request for each line. Raises TraceError with the line number for a line that is not a request."""
     reader = _Reader(block_size)
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
-            yield reader.request(line)
-        except (_BadLine, RecursionError) as error:
+            request = reader.request(line)
+        except InvalidArgument as error:
             raise TraceError(f"{name}, line {number}: {error}") from None
-
-
-class _BadLine(Exception):
-    """A line that is no request; the reader above knows its number."""
+        yield request
 
 
 class _Reader:
@@ -66,13 +76,9 @@ class _Reader:
 
     def request(self, line: bytes) -> Request:
         """The request of one line."""
-        try:
-            fields = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-        except ValueError as error:
-            hint = "the line is cut short; " if not line.endswith(b"\n") else ""
-            raise _BadLine(f"not JSON ({error}): {hint}remove the line or write the trace again") from None
+        fields = _parsed(line)
         if not isinstance(fields, dict):
-            raise _BadLine("not a JSON object: a trace has one object a line")
+            raise InvalidArgument("not a JSON object: a trace has one object a line")
         if "hash_ids" in fields:
             self._same_form("hash_ids")
             return self._mooncake(fields)
@@ -80,55 +86,56 @@ class _Reader:
             return self._units(fields)
         if "input" in fields:
             self._same_form("input/output")
-            return Request(
-                _tokens(fields, "input", at_least=1), _tokens(fields, "output"), **_labels(fields, seconds=1.0)
-            )
-        found = ", ".join(map(str, list(fields)[:6])) or "nothing"
-        raise _BadLine(f"needs hash_ids, ids or input, has {found}: is this a trace of requests?")
+            tokens_in, tokens_out = _tokens(fields, "input", at_least=1), _tokens(fields, "output")
+            check_length(len(tokens_in) + len(tokens_out))
+            return Request(tokens_in, tokens_out, **labels(fields, seconds=1.0))
+        found = ", ".join(map(shown, list(fields)[:6])) or "nothing"
+        raise InvalidArgument(f"needs hash_ids, ids or input, has {found}: is this a trace of requests?")
 
     def _mooncake(self, fields: dict[str, Any]) -> Request:
-        length = _integer(fields, "input_length")
+        length = whole(fields, "input_length", 1, MAX_REQUEST_TOKENS)
         ids = self._block_ids(fields, "hash_ids")
         unit = self._block_size
         if len(ids) != -(-length // unit):
-            raise _BadLine(
+            raise InvalidArgument(
                 f"{len(ids)} hash_ids do not cover input_length {length} at {unit} tokens an id "
                 f"({-(-length // unit)} needed): give the trace's block size (--block-size)"
             )
-        return Request(blocks=Blocks(ids, unit, length), **_labels(fields, seconds=1e-3))
+        return Request(blocks=Blocks(ids, unit, length), **labels(fields, seconds=1e-3))
 
     def _units(self, fields: dict[str, Any]) -> Request:
-        unit = _integer(fields, "unit") if "unit" in fields else 1
+        unit = whole(fields, "unit", 1, MAX_UNIT) if "unit" in fields else 1
         self._same_form(f"ids of unit {unit}")
-        length = _integer(fields, "input_length")
+        length = whole(fields, "input_length", 1, MAX_REQUEST_TOKENS)
         if unit == 1:
             return self._input_then_output(fields, length)
         ids = self._block_ids(fields, "ids")
         if len(ids) not in (length // unit, -(-length // unit)):
-            raise _BadLine(
+            raise InvalidArgument(
                 f"{len(ids)} ids do not fit input_length {length} at unit {unit}: "
                 f"give one id for each full block ({length // unit})"
             )
         tail = _FIRST_TAIL + self._num_tails % (MAX_TOKEN - _FIRST_TAIL)
         self._num_tails += 1
-        return Request(blocks=Blocks(ids, unit, length, tail), **_labels(fields, seconds=1.0))
+        return Request(blocks=Blocks(ids, unit, length, tail), **labels(fields, seconds=1.0))
 
     @staticmethod
     def _input_then_output(fields: dict[str, Any], length: int) -> Request:
         ids = _tokens(fields, "ids", at_least=1)
         rest = max(0, len(ids) - length)
-        num_out = _integer(fields, "output_length", at_least=0) if "output_length" in fields else rest
+        num_out = whole(fields, "output_length", 0, MAX_REQUEST_TOKENS) if "output_length" in fields else rest
         if len(ids) not in (length, length + num_out):
-            raise _BadLine(
+            raise InvalidArgument(
                 f"{len(ids)} ids for input_length {length} and output_length {num_out}: "
                 "ids of unit 1 cover the input, or the input and then the output"
             )
-        return Request(ids[:length], ids[length:], **_labels(fields, seconds=1.0))
+        check_length(len(ids))
+        return Request(ids[:length], ids[length:], **labels(fields, seconds=1.0))
 
     def _block_ids(self, fields: dict[str, Any], key: str) -> Tokens:
         ids = _integers(fields, key)
         if len(ids) and int(ids.min()) < 0:
-            raise _BadLine(f"{key} holds {int(ids.min())}: an id is not negative")
+            raise InvalidArgument(f"{key} holds {shown(int(ids.min()))}: an id is not negative")
         if len(ids) and int(ids.max()) >= _LARGE_ID:
             number = self._large_ids
             dense = [i if i < _LARGE_ID else number.setdefault(i, _LARGE_ID + len(number)) for i in ids.tolist()]
@@ -139,55 +146,47 @@ class _Reader:
         if self._form is None:
             self._form = form
         elif self._form != form:
-            raise _BadLine(f"{form} after lines with {self._form}: a trace has one form; split it into two files")
+            raise InvalidArgument(
+                f"{form} after lines with {self._form}: a trace has one form; split it into two files"
+            )
 
 
-def _integer(fields: dict[str, Any], key: str, at_least: int = 1) -> int:
-    value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _BadLine(f"{key} must be a whole number, not {value!r}")
-    if value < at_least:
-        raise _BadLine(f"{key} must be at least {at_least}, not {value}")
-    return value
+def _parsed(line: bytes) -> Any:
+    if len(line) > MAX_REQUEST_BYTES:
+        raise InvalidArgument(f"longer than {MAX_REQUEST_BYTES} bytes: is this a trace of one request a line?")
+    try:
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+    except RecursionError:
+        raise InvalidArgument("nested too deeply: a request is one flat object; remove the line") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        hint = "the line is cut short; " if not line.endswith(b"\n") else ""
+        raise InvalidArgument(f"not JSON ({error}): {hint}remove the line or write the trace again") from None
+    except ValueError:  # of int(), whose work grows with the square of the digits
+        raise InvalidArgument("a number has thousands of digits: remove the line or write the trace again") from None
 
 
 def _integers(fields: dict[str, Any], key: str) -> npt.NDArray[Any]:
-    """A list of whole numbers as a 1-D array; numbers above int64 come as uint64 or Python integers."""
+    """A list of whole numbers as a 1-D array; Python integers where some are beyond int64."""
     value = fields.get(key)
     if not isinstance(value, list):
-        raise _BadLine(f"{key} must be a list of whole numbers, not {type(value).__name__}")
+        raise InvalidArgument(f"{key} must be a list of whole numbers, not {shown(value)}")
     if not value:
         return np.empty(0, dtype=np.int64)
+    wrong = set(map(type, value)) - {int}
+    if wrong:
+        names = ", ".join(sorted(kind.__name__ for kind in wrong))
+        raise InvalidArgument(f"{key} must be a flat list of whole numbers only, but holds {names}")
     try:
-        array = np.asarray(value)
-    except ValueError:
-        raise _BadLine(f"{key} must be a flat list of whole numbers") from None
-    if array.dtype.kind not in "iu" and not all(type(number) is int for number in value):
-        raise _BadLine(f"{key} must be a list of whole numbers only")
-    if array.dtype.kind not in "iu":
-        array = np.array(value, dtype=object)  # beyond 64 bits, or a mixture that numpy would round to float
-    if array.ndim != 1:
-        raise _BadLine(f"{key} must be a flat list of whole numbers")
-    return array
+        return np.array(value, dtype=np.int64)
+    except OverflowError:
+        return np.array(value, dtype=object)
 
 
 def _tokens(fields: dict[str, Any], key: str, at_least: int = 0) -> Tokens:
     tokens = _integers(fields, key) if key in fields else np.empty(0, dtype=np.int64)
     if len(tokens) < at_least:
-        raise _BadLine(f"{key} is empty: a request has at least 1 token")
+        raise InvalidArgument(f"{key} is empty: a request has at least 1 token")
     if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) <= MAX_TOKEN):
         bad = next(int(t) for t in tokens.tolist() if not 0 <= t <= MAX_TOKEN)
-        raise _BadLine(f"{key} holds {bad}: a token is from 0 to {MAX_TOKEN}")
+        raise InvalidArgument(f"{key} holds {shown(bad)}: a token is from 0 to {MAX_TOKEN}")
     return tokens.astype(np.int32)
-
-
-def _labels(fields: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Session, time and namespace of a request; the file counts time in units of ``seconds``."""
-    timestamp = fields.get("timestamp", 0)
-    if isinstance(timestamp, bool) or not isinstance(timestamp, int | float):
-        raise _BadLine(f"timestamp must be a number, not {timestamp!r}")
-    return {
-        "session": str(fields.get("session", "")),
-        "timestamp": float(timestamp) * seconds,
-        "namespace": str(fields.get("namespace", "")),
-    }
