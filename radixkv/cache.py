@@ -57,6 +57,8 @@ class PrefixCache(_core.Cache):
     taken from the operating system as pages are first used.
     """
 
+    __slots__ = ()
+
     def stats(self) -> Stats:
         """Pages by state, and counts since the cache was made. O(live leases)."""
         return Stats(**self._stats())

@@ -22,6 +22,7 @@ CORE = (
     "tests/test_drop.py", "tests/test_cache.py", "tests/test_step.py", "tests/test_refusals.py",
     "tests/test_state_machine.py",
 )  # fmt: skip
+JOURNAL = ("tests/test_journal.py", "tests/test_state_machine.py")
 ATTENTION = (
     "tests/test_cascade.py", "tests/test_attention.py", "tests/test_attention_fp8.py",
     "tests/test_attention_identity.py",
@@ -99,7 +100,6 @@ MUTANTS = [
            "if (open_) page_table_->table.let_go();", ""),
     Mutant("a step left in another thread advances", "step/page_table.cpp",
            "if (thread_ != std::this_thread::get_id())", "if (false)"),
-    Mutant("on_release changes its lease", "cache/cache.hpp", "const Busy busy(*this, State::releasing);", ""),
     Mutant("a lease takes back a page that is to be copied", "cache/radix_tree.cpp",
            "n.locks == 1 && n.pins == 0 && n.holds == 0", "n.locks == 1 && n.pins == 0"),
     Mutant("a page that was taken back is found", "cache/radix_tree.cpp", "if (attached) index.remove(open);", ""),
@@ -107,6 +107,17 @@ MUTANTS = [
            "std::max(0, lease.first_page_ - lease.num_shared_));", "0);"),
     Mutant("shared pages that were dropped do not count", "cache/cache.cpp",
            "std::max(0, lease.first_page_ - lease.num_shared_));", "lease.first_page_);"),
+    Mutant("an evicted page stays in the journal", "cache/radix_tree.cpp",
+           "if (journal_ && node.last_len == page_size()) journal_->removed(page);", "", JOURNAL),
+    Mutant("a held page that is evicted stays in the journal", "cache/radix_tree.cpp",
+           "if (journal_) record_removed(node);", "", JOURNAL),
+    Mutant("a node that grows is not in the journal", "cache/radix_tree.cpp",
+           "if (journal_) record_run(n, node.last, run, count);", "", JOURNAL),
+    Mutant("what is cleared is recorded parents first", "cache/radix_tree.cpp",
+           "for (auto n = all.rbegin(); n != all.rend(); ++n) record_removed(nodes_[*n]);  // children first",
+           "for (const NodeId n : all) record_removed(nodes_[n]);", JOURNAL),
+    Mutant("an open page is in the journal", "cache/radix_tree.cpp",
+           "if (journal_ && last_len == page_size()) record_run", "if (journal_) record_run", JOURNAL),
     Mutant("a query sees the key after its own", "attention/kernel/block.hpp",
            "min_int64(position(row) + 1 - tile, kTileKeys)",
            "min_int64(position(row) + 2 - tile, kTileKeys)", ATTENTION),

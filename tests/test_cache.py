@@ -228,20 +228,6 @@ def test_tokens_may_come_as(cache, make):
         assert lease.tokens.tolist() == [5, 6, 7, 8]
 
 
-def test_on_release_sees_the_lease_and_cannot_keep_it(cache):
-    seen = []
-    cache.on_release = lambda lease: seen.append((lease.tokens.tolist(), lease.num_prompt, lease.released))
-    with cache.acquire([1, 2, 3]) as lease:
-        lease.extend([4])
-        lease.advance()
-    assert seen == [([1, 2, 3, 4], 3, False)]
-    cache.on_release = lambda lease: 1 / 0
-    lease = cache.acquire([9])
-    with pytest.raises(ZeroDivisionError):
-        lease.release()
-    assert lease.released
-
-
 def test_the_same_calls_give_the_same_state():
     def run():
         rng = np.random.default_rng(0)

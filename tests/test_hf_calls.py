@@ -38,7 +38,6 @@ def expected(model, prompts):
 def generator(model):
     generator = Generator(model, engine_for(model, num_pages=100, page_size=4))
     yield generator
-    generator.engine.cache.on_release = None
     generator.close()
     assert_drains(generator.engine)
 
@@ -351,86 +350,7 @@ def test_requests_of_another_generator_are_refused(generator, model):
         assert other.cancel(foreign)
 
 
-# --- the cache's on_release hook --------------------------------------------------------------------------------------
-
-
-def failing_hook(generator, error=ValueError):
-    def on_release(lease):
-        raise error("from on_release")
-
-    generator.engine.cache.on_release = on_release
-
-
-def test_an_error_in_on_release_passes_after_the_step_and_loses_nothing(generator, prompts, expected):
-    """All four end in the same step: the leases are released, the tokens delivered, then the first error is raised."""
-    seen = []
-    requests = submit(generator, prompts, lambda request, token: seen.append(request.id))
-    failing_hook(generator)
-    with pytest.raises(ValueError, match="from on_release"):
-        generator.run()
-    assert [request.tokens for request in requests] == expected
-    assert len(seen) == 4 * COUNT
-    assert generator.engine.cache.stats().num_leases == 0
-    assert not generator.step()
-
-
-def test_an_error_in_on_release_during_preemption_loses_no_request(model, prompts, expected):
-    generator = Generator(model, engine_for(model, num_pages=6, page_size=4))
-    requests = submit(generator, prompts)
-    failing_hook(generator)
-    errors = 0
-    for _ in range(200):
-        try:
-            if not generator.step():
-                break
-        except ValueError:
-            errors += 1
-        generator.engine.cache.check()
-    assert [request.tokens for request in requests] == expected
-    assert errors > 0
-    assert sum(request.stats.preemptions for request in requests) > 0
-    assert_drains(generator.engine)
-
-
-def test_an_error_in_on_release_when_the_model_fails_loses_no_request(generator, model, prompts, expected):
-    requests = submit(generator, prompts)
-    failing_hook(generator)
-
-    def fail(module, inputs):
-        raise ValueError("in the middle of a layer")
-
-    with model.model.layers[1].register_forward_pre_hook(fail), pytest.raises(ValueError, match="in the middle"):
-        generator.step()
-    generator.engine.cache.on_release = None
-    with pytest.raises(ValueError, match="from on_release"):
-        generator.step()
-    generator.run()
-    assert [request.tokens for request in requests] == expected
-
-
-def test_an_error_in_on_release_passes_through_cancel_and_close(generator, prompts):
-    requests = submit(generator, prompts)
-    generator.step()
-    failing_hook(generator)
-    for call in (lambda: generator.cancel(requests[0]), generator.close):
-        with pytest.raises(ValueError, match="from on_release"):
-            call()
-    assert {request.status for request in requests} == {"cancelled"}
-    assert generator.engine.cache.stats().num_leases == 0
-
-
-def test_an_interrupt_in_on_release_loses_no_request(generator, prompts, expected):
-    requests = submit(generator, prompts)
-    interrupts = 0
-    failing_hook(generator, KeyboardInterrupt)
-    while not all(request.done for request in requests):
-        try:
-            generator.run()
-        except KeyboardInterrupt:
-            interrupts += 1
-        generator.engine.cache.check()
-    assert interrupts >= len(prompts)
-    assert [request.tokens for request in requests] == expected
+# --- a namespace that is cleared meanwhile ----------------------------------------------------------------------------
 
 
 def test_a_namespace_cleared_under_a_request_with_samples_loses_none(model, prompts, expected):

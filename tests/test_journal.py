@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import numpy as np
@@ -33,10 +34,8 @@ def random_traffic(cache, rng, steps):
     live, pins = [], []
     for _ in range(steps):
         tokens, namespace = rng.integers(0, 2, int(rng.integers(1, 24))).tolist(), str(rng.integers(2))
-        try:
+        with contextlib.suppress(radixkv.PoolExhausted):
             live.append(cache.acquire(tokens, namespace))
-        except radixkv.PoolExhausted:
-            pass
         if live and rng.random() < 0.7:
             lease = live.pop(int(rng.integers(len(live))))
             lease.advance()

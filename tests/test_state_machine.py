@@ -122,6 +122,8 @@ class Machine(RuleBasedStateMachine):
             self.model.advance(model, unwritten)
             lease.release()
             self.model.release(model, True)
+            if self.shadow is not None:
+                self.shadow.catch_up()  # the ring holds what one operation records, and some more
 
     @rule(target=leases, data=st.data())
     def acquire(self, data):

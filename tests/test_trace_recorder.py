@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 
 import pytest
 
@@ -38,36 +39,51 @@ def test_a_recorded_trace_holds_every_request_and_replays_to_the_same_state(tmp_
         again.check()
 
 
-def test_an_earlier_hook_is_called_and_put_back(tmp_path):
-    seen = []
-
-    def earlier(lease):
-        seen.append(lease.num_tokens)
-
+def test_several_recorders_follow_one_cache(tmp_path):
+    paths = [str(tmp_path / name) for name in "ab"]
     with PrefixCache(num_pages=8, page_size=2) as cache:
-        cache.on_release = earlier
-        with Recorder(str(tmp_path / "trace")).attach(cache):
+        cache.acquire([9]).release()
+        with Recorder(paths[0]).attach(cache):
             cache.acquire([1, 2, 3]).release()
-        cache.acquire([1, 2]).release()
-        assert seen == [3, 2]
-        assert cache.on_release is earlier
-    assert len(list(read_trace(str(tmp_path / "trace")))) == 1
+            with Recorder(paths[1]).attach(cache):
+                cache.acquire([4, 5]).release()
+        cache.acquire([6]).release()
+    found = [[request.tokens_in.tolist() for request in read_trace(path)] for path in paths]
+    assert found == [[[1, 2, 3], [4, 5]], [[4, 5]]]
 
 
-def test_a_hook_set_later_stays(tmp_path):
-    with PrefixCache(num_pages=8, page_size=2) as cache:
+def test_a_dropped_lease_is_recorded_too(tmp_path):
+    path = str(tmp_path / "trace")
+    with PrefixCache(num_pages=8, page_size=2) as cache, Recorder(path).attach(cache):
+        lease = cache.acquire([1, 2, 3])
+        del lease
+    assert [request.tokens_in.tolist() for request in read_trace(path)] == [[1, 2, 3]]
+
+
+def test_requests_that_end_too_fast_end_the_recording(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recorder, "_follow", lambda self: None)
+    with PrefixCache(num_pages=1 << 15, page_size=16) as cache:
         recorder = Recorder(str(tmp_path / "trace")).attach(cache)
-        later = print
-        cache.on_release = later
-        recorder.close()
-        recorder.close()
-        assert cache.on_release is later
+        for _ in range(6):
+            cache.acquire(range(400_000)).release(False)
+        with pytest.raises(TraceError, match="after 0 requests: 1 requests ended faster than they could be written"):
+            recorder.close()
+
+
+def test_the_thread_writes_while_the_cache_serves(tmp_path):
+    with PrefixCache(num_pages=8, page_size=2) as cache, Recorder(str(tmp_path / "trace")).attach(cache) as recorder:
+        cache.acquire([1, 2, 3]).release()
+        deadline = time.monotonic() + 10
+        while recorder.num_requests == 0 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert recorder.num_requests == 1
 
 
 def test_a_full_disk_ends_the_recording_not_the_serving(tmp_path, monkeypatch):
     with PrefixCache(num_pages=8, page_size=2) as cache:
         recorder = Recorder(str(tmp_path / "trace")).attach(cache)
         cache.acquire([1, 2, 3]).release()
+        recorder.pump()
 
         def write(request):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -78,7 +94,6 @@ def test_a_full_disk_ends_the_recording_not_the_serving(tmp_path, monkeypatch):
         assert cache.stats().num_leases == 0
         with pytest.raises(TraceError, match="after 1 requests: No space left on device"):
             recorder.close()
-        assert cache.on_release is None
 
 
 def test_a_recorder_is_used_once_and_needs_a_writable_path(tmp_path):

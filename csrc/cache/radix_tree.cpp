@@ -361,7 +361,9 @@ std::int32_t RadixTree::clear(NodeId root) {
 // A run of full pages under `parent`, after the page `before` (kNone under a root).
 void RadixTree::record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count) {
   const NodeId root = nodes_[parent].root ? parent : kNone;  // below, a page is of its parent's namespace
-  for (std::int32_t i = 0; i < count; ++i) journal_->stored(run[i], i > 0 ? run[i - 1] : before, root, tokens(run[i]));
+  for (std::int32_t i = 0; i < count; ++i) {
+    journal_->stored(run[i], i > 0 ? run[i - 1] : before, i > 0 ? kNone : root, tokens(run[i]));
+  }
 }
 
 // All pages of a node, last first; an open page never was recorded.
@@ -401,7 +403,7 @@ void RadixTree::record_all(Journal& journal) const {
     const NodeId root = nodes_[node.parent].root ? node.parent : kNone;
     PageId before = nodes_[node.parent].last, page = node.first;
     for (std::int32_t i = 0; i < node.num_pages; ++i, before = page, page = pages_.next(page)) {
-      journal.stored(page, before, root, tokens(page));
+      journal.stored(page, before, before == kNone ? root : kNone, tokens(page));
     }
   }
 }

@@ -163,9 +163,7 @@ class Generator:
         them.
 
         What `on_token` raises ends its request (see `submit`), is logged to "radixkv" and does not leave `step`. A
-        KeyboardInterrupt or another BaseException does: tokens that were not delivered yet are by the next `step`. What
-        the cache's `on_release` raises passes through once leases are released and tokens delivered (of several, the
-        first).
+        KeyboardInterrupt or another BaseException does: tokens that were not delivered yet are by the next `step`.
         """
         self._step()
         return bool(self._schedule.waiting or self._schedule.running)
@@ -190,14 +188,13 @@ class Generator:
     def cancel(self, request: Request) -> bool:
         """End `request` and release its pages; what it has computed stays cached. False if it was done already.
 
-        Its `on_token` is not called any more. What the cache's `on_release` raises passes through at the end.
+        Its `on_token` is not called any more.
         """
         self._check_call("cancel")
         self._check_request(request)
         if request.done:
             return False
         self._schedule.end(request, "cancelled")
-        self._raise_release_error()
         return True
 
     def close(self) -> None:
@@ -208,7 +205,6 @@ class Generator:
             for sibling in request.siblings:
                 if not sibling.done:
                     self._schedule.end(sibling, "cancelled")
-        self._raise_release_error()
 
     def __enter__(self) -> Generator:
         return self
@@ -238,12 +234,6 @@ class Generator:
         if request.owner is not self._owner:
             raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
 
-    def _raise_release_error(self) -> None:
-        """Raise what the cache's hook raised, unless a step is still to do so."""
-        if self._stage == "idle" and self._schedule.release_error is not None:
-            error, self._schedule.release_error = self._schedule.release_error, None
-            raise error
-
     # ---- one step ----
 
     def _step(self) -> list[Exception]:
@@ -260,7 +250,6 @@ class Generator:
             errors += self._deliver()
         finally:
             self._stage = "idle"
-        self._raise_release_error()
         return errors
 
     def _stream(self, request: Request) -> Iterator[int]:

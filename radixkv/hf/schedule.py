@@ -48,8 +48,6 @@ class Schedule:
     def __init__(self, engine: Engine, window_left: int, max_step_tokens: int, max_running: int) -> None:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.release_error: Exception | None = None
-        """The first that the cache's `on_release` raised, until somebody raises it."""
         self._engine = engine
         self._window_left = window_left
         self._max_step_tokens = max_step_tokens
@@ -108,15 +106,12 @@ class Schedule:
         return request.dropped or request.num_tokens > request.room.shared
 
     def leave(self, request: Request, *, commit: bool, again: bool = False) -> None:
-        """Release the lease of a running request; it waits `again` or is done. Last, because a hook may raise."""
+        """Release the lease of a running request; it waits `again` or is done."""
         self.running.remove(request)
         lease, request.lease = lease_of(request), None
         if again:
             self._wait_again(request)
-        try:
-            lease.release(commit=commit)
-        except Exception as error:  # from the cache's on_release; the lease is released
-            self.release_error = self.release_error or error
+        lease.release(commit=commit)
 
     def _wait_again(self, request: Request) -> None:
         request.status = "waiting"

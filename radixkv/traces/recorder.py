@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -13,28 +12,32 @@ from radixkv.traces.trace import Request
 from radixkv.traces.trace_msgpack import MsgpackWriter
 
 if TYPE_CHECKING:
-    from radixkv.cache import Lease, PrefixCache
+    from radixkv.cache import PrefixCache
+    from radixkv.journal import Journal, Release
 
 __all__ = ["Recorder"]
 
+_PERIOD = 0.005  # seconds between two looks at the journal
+
 
 class Recorder:
-    """Appends every lease that a cache releases to a msgpack trace: its prompt, its output, its namespace and the time.
+    """Appends every lease that ends to a msgpack trace: its prompt, its output, its namespace and the time.
 
         with Recorder("requests.trace").attach(cache):
             serve()
 
-    An ``on_release`` that was set before is still called, first. Recording never disturbs serving: when a request
-    cannot be written (a full disk, more tokens than a trace takes), recording stops, and ``close`` raises what
-    happened. One recorder serves one cache and any number of threads. The file is replaced if it exists. Raises
-    TraceError if it cannot be made.
+    It reads the cache's journal in a thread of its own, every few milliseconds, which is how exact the times are.
+    Recording never disturbs serving: when a request cannot be written (a full disk, more tokens than a trace takes, or
+    more requests at once than the journal holds), recording stops, and ``close`` raises what happened. Any number of
+    recorders may follow a cache. The file is replaced if it exists. Raises TraceError if it cannot be made.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._cache: PrefixCache | None = None
-        self._previous: Callable[[Lease], object] | None = None
+        self._journal: Journal | None = None
+        self._cursor = 0
+        self._closing = threading.Event()
         self._failure: OSError | InvalidArgument | None = None
         self.num_requests = 0
         """Requests written so far."""
@@ -46,19 +49,44 @@ class Recorder:
 
     def attach(self, cache: PrefixCache) -> Recorder:
         """Record what ``cache`` releases from now on. Returns itself, for ``with``."""
-        if self._cache is not None or self._stream is None:
+        if self._journal is not None or self._stream is None:
             raise InvalidArgument("this recorder is attached or closed already: make one for each cache")
-        self._cache = cache
-        self._previous = cache.on_release
-        self._hook = self._on_release  # one object, so that close can tell whether it is still the cache's hook
-        cache.on_release = self._hook
+        self._journal = cache.journal()
+        self._cursor = self._journal.releases_end
+        self._thread = threading.Thread(target=self._follow, name="radixkv recorder", daemon=True)
+        self._thread.start()
         return self
+
+    def _follow(self) -> None:
+        while not self._closing.wait(_PERIOD):
+            self.pump()
+
+    def pump(self) -> None:
+        """Write down what was released until now. The recorder's thread does so all the time."""
+        with self._lock:
+            while self._journal is not None and self._stream is not None and self._failure is None:
+                releases, self._cursor, lost = self._journal.releases(self._cursor)
+                if lost:
+                    self._failure = InvalidArgument(f"{lost} requests ended faster than they could be written")
+                elif not releases:
+                    return
+                else:
+                    self._write(releases)
+
+    def _write(self, releases: list[Release]) -> None:
+        for release in releases:
+            prompt, output = release.tokens[: release.num_prompt], release.tokens[release.num_prompt :]
+            try:
+                self._writer.write(Request(prompt, output, timestamp=time.time(), namespace=release.namespace))
+            except (OSError, InvalidArgument) as error:
+                self._failure = error
+                return
+            self.num_requests += 1
 
     def close(self) -> None:
         """Stop recording and close the file; later calls do nothing. Raises TraceError if some requests were lost."""
-        if self._cache is not None and self._cache.on_release is self._hook:
-            self._cache.on_release = self._previous
-        self._cache = None
+        self._closing.set()
+        self.pump()
         with self._lock:
             stream, self._stream = self._stream, None
             try:
@@ -82,17 +110,3 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _on_release(self, lease: Lease) -> None:
-        if self._previous is not None:
-            self._previous(lease)
-        tokens, num_prompt = lease.tokens, lease.num_prompt
-        request = Request(tokens[:num_prompt], tokens[num_prompt:], timestamp=time.time(), namespace=lease.namespace)
-        with self._lock:
-            if self._stream is None or self._failure is not None:
-                return
-            try:
-                self._writer.write(request)
-                self.num_requests += 1
-            except (OSError, InvalidArgument) as error:
-                self._failure = error
