@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from radixkv.errors import InvalidArgument
-from radixkv.hf.adapter import STEP, attach, engine_attention
+from radixkv.hf.adapter import attach, current_step, engine_attention, running
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,12 +154,7 @@ class _Layer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> torch.Tensor:
-        step = kwargs.get(STEP)
-        if step is None:
-            raise InvalidArgument(
-                "an optimized model was called without an open step: run it through radixkv.hf.Generator or "
-                "radixkv.hf.forward(model, step)"
-            )
+        step = current_step(self)
         cos, sin = position_embeddings
         rows = len(cos)
         hidden = hidden_states[0]
@@ -201,7 +196,8 @@ def _attention_options(model: PreTrainedModel) -> dict[int, dict[str, Any]]:
     """What each layer passes to the engine's attention besides q, k and v: scale, window, soft cap."""
     echo = _Echo()
     zero = torch.zeros((1, 1), dtype=torch.int64)
-    model(input_ids=zero, position_ids=zero, use_cache=False, **{STEP: echo})
+    with running(echo):
+        model(input_ids=zero, position_ids=zero, use_cache=False)
     return echo.options
 
 
@@ -235,11 +231,11 @@ def _compare(layer: Any, rotary: Any, options: dict[str, Any], where: str) -> No
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((1, 3, size), generator=generator)
     positions = torch.tensor([[0, 5, 11]])
-    step = {STEP: _Echo()}
     try:
-        embeddings = rotary(rows, position_ids=positions)
-        expected = reference(rows.clone(), position_embeddings=embeddings, position_ids=positions, **step)
-        found = _Layer(reference, options)(rows, _signed(*embeddings), **step)
+        with running(_Echo()):
+            embeddings = rotary(rows, position_ids=positions)
+            expected = reference(rows.clone(), position_embeddings=embeddings, position_ids=positions)
+            found = _Layer(reference, options)(rows, _signed(*embeddings))
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise InvalidArgument(f"{where} cannot be rewritten by optimize(): {error}") from error
     scale = float((expected - rows).abs().max())

@@ -1,0 +1,112 @@
+"""What a model's configuration says about running it on the engine: layers, windows, lengths, placeholder tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import DynamicCache
+
+from radixkv.errors import InvalidArgument, InvalidTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "check_config",
+    "length_limit",
+    "placeholder_tokens",
+    "refuse_placeholders",
+    "sliding_windows",
+    "text_config",
+]
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech|media)(_\w+)?_(token|patch)_(id|index)")
+_DELIMITER = re.compile(r"(start|end|begin|bos|eos|pad|delay)_")
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the part of `model` that reads and writes tokens: its own, or a composite's text part."""
+    if model.config.is_encoder_decoder:
+        raise InvalidArgument(
+            f"{type(model).__name__} is an encoder-decoder model: only decoder-only models can run on the engine"
+        )
+    try:
+        return model.config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{type(model).__name__} has no one text part: {error}") from error
+
+
+def check_config(model: PreTrainedModel) -> None:
+    """Refuse models whose layers keep state that the pages do not hold.
+
+    What the layers are is said by `layer_types`. Only where that is missing the flag of the class decides, which also
+    stands on models that happen to have attention layers only.
+    """
+    name, config = type(model).__name__, text_config(model)
+    layer_types = getattr(config, "layer_types", None)
+    foreign = sorted(set(layer_types or ()) - _LAYER_TYPES)
+    if foreign:
+        raise InvalidArgument(
+            f"{name} has layers of type {', '.join(foreign)}: supported are {', '.join(sorted(_LAYER_TYPES))}"
+        )
+    if getattr(model, "_is_stateful", False) and not layer_types:
+        raise InvalidArgument(
+            f"{name} keeps recurrent or convolutional state between tokens: only K and V can be cached"
+        )
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise InvalidArgument(
+            f"{name} attends in chunks (attention_chunk_size): supported are full and sliding-window attention"
+        )
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int | None]:
+    """The window of each layer as transformers' own cache sees it, None for all keys."""
+    layers = DynamicCache(config=text_config(model)).layers
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+
+
+def length_limit(model: PreTrainedModel) -> int | None:
+    """The longest sequence, in tokens, for which `model` computes a token's K and V the same in every batch.
+
+    It is the model's number of positions. Rotary embeddings that rescale with the longest sequence of a batch
+    (`rope_type` "dynamic", "longrope") would make cached keys depend on other requests: they end where that begins.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(parameters.get("original_max_position_embeddings"))
+            limits.append(getattr(config, "original_max_position_embeddings", None))
+    known = [int(limit) for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def placeholder_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that stand in a prompt for an image, a video or sound. Empty for a model that reads text only.
+
+    The engine knows tokens, not pixels: two images have the same placeholders, so one would be answered with the
+    cached keys of the other. See `refuse_placeholders`.
+    """
+    found = set()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        for name, value in vars(config).items():
+            if isinstance(value, int) and _PLACEHOLDER.fullmatch(name) and not _DELIMITER.search(name):
+                found.add(value)
+    return frozenset(found)
+
+
+def refuse_placeholders(tokens: np.ndarray, placeholders: frozenset[int]) -> None:
+    """Raise InvalidTokens if a prompt, integers `[n]`, has any of `placeholders`, from `placeholder_tokens`."""
+    if not placeholders:
+        return
+    where = np.flatnonzero(np.isin(tokens, list(placeholders)))
+    if where.size:
+        raise InvalidTokens(
+            f"token {int(tokens[where[0]])} at position {int(where[0])} stands for an image, a video or sound, "
+            f"{where.size} of {len(tokens)} tokens do: only text can run on the engine, remove them from the prompt"
+        )
