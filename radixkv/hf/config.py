@@ -75,15 +75,25 @@ def length_limit(model: PreTrainedModel) -> int | None:
     It is the model's number of positions. Rotary embeddings that rescale with the longest sequence of a batch
     (`rope_type` "dynamic", "longrope") would make cached keys depend on other requests: they end where that begins.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(parameters.get("original_max_position_embeddings"))
-            limits.append(getattr(config, "original_max_position_embeddings", None))
+    if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in _rotary_embeddings(config)):
+        limits += original_lengths(config)
     known = [int(limit) for limit in limits if limit is not None]
     return min(known, default=None)
+
+
+def original_lengths(config: Any) -> list[int]:
+    """The lengths up to which rotary embeddings, and what else a layer does by position, were made to be extended."""
+    name = "original_max_position_embeddings"
+    found = [rope.get(name) for rope in _rotary_embeddings(config)] + [getattr(config, name, None)]
+    return [int(length) for length in found if length is not None]
+
+
+def _rotary_embeddings(config: Any) -> list[dict[str, Any]]:
+    """The parameters of the rotary embeddings, one set for all layers or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def placeholder_tokens(model: PreTrainedModel) -> frozenset[int]:
