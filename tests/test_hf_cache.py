@@ -148,6 +148,22 @@ def test_what_a_model_would_store_is_checked_at_construction(kind):
     assert_drains(engine)
 
 
+def test_a_generate_that_passes_everything_again_is_refused():
+    """As Evolla's does: it would be written a second time, behind itself."""
+    model = tiny()
+    prompt = random_prompts(6)[0]
+    engine = engine_for(model, num_pages=16, page_size=4)
+    with (
+        pytest.raises(InvalidArgument, match="given all 7 tokens again, 6 of which are written"),
+        EngineCache(engine, model, torch.tensor([prompt])) as past,
+        torch.inference_mode(),
+    ):
+        model(input_ids=torch.tensor([prompt]), **{NAME: past})
+        model(input_ids=torch.tensor([[*prompt, 5]]), **{NAME: past})
+    assert engine.cache.match(prompt) == 0
+    assert_drains(engine)
+
+
 def test_an_engine_of_another_dtype_or_depth_is_refused():
     sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8}
     model = tiny()

@@ -298,9 +298,11 @@ class _Probe:
 
 def _two_words(model: PreTrainedModel) -> tuple[int, int]:
     """Two tokens of no special meaning: from the middle of the vocabulary, and no placeholders."""
-    vocabulary = int(cast("torch.Tensor", model.get_input_embeddings().weight).shape[0])
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise InvalidArgument(f"{type(model).__name__} has no single vocabulary of tokens that it embeds")
     placeholders = placeholder_tokens(model)
-    words = (token for token in range(vocabulary // 2, vocabulary) if token not in placeholders)
+    words = (token for token in range(len(weight) // 2, len(weight)) if token not in placeholders)
     return next(words), next(words)
 
 

@@ -112,6 +112,11 @@ class EngineCache(Cache):  # type: ignore[misc]
             raise InvalidArgument("attention_mask hides tokens: what follows them would be published as if it saw them")
         lease, new = self.lease, input_ids[0].tolist()
         start, end = lease.num_written, lease.num_written + len(new)
+        if start >= lease.num_prompt and len(new) > start and new[:start] == lease.tokens[:start].tolist():
+            raise InvalidArgument(
+                f"{type(model).__name__} was given all {len(new)} tokens again, {start} of which are written: its "
+                "generate() does not skip what its cache holds"
+            )
         known = lease.tokens[start:end].tolist()
         if known != new[: len(known)]:
             raise InvalidTokens(
