@@ -53,6 +53,21 @@ ARCHITECTURES = {
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "gemma3n-shared-kv": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+        },
+    ),
     "stablelm-no-keywords": ("StableLmConfig", "StableLmForCausalLM", {}),
     "nemotron-no-keywords": ("NemotronConfig", "NemotronForCausalLM", {}),
     "granite-hybrid-attention-only": (

@@ -6,7 +6,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import DynamicCache
 
 from radixkv.errors import InvalidArgument, InvalidTokens
 
@@ -64,9 +63,12 @@ def check_config(model: PreTrainedModel) -> None:
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The window of each layer as transformers' own cache sees it, None for all keys."""
-    layers = DynamicCache(config=text_config(model)).layers
-    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+    """The window of each layer as transformers' own cache keeps it, None for all keys."""
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None)
+    one_type = "full_attention" if window is None else "sliding_attention"
+    layer_types = getattr(config, "layer_types", None) or [one_type] * int(config.num_hidden_layers)
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
 def length_limit(model: PreTrainedModel) -> int | None:
