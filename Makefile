@@ -63,6 +63,9 @@ flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on 
 test-deep: build  ## the state machine with many more examples (RADIXKV_EXAMPLES=20000)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/test_state_machine.py
 
+zoo: build  ## every family of transformers, tiny and random, against stock generate (five minutes; docs/models.md)
+	$(PY) -m tests.zoo
+
 mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must kill every one
 	$(PY) -m tests.mutants
 
@@ -116,4 +119,4 @@ pictures: build  ## draw the pictures of README and docs
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep zoo mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean

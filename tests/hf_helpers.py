@@ -11,7 +11,7 @@ import torch
 
 from radixkv import Engine
 
-transformers = pytest.importorskip("transformers", minversion="5.23")
+transformers = pytest.importorskip("transformers", minversion="5.20")
 
 VOCABULARY = 97
 SIZES = {
@@ -53,7 +53,38 @@ ARCHITECTURES = {
         {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "gemma3n-shared-kv": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+        },
+    ),
+    "stablelm-no-keywords": ("StableLmConfig", "StableLmForCausalLM", {}),
+    "nemotron-no-keywords": ("NemotronConfig", "NemotronForCausalLM", {}),
+    "granite-hybrid-attention-only": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": ["full_attention"] * 3,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 32,
+            "mamba_n_heads": 8,
+            "position_embedding_type": "rope",
+        },
+    ),
 }
+
+IMAGE = 90
+"""The token that stands for an image in `vision_model()`."""
 
 
 def random_model(config_name: str, model_name: str, options: dict[str, object]) -> "transformers.PreTrainedModel":
@@ -63,9 +94,10 @@ def random_model(config_name: str, model_name: str, options: dict[str, object]) 
     return getattr(transformers, model_name)(config).eval()
 
 
-def build(config_name: str, model_name: str, changes: dict[str, object]) -> "transformers.PreTrainedModel":
+def build(
+    config_name: str, model_name: str, changes: dict[str, object], sizes: dict[str, object] = SIZES
+) -> "transformers.PreTrainedModel":
     """A tiny random causal LM with the stock "eager" attention."""
-    sizes = SIZES
     if config_name == "GPT2Config":
         sizes = {key: SIZES[key] for key in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
     model = random_model(config_name, model_name, {**sizes, **changes})
@@ -73,6 +105,14 @@ def build(config_name: str, model_name: str, changes: dict[str, object]) -> "tra
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
+
+
+def vision_model() -> "transformers.PreTrainedModel":
+    """A tiny random LLaVA: a CLIP vision tower and a Llama."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 32, **sizes}
+    parts = {"text_config": {"model_type": "llama", **SIZES}, "vision_config": vision, "image_token_index": IMAGE}
+    return build("LlavaConfig", "LlavaForConditionalGeneration", parts, {})
 
 
 def tiny(architecture: str = "llama") -> transformers.PreTrainedModel:

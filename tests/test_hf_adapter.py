@@ -1,13 +1,16 @@
 """The adapter: other people's models, unchanged, give the same answers on the engine."""
 
+import numpy as np
 import pytest
 import torch
 
-from radixkv import InvalidArgument
+from radixkv import InvalidArgument, InvalidTokens
 from radixkv.hf import Generator, attach, engine_for, forward
-from radixkv.hf.adapter import length_limit, probe
+from radixkv.hf.adapter import current_step, length_limit, probe, running
+from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from tests.hf_helpers import (
     ARCHITECTURES,
+    IMAGE,
     SIZES,
     assert_drains,
     build,
@@ -16,6 +19,7 @@ from tests.hf_helpers import (
     random_prompts,
     stock_tokens,
     tiny,
+    vision_model,
 )
 
 
@@ -115,6 +119,67 @@ def test_an_attached_model_without_a_step_says_what_to_do():
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, SIZES["vocab_size"])
 
 
+def test_the_open_step_is_the_innermost_one_and_never_outlives_its_pass():
+    """Two engines, one model run inside the other's forward pass, and a pass that fails."""
+    outer, inner = tiny(), tiny("qwen2")
+    engines = [engine_for(model, num_pages=8, page_size=4) for model in (outer, inner)]
+    (prompt,) = random_prompts(6)
+    expected = [stock_tokens(model, prompt, 1)[0] for model in (outer, inner)]
+    found = []
+
+    def run(model, engine):
+        with torch.inference_mode(), engine.acquire(prompt) as lease, engine.step([lease]) as step:
+            return int(forward(model, step)[0].argmax())
+
+    handle = outer.model.layers[1].register_forward_pre_hook(lambda *_: found.append(run(inner, engines[1])))
+    assert [run(outer, engines[0]), *found] == expected
+    handle.remove()
+    outer.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(outer, engines[0])
+    with pytest.raises(InvalidArgument, match="without an open step"):
+        current_step(outer)
+    with running("a stand-in"):
+        assert current_step(outer) == "a stand-in"
+
+
+class TestModelsThatReadImages:
+    def test_text_gives_the_stock_tokens_and_the_vision_tower_still_runs(self):
+        model = vision_model()
+        pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            features = model.get_image_features(pixels, return_dict=True).pooler_output[0]
+        prompt = [token for token in random_prompts(20)[0] if token != IMAGE]
+        expected = stock_tokens(model, prompt, 6)
+        engine = engine_for(model, num_pages=32, page_size=4)
+        with Generator(model, engine) as generator:
+            request = generator.submit(prompt, max_new_tokens=6)
+            generator.run()
+        assert request.tokens == expected
+        with torch.inference_mode():
+            again = model.get_image_features(pixels, return_dict=True).pooler_output[0]
+        assert torch.equal(features, again)
+        assert_drains(engine)
+
+    def test_only_the_text_part_is_switched_and_comes_back(self):
+        model = vision_model()
+        probe(model)
+        assert model.config.text_config._attn_implementation == "eager"
+        attach(model)
+        assert model.config.text_config._attn_implementation == "radixkv"
+        assert model.config.vision_config._attn_implementation == "eager"
+        model.set_attn_implementation("eager")
+        assert model.config.text_config._attn_implementation == "eager"
+
+    def test_placeholders_are_known_and_refused(self):
+        placeholders = placeholder_tokens(vision_model())
+        assert placeholders == {IMAGE}
+        refuse_placeholders(np.array([1, 2, 3]), placeholders)
+        with pytest.raises(InvalidTokens, match=r"token 90 at position 2 stands for an image.* 3 of 6 tokens"):
+            refuse_placeholders(np.array([1, 2, IMAGE, IMAGE, IMAGE, 3]), placeholders)
+        assert placeholder_tokens(tiny()) == frozenset()
+
+
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 LATENT = {
     "num_hidden_layers": 2,
@@ -131,6 +196,7 @@ LATENT = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
 }
+OPT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 32}
 
 # Every entry: configuration class, model class, what the error says, options.
@@ -141,7 +207,7 @@ UNSUPPORTED = {
         "encoder-decoder",
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
     ),
-    "recurrent": ("MambaConfig", "MambaForCausalLM", "state between tokens", SMALL),
+    "recurrent": ("MambaConfig", "MambaForCausalLM", "linear_attention|state between tokens", SMALL),
     "latent attention": ("DeepseekV3Config", "DeepseekV3ForCausalLM", "keys of 24 and values of 16", LATENT),
     "attention sinks": ("GptOssConfig", "GptOssForCausalLM", "s_aux", SMALL | EXPERTS | {"num_local_experts": 2}),
     "linear attention": (
@@ -150,6 +216,31 @@ UNSUPPORTED = {
         "linear_attention|state between tokens",
         SMALL | EXPERTS | {"num_experts": 2},
     ),
+    "positions counted in the batch": (
+        "BartConfig",
+        "BartForCausalLM",
+        "computes other rows when their order changes",
+        {"d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "decoder_ffn_dim": 96, "decoder_attention_heads": 4},
+    ),
+    "a window in the mask only": (
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        "layer 0 of PhimoeForCausalLM has a window of 8",
+        SMALL | {"num_local_experts": 2, "sliding_window": 8},
+    ),
+    "hybrid with a recurrent layer": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        "layers of type linear_attention",
+        SMALL | {"layer_types": ["full_attention", "linear_attention"], "mamba_n_heads": 8},
+    ),
+    "needs pixels": (
+        "Blip2Config",
+        "Blip2ForConditionalGeneration",
+        "cannot run on tokens alone.*pixel_values",
+        {"text_config": {"model_type": "opt", "word_embed_proj_dim": 64, "ffn_dim": 96, "vocab_size": 97} | OPT}
+        | {"vision_config": OPT, "qformer_config": OPT, "num_query_tokens": 2},
+    ),
     "own attention code": ("BloomConfig", "BloomForCausalLM", "AttentionInterface", {"n_layer": 2, "n_head": 4}),
 }
 
@@ -157,12 +248,38 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_models_that_cannot_be_paged_are_refused(kind):
     config_name, model_name, message, options = UNSUPPORTED[kind]
-    sizes = {} if kind == "encoder-decoder" else {"hidden_size": 64, "intermediate_size": 96}
+    sizes = {} if kind in ("encoder-decoder", "needs pixels") else {"hidden_size": 64, "intermediate_size": 96}
     model = random_model(config_name, model_name, {"vocab_size": 97, "pad_token_id": 0} | sizes | options)
     before = model.config._attn_implementation
     with pytest.raises(InvalidArgument, match=message):
         engine_for(model, num_pages=8)
     assert model.config._attn_implementation == before
+
+
+def mix_neighbours(model):
+    """A token shift before the layers, as RWKV's: state that no configuration and no flag tells of."""
+
+    def shift(hidden):
+        return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
+
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + shift(args[0]), *args[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_depend_on_their_neighbours_are_found(dtype):
+    model = tiny().to(dtype)
+    probe(model)
+    mix_neighbours(model)
+    with pytest.raises(InvalidArgument, match="computes other rows when their order changes"):
+        probe(model)
+
+
+def test_dropout_is_named_as_what_it_is():
+    model = build("LlamaConfig", "LlamaForCausalLM", {})
+    model.model.layers[0].mlp.act_fn = torch.nn.Dropout()
+    model.train()
+    with pytest.raises(InvalidArgument, match=r"training mode.*model.eval\(\)"):
+        probe(model)
 
 
 def test_length_limit_stops_where_rotary_embeddings_would_depend_on_the_batch():

@@ -138,6 +138,52 @@ def test_other_builds_are_refused_and_stay_as_they_were(architecture):
     assert stock_tokens(model, prompt, 4) == expected
 
 
+SCALED_BY_POSITION = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 48,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+def test_a_model_that_scales_queries_by_position_is_refused_and_answers_rightly_beyond_its_original_length():
+    """Ministral 3: nothing differs before position 48, and the comparison once looked at no later one."""
+    model = build("Ministral3Config", "Ministral3ForCausalLM", {"rope_parameters": SCALED_BY_POSITION})
+    prompt = random_prompts(90)[0]
+    expected = stock_tokens(model, prompt, COUNT)
+    with pytest.raises(InvalidArgument, match="layer 0 of Ministral3ForCausalLM computes something else"):
+        optimize(model)
+    engine = engine_for(model, num_pages=32, page_size=4)
+    with Generator(model, engine) as generator:
+        request = generator.submit(prompt, max_new_tokens=COUNT)
+        generator.run()
+    assert request.tokens == expected
+
+
+@pytest.mark.parametrize("threshold", [1, 48, 96, 255, 511])
+def test_a_change_at_any_telling_position_is_found(threshold):
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48}
+    model = build("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": rope})
+    attention = type(model.model.layers[1].self_attn)
+
+    class Changing(attention):
+        def forward(self, hidden_states, position_ids=None, **options):
+            changed = (position_ids >= threshold).unsqueeze(-1)
+            return super().forward(torch.where(changed, 1.2 * hidden_states, hidden_states), **options)
+
+    model.model.layers[1].self_attn.__class__ = Changing
+    with pytest.raises(InvalidArgument, match="layer 1 of LlamaForCausalLM computes something else"):
+        optimize(model)
+
+
+def test_a_model_that_does_not_say_how_many_positions_it_has_is_refused():
+    model = tiny()
+    vars(model.config)["max_position_embeddings"] = None
+    with pytest.raises(InvalidArgument, match="does not say how many positions"):
+        optimize(model)
+
+
 def scale_residuals(model):
     layer = model.model.layers[1]
     layer.mlp.forward = lambda x: 0.5 * type(layer.mlp).forward(layer.mlp, x)

@@ -1,6 +1,6 @@
 """Hugging Face Transformers on the engine: an adapter for any model, a generation loop, and a `Cache` object.
 
-Needs the extra `radixkv[hf]` (transformers 5.23 or later).
+Needs the extra `radixkv[hf]` (transformers 5.20 or later).
 """
 
 from radixkv.errors import BackendUnavailable

@@ -1,9 +1,10 @@
 """Runs a Hugging Face causal LM on the engine: one attention function, and one forward pass over a ragged batch.
 
-The model is not changed. Transformers (5.23 or later) looks its attention up by name in `AttentionInterface`; this
-module registers the name "radixkv". A batch of requests is packed as one row of tokens, `[1, rows]`, and the open
-step travels through `forward` as a keyword argument that reaches the attention function as it is. No mask is built,
-because no mask function is registered under that name: the page table says which keys a row sees.
+The model is not changed. Transformers looks its attention up by name in `AttentionInterface`; this module registers the
+name "radixkv". A batch of requests is packed as one row of tokens, `[1, rows]`. The open step reaches the attention
+function in a context variable: a keyword argument of the model's forward would be lost in models that hand none down.
+No mask is built, because no mask function is registered under that name: the page table says which keys a row sees.
+Of a model that also reads images or sound, only the text part is switched.
 """
 
 from __future__ import annotations
@@ -12,66 +13,62 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from radixkv.errors import InvalidArgument
+from radixkv.hf.config import check_config, length_limit, placeholder_tokens, sliding_windows, text_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from radixkv.engine import Engine
     from radixkv.step import Step
 
 __all__ = [
     "ATTENTION",
-    "STEP",
     "AttentionShape",
     "attach",
+    "attention_name",
+    "current_step",
     "engine_attention",
     "engine_for",
     "forward",
     "length_limit",
     "probe",
+    "running",
 ]
 
 ATTENTION = "radixkv"
 """The name in transformers' `AttentionInterface`. A name with flash, sdpa or flex in it would take other paths."""
 
-STEP = "radixkv_step"
-"""The keyword argument of the model's forward that carries the open step to every attention layer."""
-
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 """Arguments with which some models change the attention itself: attention sinks, biases, sparse selections."""
 
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_STEP: ContextVar[Any] = ContextVar("radixkv_step", default=None)
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """What a model's attention layers were seen to do, and so what an engine for it must hold."""
+@contextmanager
+def running(step: Any) -> Iterator[None]:
+    """Hand `step`, or a stand-in with its `attend`, to every attention layer that is called inside the block."""
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
 
-    num_layers: int
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
 
-
-class _Probe:
-    """Stands in for a step: notes what each layer passes to `attend` and answers zeros."""
-
-    def __init__(self) -> None:
-        self.layers: list[int] = []
-        self.shapes: set[tuple[int, int, int, int, torch.dtype]] = set()
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
-        self.layers.append(layer)
-        self.shapes.add((q.shape[1], k.shape[1], k.shape[2], v.shape[2], q.dtype))
-        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+def current_step(module: torch.nn.Module) -> Any:
+    """The step that `module` attends in; raises InvalidArgument where the model was called without one."""
+    step = _STEP.get()
+    if step is None:
+        raise InvalidArgument(
+            f"{type(module).__name__} was called without an open step: run the model through radixkv.hf.forward(model, "
+            'step), or call model.set_attn_implementation("eager") to use it without the engine'
+        )
+    return step
 
 
 def _attend(
@@ -91,12 +88,7 @@ def _attend(
     `query` is `[1, num_qo_heads, rows, head_dim]`, `key` and `value` are `[1, num_kv_heads, rows, head_dim]`: the new
     rows only. Returns `[1, rows, num_qo_heads, head_dim]`. Nothing is copied on the way in.
     """
-    step = kwargs.get(STEP)
-    if step is None:
-        raise InvalidArgument(
-            f"{type(module).__name__} was called without an open step: run the model through radixkv.hf.forward(model, "
-            'step), or call model.set_attn_implementation("eager") to use it without the engine'
-        )
+    step = current_step(module)
     _check_call(module, query, attention_mask, is_causal, kwargs)
     # Transformers counts the query itself in its window, FlashInfer and this engine do not.
     window_left = sliding_window - 1 if sliding_window is not None else -1
@@ -135,19 +127,81 @@ def _check_call(
 AttentionInterface.register(ATTENTION, _attend)
 
 
+def _text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` that has the configuration of its text: all of it, if it has no other."""
+    config = text_config(model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is config:
+            return part
+    raise InvalidArgument(f"{type(model).__name__} has no part that is built from its text configuration")
+
+
+def attention_name(model: PreTrainedModel) -> str:
+    """The name under which the text part of `model` looks its attention up."""
+    return str(text_config(model)._attn_implementation)
+
+
 def attach(model: PreTrainedModel) -> None:
     """Let `model` use the engine's attention from now on; `model.set_attn_implementation("eager")` undoes it.
 
-    Raises InvalidArgument where the model's attention does not go through `AttentionInterface`.
+    Of a model that also reads images or sound, the parts that do keep their own. Raises InvalidArgument where the
+    model's attention does not go through `AttentionInterface`.
     """
-    if model.config._attn_implementation == ATTENTION:
+    if attention_name(model) == ATTENTION:
         return
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise InvalidArgument(f"{name} is an encoder-decoder model: only decoder-only models can run on the engine")
-    if not model._can_set_attn_implementation():
-        raise InvalidArgument(f"{name} does not look its attention up in transformers' AttentionInterface")
-    model.set_attn_implementation(ATTENTION)
+    part = _text_part(model)
+    if not part._can_set_attn_implementation():
+        raise InvalidArgument(
+            f"{type(model).__name__} does not look its attention up in transformers' AttentionInterface"
+        )
+    part.set_attn_implementation(ATTENTION)
+
+
+@contextmanager
+def engine_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use the engine's attention inside the block, the model's own after it."""
+    before = attention_name(model)
+    attach(model)
+    try:
+        yield
+    finally:
+        if before != ATTENTION:
+            _text_part(model).set_attn_implementation(before)
+
+
+def forward(model: PreTrainedModel, step: Step) -> torch.Tensor:
+    """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
+
+    Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
+    (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
+    """
+    attach(model)
+    keep = {"logits_to_keep": step.last_rows} if _keeps_logits(model.__class__.forward) else {}
+    with running(step):
+        logits = model(
+            input_ids=step.input_ids.unsqueeze(0), position_ids=step.positions.unsqueeze(0), use_cache=False, **keep
+        ).logits[0]
+    return cast("torch.Tensor", logits if keep else logits[step.last_rows])
+
+
+@functools.lru_cache
+def _keeps_logits(forward_of_class: Callable[..., Any]) -> bool:
+    """Whether a model class can compute the logits of chosen rows only."""
+    return "logits_to_keep" in inspect.signature(forward_of_class).parameters
+
+
+# ---- what an engine for a model must hold ----
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a model's attention layers were seen to do, and so what an engine for it must hold."""
+
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
 
 
 def engine_for(
@@ -193,105 +247,105 @@ def engine_for(
 
 
 def probe(model: PreTrainedModel) -> AttentionShape:
-    """Run one token through `model` and report the shapes its attention layers use.
+    """Run two tokens through `model`, in both orders, and report the shapes its attention layers use.
 
-    Costs one forward pass of one token. The attention implementation is restored afterwards. Raises InvalidArgument
-    for what cannot run on the engine: encoder-decoders, models with recurrent or convolutional state, layers with
-    linear, chunked or sparse attention, attention sinks, K and V of different head dimensions (latent attention),
-    layers of different shapes, and models whose attention is not reached through `AttentionInterface`.
+    The attention implementation is restored afterwards. Raises InvalidArgument for what cannot run on the engine:
+    encoder-decoders, models that need more than tokens, models whose attention is not reached through
+    `AttentionInterface`, models with recurrent or convolutional state or with positions of their own counting, layers
+    with linear, chunked or sparse attention, attention sinks, K and V of different head dimensions (latent attention),
+    layers of different shapes, and windows that the layers do not tell the engine.
     """
-    _check_config(model)
-    seen = _Probe()
-    with engine_attention(model), torch.inference_mode():
-        zero = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-        model(input_ids=zero, position_ids=zero, use_cache=False, **{STEP: seen})
+    check_config(model)
     name = type(model).__name__
-    expected = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    one, two = _two_words(model)
+    seen, swapped = _observe(model, [one, two], [0, 1]), _observe(model, [two, one], [1, 0])
+    expected = int(text_config(model).num_hidden_layers)
     if seen.layers != list(range(expected)):
         raise InvalidArgument(
             f"{name} has {expected} layers, but the engine's attention was called for layers {seen.layers}: every "
             "layer must attend exactly once, in order"
         )
-    if len(seen.shapes) != 1:
-        raise InvalidArgument(
-            f"{name} has layers of different shapes {sorted(map(str, seen.shapes))}: one pool holds one shape"
-        )
-    num_qo_heads, num_kv_heads, k_dim, v_dim, dtype = seen.shapes.pop()
+    shapes = {(q.shape[1], k.shape[1], k.shape[2], v.shape[2], q.dtype) for q, k, v in seen.rows}
+    if len(shapes) != 1:
+        raise InvalidArgument(f"{name} has layers of different shapes {sorted(map(str, shapes))}: one pool holds one")
+    num_qo_heads, num_kv_heads, k_dim, v_dim, dtype = shapes.pop()
     if k_dim != v_dim:
         raise InvalidArgument(
             f"{name} has keys of {k_dim} and values of {v_dim} dimensions: the pool needs equal head_dim"
         )
+    _check_rows(model, seen, swapped)
+    _check_windows(model, seen)
     return AttentionShape(expected, num_qo_heads, num_kv_heads, k_dim, dtype)
 
 
-def _check_config(model: PreTrainedModel) -> None:
-    """Refuse models whose layers keep state that the pages do not hold."""
-    name = type(model).__name__
-    if getattr(model, "_is_stateful", False):
-        raise InvalidArgument(
-            f"{name} keeps recurrent or convolutional state between tokens: only K and V can be cached"
-        )
-    config = model.config.get_text_config(decoder=True)
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if foreign:
-        raise InvalidArgument(
-            f"{name} has layers of type {', '.join(foreign)}: supported are {', '.join(sorted(_LAYER_TYPES))}"
-        )
-    if getattr(config, "attention_chunk_size", None) is not None:
-        raise InvalidArgument(
-            f"{name} attends in chunks (attention_chunk_size): supported are full and sliding-window attention"
-        )
+class _Probe:
+    """Stands in for a step: notes what each layer passes to `attend` and answers zeros."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.windows: list[int | None] = []
+        self.logits = torch.empty(0)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window_left: int = -1, **options: object
+    ) -> torch.Tensor:
+        self.layers.append(layer)
+        self.rows.append((q, k, v))
+        self.windows.append(window_left + 1 if window_left >= 0 else None)
+        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
 
 
-@contextmanager
-def engine_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use the engine's attention inside the block, the model's own after it."""
-    before = model.config._attn_implementation
-    attach(model)
-    try:
-        yield
-    finally:
-        if before != ATTENTION:
-            model.set_attn_implementation(before)
+def _two_words(model: PreTrainedModel) -> tuple[int, int]:
+    """Two tokens of no special meaning: from the middle of the vocabulary, and no placeholders."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise InvalidArgument(f"{type(model).__name__} has no single vocabulary of tokens that it embeds")
+    placeholders = placeholder_tokens(model)
+    words = (token for token in range(len(weight) // 2, len(weight)) if token not in placeholders)
+    return next(words), next(words)
 
 
-def forward(model: PreTrainedModel, step: Step) -> torch.Tensor:
-    """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
+def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int]) -> _Probe:
+    """What the attention layers of `model` are given in one forward pass, and its logits."""
+    seen = _Probe()
+    with engine_attention(model), running(seen), torch.inference_mode():
+        rows = torch.tensor([[tokens], [positions]], device=model.device)
+        try:
+            seen.logits = model(input_ids=rows[0], position_ids=rows[1], use_cache=False).logits[0]
+        except InvalidArgument:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidArgument(f"{type(model).__name__} cannot run on tokens alone: {error}") from error
+    return seen
 
-    Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
-    (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
+
+def _check_rows(model: PreTrainedModel, seen: _Probe, swapped: _Probe) -> None:
+    """Refuse a model whose rows change with the order of the rows.
+
+    Outside of attention a row must follow from its token and position alone: rows of other requests lie beside it, and
+    what comes before it may be in the cache. Positions counted from the place in the batch, convolutions over tokens
+    and recurrent state break that. The same products of the same sizes run both times, so rounding is no excuse.
     """
-    attach(model)
-    arguments: dict[str, Any] = {STEP: step}
-    if _keeps_logits(model.__class__.forward):
-        arguments["logits_to_keep"] = step.last_rows
-    logits = model(
-        input_ids=step.input_ids.unsqueeze(0),
-        position_ids=step.positions.unsqueeze(0),
-        use_cache=False,
-        **arguments,
-    ).logits[0]
-    return cast("torch.Tensor", logits if "logits_to_keep" in arguments else logits[step.last_rows])
+    tensors = ([t for rows in observed.rows for t in rows] + [observed.logits] for observed in (seen, swapped))
+    for one, other in zip(*tensors, strict=True):
+        if (one.float() - other.float().flip(0)).norm() > 0.02 * one.float().norm():
+            name = type(model).__name__
+            if model.training:
+                raise InvalidArgument(f"{name} is in training mode, where dropout may change its answers: model.eval()")
+            raise InvalidArgument(
+                f"{name} computes other rows when their order changes: it counts positions itself or keeps state "
+                "between tokens, so a row does not follow from its token, its position and the pages alone"
+            )
 
 
-@functools.lru_cache
-def _keeps_logits(forward_of_class: Callable[..., Any]) -> bool:
-    """Whether a model class can compute the logits of chosen rows only."""
-    return "logits_to_keep" in inspect.signature(forward_of_class).parameters
-
-
-def length_limit(model: PreTrainedModel) -> int | None:
-    """The longest sequence, in tokens, for which `model` computes a token's K and V the same in every batch.
-
-    It is the model's number of positions. Rotary embeddings that rescale with the longest sequence of a batch
-    (`rope_type` "dynamic", "longrope") would make cached keys depend on other requests: they end where that begins.
-    """
-    config = model.config.get_text_config(decoder=True)
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(parameters.get("original_max_position_embeddings"))
-            limits.append(getattr(config, "original_max_position_embeddings", None))
-    known = [int(limit) for limit in limits if limit is not None]
-    return min(known, default=None)
+def _check_windows(model: PreTrainedModel, seen: _Probe) -> None:
+    """Refuse layers with a window that lies in transformers' mask or cache only, which the engine does not see."""
+    limit = length_limit(model)
+    for layer, (found, expected) in enumerate(zip(seen.windows, sliding_windows(model), strict=True)):
+        never_full = expected is not None and limit is not None and expected >= limit
+        if found != expected and not (found is None and never_full):
+            raise InvalidArgument(
+                f"layer {layer} of {type(model).__name__} has a window of {expected} keys for transformers' cache, but "
+                f"tells its attention {found}: the engine cannot know which keys it may see"
+            )

@@ -7,16 +7,18 @@ have. It saves the prefill of a cached prefix, and nothing else.
 
 from __future__ import annotations
 
+import inspect
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin
 
 from radixkv.errors import InvalidArgument, InvalidTokens
-from radixkv.hf.adapter import ATTENTION
+from radixkv.hf.adapter import ATTENTION, attention_name
+from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,24 +27,33 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineCache"]
 
+_NAMES = ("cache", "past_key_values")
+"""What transformers calls the argument that carries the cache: the first since 5.24, the second before."""
+
+
+def _name() -> str:
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in _NAMES if name in known)
+
 
 class EngineCache(Cache):  # type: ignore[misc]
     """K and V of one sequence, kept in the pages of `engine` and shared with every other request over them.
 
         with EngineCache(engine, model, input_ids) as past:
-            output = model.generate(input_ids, past_key_values=past, max_new_tokens=20)
+            output = past.generate(max_new_tokens=20)
 
-    `input_ids` is the whole prompt, `[1, tokens]`; pass it whole to `generate` too, which skips what
-    `get_seq_length()` says is cached. Leaving the block normally publishes what was computed, generated tokens
-    included, so that the next prompt that continues it finds it; leaving it by an exception only releases. The cache
-    learns the generated tokens from a hook on the model's forward, which leaving the block removes.
+    `input_ids` is the whole prompt, `[1, tokens]`. Leaving the block normally publishes what was computed, generated
+    tokens included, so that the next prompt that continues it finds it; leaving it by an exception only releases. The
+    cache learns the generated tokens from a hook on the model's forward, which leaving the block removes.
 
-    One sequence: batches, beams and cropping (assisted generation) are refused. Raises PoolExhausted where the
-    sequence outgrows the pool, and InvalidArgument for a model that is switched to the engine's own attention.
+    One sequence: batches, beams, padding and cropping (assisted generation) are refused. Making one costs a forward
+    pass of one token, which shows what the model stores in a cache. Raises InvalidArgument where that is not K and V
+    of every layer in the engine's shape, and for a model that is switched to the engine's own attention; InvalidTokens
+    for a prompt with placeholders of images; and later PoolExhausted where the sequence outgrows the pool.
     """
 
     def __init__(self, engine: Engine, model: PreTrainedModel, input_ids: torch.Tensor, *, namespace: str = "") -> None:
-        if model.config._attn_implementation == ATTENTION:
+        if attention_name(model) == ATTENTION:
             raise InvalidArgument(
                 "the model is switched to the engine's attention, which generate() does not drive: use "
                 'radixkv.hf.Generator, or call model.set_attn_implementation("eager") first'
@@ -56,14 +67,24 @@ class EngineCache(Cache):  # type: ignore[misc]
             raise InvalidArgument(
                 f"input_ids have shape {tuple(input_ids.shape)}: one sequence, [1, tokens], is needed"
             )
+        tokens = input_ids[0].cpu()
+        refuse_placeholders(tokens.numpy(), placeholder_tokens(model))
+        _check_stored(engine, model)
         super().__init__(layers=[_Layer(self, index) for index in range(engine.geometry.num_layers)])
         self.engine = engine
-        self.lease = engine.acquire(input_ids[0].cpu(), namespace)
+        self._model = model
+        self._input_ids = input_ids
+        self.lease = engine.acquire(tokens, namespace)
         self.num_cached = self.lease.num_cached
         """Tokens of the prompt that were found in the pages."""
         self._rows = torch.empty(0, dtype=torch.int64)
         self._slots = torch.empty(0, dtype=torch.int64)
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def generate(self, **options: Any) -> Any:
+        """What `model.generate` returns for the prompt, computing only what is not cached; it takes the `options`."""
+        ones = torch.ones_like(self._input_ids)  # else it would be guessed, and hide tokens that look like padding
+        return self._model.generate(self._input_ids, **{_name(): self, "attention_mask": ones, **options})
 
     def __enter__(self) -> EngineCache:
         return self
@@ -81,13 +102,21 @@ class EngineCache(Cache):  # type: ignore[misc]
 
     def _before_forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make room for the rows of the coming forward pass, and learn their tokens."""
-        if kwargs.get("past_key_values") is not self:
+        if not any(kwargs.get(name) is self for name in _NAMES):
             return
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None or input_ids.shape[0] != 1:
             raise InvalidArgument("EngineCache holds one sequence: give input_ids of shape [1, tokens], and no beams")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            raise InvalidArgument("attention_mask hides tokens: what follows them would be published as if it saw them")
         lease, new = self.lease, input_ids[0].tolist()
         start, end = lease.num_written, lease.num_written + len(new)
+        if start >= lease.num_prompt and len(new) > start and new[:start] == lease.tokens[:start].tolist():
+            raise InvalidArgument(
+                f"{type(model).__name__} was given all {len(new)} tokens again, {start} of which are written: its "
+                "generate() does not skip what its cache holds"
+            )
         known = lease.tokens[start:end].tolist()
         if known != new[: len(known)]:
             raise InvalidTokens(
@@ -158,3 +187,65 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise InvalidArgument("EngineCache holds one sequence: beam search needs another cache")
+
+
+# ---- what a model stores in a cache ----
+
+
+class _SeenLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Notes what a model stores in one layer of a cache."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: list[tuple[int, int, int, torch.dtype]] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is kept."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        heads, key_dim, value_dim = key_states.shape[1], key_states.shape[-1], value_states.shape[-1]
+        self.stored.append((heads, key_dim, value_dim, key_states.dtype))
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _check_stored(engine: Engine, model: PreTrainedModel) -> None:
+    """Run one token through `model` and refuse it if it stores anything else than the engine's pages hold."""
+    name, geometry = type(model).__name__, engine.geometry
+    layers = [_SeenLayer() for _ in range(geometry.num_layers)]
+    zero = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    try:
+        with torch.inference_mode():
+            model(input_ids=zero, use_cache=True, **{_name(): Cache(layers=layers)})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"{name} wants another cache than one of K and V for each of the engine's {geometry.num_layers} layers: "
+            f"{error}"
+        ) from error
+    expected = (geometry.num_kv_heads, geometry.head_dim, geometry.head_dim, engine.dtype)
+    for index, layer in enumerate(layers):
+        if len(layer.stored) != 1:
+            raise InvalidArgument(
+                f"{name} stores K and V {len(layer.stored)} times in layer {index} of the engine's "
+                f"{geometry.num_layers}, not once: layers that share K and V, or keep state of another kind, need "
+                "transformers' own cache"
+            )
+        if layer.stored[0] != expected:
+            heads, key_dim, value_dim, dtype = layer.stored[0]
+            raise InvalidArgument(
+                f"layer {index} of {name} stores {heads} heads with keys of {key_dim} and values of {value_dim} "
+                f"dimensions in {dtype}; the engine holds {geometry.num_kv_heads} heads of {geometry.head_dim} in "
+                f"{engine.dtype}"
+            )

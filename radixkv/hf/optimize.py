@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from radixkv.errors import InvalidArgument
-from radixkv.hf.adapter import STEP, attach, engine_attention
+from radixkv.hf.adapter import attach, current_step, engine_attention, running
+from radixkv.hf.config import original_lengths, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,8 @@ def optimize(model: PreTrainedModel) -> None:
 
     For models on the CPU whose layers are built like Llama's (Llama, SmolLM, Mistral, Qwen2 and others): RMSNorm,
     rotary embedding of whole heads, a gated MLP, plain `nn.Linear` projections. A layer is not taken by its name: each
-    is compared with its replacement in float32, on random rows, before anything is replaced.
+    is compared with its replacement in float32, on random rows at positions up to the model's last, before anything is
+    replaced.
 
     The answers are those of the same model in other roundings: in bf16 a greedy token can differ from the original's
     where two logits are within rounding, as it can when a batch changes. That a cached prefix changes no answer holds
@@ -53,10 +55,10 @@ def optimize(model: PreTrainedModel) -> None:
     if isinstance(decoder.rotary_emb, _Rotary):
         raise InvalidArgument(f"{name} is optimized already")
     with engine_attention(model), torch.inference_mode():
-        options = _attention_options(model)
+        options, positions = _attention_options(model), _telling_positions(model)
         for index, layer in enumerate(decoder.layers):
             _check_layer(layer, f"layer {index} of {name}")
-            _compare(layer, decoder.rotary_emb, options[index], f"layer {index} of {name}")
+            _compare(layer, decoder.rotary_emb, positions, options[index], f"layer {index} of {name}")
         layers = [_Layer(layer, options[index]) for index, layer in enumerate(decoder.layers)]
         head: Any = model.get_output_embeddings()
         packed_head = PackedLinear([head]) if type(head) is nn.Linear else None
@@ -154,12 +156,7 @@ class _Layer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> torch.Tensor:
-        step = kwargs.get(STEP)
-        if step is None:
-            raise InvalidArgument(
-                "an optimized model was called without an open step: run it through radixkv.hf.Generator or "
-                "radixkv.hf.forward(model, step)"
-            )
+        step = current_step(self)
         cos, sin = position_embeddings
         rows = len(cos)
         hidden = hidden_states[0]
@@ -201,8 +198,28 @@ def _attention_options(model: PreTrainedModel) -> dict[int, dict[str, Any]]:
     """What each layer passes to the engine's attention besides q, k and v: scale, window, soft cap."""
     echo = _Echo()
     zero = torch.zeros((1, 1), dtype=torch.int64)
-    model(input_ids=zero, position_ids=zero, use_cache=False, **{STEP: echo})
+    with running(echo):
+        model(input_ids=zero, position_ids=zero, use_cache=False)
     return echo.options
+
+
+def _telling_positions(model: PreTrainedModel) -> torch.Tensor:
+    """Positions `[1, n]` at which a layer that looks at them would show it.
+
+    Layers that do change at the length of the first training, at multiples of it, or slowly; so: around that length and
+    twice that length, around every power of two, and the last.
+    """
+    config = text_config(model)
+    last = getattr(config, "max_position_embeddings", None)
+    if last is None:
+        raise InvalidArgument(
+            f"{type(model).__name__} does not say how many positions it has (max_position_embeddings), so optimize() "
+            "cannot compare its layers at all of them"
+        )
+    edges = {2**power for power in range(int(last).bit_length())} | {int(last)}
+    for original in original_lengths(config):
+        edges |= {original, 2 * original}
+    return torch.tensor([sorted({position for edge in edges for position in (edge - 1, edge)} - {int(last)})])
 
 
 def _expect(module: nn.Module, children: set[str], where: str) -> None:
@@ -228,18 +245,17 @@ def _check_layer(layer: Any, where: str) -> None:
             raise InvalidArgument(f"{name or 'it'} in {where} has forward hooks, which optimize() would lose")
 
 
-def _compare(layer: Any, rotary: Any, options: dict[str, Any], where: str) -> None:
-    """Refuse a layer whose replacement computes something else, told in float32 on random rows."""
-    reference = copy.deepcopy(layer).float()
+def _compare(layer: Any, rotary: Any, positions: torch.Tensor, options: dict[str, Any], where: str) -> None:
+    """Refuse a layer whose replacement computes something else, told in float32 on random rows at `positions`."""
+    reference, rotary = copy.deepcopy(layer).float(), copy.deepcopy(rotary)  # some rotary embeddings change in use
     size = reference.self_attn.q_proj.in_features
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn((1, 3, size), generator=generator)
-    positions = torch.tensor([[0, 5, 11]])
-    step = {STEP: _Echo()}
+    rows = torch.randn((1, positions.shape[1], size), generator=generator)
     try:
-        embeddings = rotary(rows, position_ids=positions)
-        expected = reference(rows.clone(), position_embeddings=embeddings, position_ids=positions, **step)
-        found = _Layer(reference, options)(rows, _signed(*embeddings), **step)
+        with running(_Echo()):
+            embeddings = rotary(rows, position_ids=positions)
+            expected = reference(rows.clone(), position_embeddings=embeddings, position_ids=positions)
+            found = _Layer(reference, options)(rows, _signed(*embeddings))
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         raise InvalidArgument(f"{where} cannot be rewritten by optimize(): {error}") from error
     scale = float((expected - rows).abs().max())
