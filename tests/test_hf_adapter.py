@@ -153,6 +153,8 @@ class TestModelsThatReadImages:
         expected = stock_tokens(model, prompt, 6)
         engine = engine_for(model, num_pages=32, page_size=4)
         with Generator(model, engine) as generator:
+            with pytest.raises(InvalidTokens, match=r"token 90 at position 1 stands for an image"):
+                generator.submit([1, IMAGE, 3])
             request = generator.submit(prompt, max_new_tokens=6)
             generator.run()
         assert request.tokens == expected

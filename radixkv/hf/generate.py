@@ -30,6 +30,7 @@ from radixkv.hf.arguments import (
     integer,
     length_for,
 )
+from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.request import OnToken, Request, Tokens
 from radixkv.hf.sampling import Sampler, Sampling
 from radixkv.hf.schedule import Schedule, lease_of
@@ -89,6 +90,7 @@ class Generator:
         self._room = partial(room_for, self.engine, window_left, step_tokens)
         self._schedule = Schedule(self.engine, window_left, step_tokens, running)
         self._vocabulary = int(cast("torch.Tensor", model.get_input_embeddings().weight).shape[0])
+        self._placeholders = placeholder_tokens(model)
         self._undelivered: deque[tuple[Request, int]] = deque()
         self._submitted = 0
         self._owner = object()
@@ -126,6 +128,7 @@ class Generator:
         if self._closed:
             raise LeaseError("the generator is closed: make a new Generator")
         array = check_tokens(prompt, self._vocabulary)
+        refuse_placeholders(array, self._placeholders)
         new_tokens = integer("max_new_tokens", max_new_tokens, 1)
         if self.max_length is not None and len(array) + new_tokens > self.max_length:
             raise InvalidArgument(
