@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants import MUTANTS
+
 ROOT = Path(__file__).parents[1]
 
 # Top to bottom; a module imports from its own row or below.
@@ -139,3 +141,9 @@ def test_a_person_reads_a_function_at_once():
     found += [(path, *f) for path in NATIVE for f in native_functions(path)]
     assert len(found) > 1000
     assert [f for f in found if f[2] > 50] == []
+
+
+def test_every_mutant_still_applies():
+    """`make mutants` takes long; that its bugs can be seeded at all is seen here."""
+    gone = [m.bug for m in MUTANTS if (ROOT / "csrc" / m.file).read_text().count(m.line) != 1]
+    assert gone == []
