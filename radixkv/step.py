@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from radixkv import _core
-from radixkv.attention import PageTable
 from radixkv.cache import Lease
 from radixkv.errors import InvalidArgument, LeaseError
 
@@ -54,9 +53,7 @@ class Step(_core.Step):
         """Makes the pending copies and plans attention; the page table is assembled."""
         engine, table = self._engine, self._engine.table
         engine.pool.copy_pages(table.copy_source, table.copy_target)
-        engine.attention.plan(
-            PageTable(table.qo_indptr, table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.slots)
-        )
+        engine.attention.plan(table)
         self.graph_key = engine.attention.graph_key
         self.input_ids, self.positions, self.last_rows = self._inputs()
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import radixkv  # noqa: E402
 from radixkv.geometry import Geometry, parse_bytes  # noqa: E402
+from radixkv.pool import copy_batched  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 3, 4, 2, 16, 50
 torch.manual_seed(0)
@@ -249,3 +250,23 @@ def test_the_pool_is_one_allocation_of_strided_views():
     pool = make_engine().pool
     assert pool.k[0].shape == (64, 4, KV_HEADS, DIM)
     assert {t.untyped_storage().data_ptr() for t in (*pool.k, *pool.v)} == {pool.storage.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("storage", [{}, FP8_STORAGE], ids=["", "fp8"])
+@pytest.mark.parametrize("most_bytes", [1, 7000, 1 << 20])
+def test_pages_are_copied_alike_one_by_one_and_in_batches(storage, most_bytes):
+    pools = [make_engine(num_pages=12, dtype=torch.bfloat16, **storage).pool for _ in range(2)]
+    content = torch.randint(0, 256, pools[0].storage.view(torch.uint8).shape, dtype=torch.uint8)
+    for pool in pools:
+        pool.storage.view(torch.uint8).copy_(content)
+    source, target = np.array([3, 3, 0, 7, 5], np.int32), np.array([1, 4, 2, 11, 6], np.int32)
+    pools[0].copy_pages(source, target)
+    copy_batched(pools[1].storage, source, target, most_bytes)
+    assert torch.equal(*(pool.storage.view(torch.uint8) for pool in pools))
+    assert torch.equal(pools[0].storage.view(torch.uint8)[:, :, target], content[:, :, source])
+
+
+def test_a_table_of_another_pool_is_refused():
+    engine, other = make_engine(num_pages=64), make_engine(num_pages=32)
+    with pytest.raises(radixkv.InvalidArgument, match="of 64 pages of 4 tokens: this attention is for 32 of 4"):
+        other.attention.plan(engine.table)

@@ -60,6 +60,10 @@ void AttentionPlan::plan(const PageTableView& table, const std::int32_t* slots, 
     invalid("slots has " + str(num_slots) + " entries for " + str(table.qo_indptr[batch_size]) +
             " rows: give one slot for each row");
   }
+  plan_checked(table, slots, num_slots);
+}
+
+void AttentionPlan::plan_checked(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots) {
   const std::lock_guard lock(mutex_);
   slots_.assign(slots, slots + num_slots);
   if (cascade_.use_count() > 1) cascade_ = std::make_shared<Cascade>();  // somebody keeps the last one

@@ -24,6 +24,9 @@ class AttentionPlan {
   // need, 1 <= last page length <= page_size, page ids and slots in range. A table that fails changes nothing.
   void plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
 
+  // The same for a table that is known to be right: of leases of a cache with as many pages of this size.
+  void plan_checked(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
+
   // Writes k and v [rows, num_kv_heads, head_dim] into the slots; scales: of 8-bit caches.
   void append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
               const Scales& scales);

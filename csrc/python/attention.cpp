@@ -13,6 +13,7 @@
 #include "attention/plan.hpp"
 #include "base/error.hpp"
 #include "python/arrays.hpp"
+#include "python/objects.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -53,6 +54,17 @@ class Plan {
     const PageTableView view = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
     const nb::gil_scoped_release release;
     plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
+  }
+
+  // An engine's own table, without a detour over Python's arrays.
+  void plan_table(const PyPageTable& t) {
+    const PageTable& table = t.table;
+    if (table.num_pages() != layout_.num_pages || table.page_size() != layout_.page_size) {
+      invalid("the page table is of " + str(table.num_pages()) + " pages of " + str(table.page_size()) +
+              " tokens: this attention is for " + str(layout_.num_pages) + " of " + str(layout_.page_size));
+    }
+    const nb::gil_scoped_release release;
+    plan_.plan_checked(table.view(), table.slots.data(), static_cast<std::int64_t>(table.slots.size()));
   }
 
   void append(std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
@@ -117,6 +129,7 @@ void bind_attention(nb::module_& m) {
            "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a, "kv_dtype"_a,
            "num_threads"_a, "isa"_a = "")
       .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
+      .def("plan_table", &Plan::plan_table, "table"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)
       .def_prop_ro("cascade", &Plan::cascade)

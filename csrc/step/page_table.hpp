@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cache/cache.hpp"
+#include "step/table_view.hpp"
 
 namespace radixkv {
 
@@ -38,10 +39,17 @@ class PageTable {
   // Ends it from any thread, advancing nothing; nothing if none is open. For a step that nobody left.
   void let_go() noexcept;
 
+  std::int32_t num_pages() const { return cache_->num_pages(); }
+  std::int32_t page_size() const { return cache_->page_size(); }
+  PageTableView view() const {
+    return PageTableView{static_cast<std::int32_t>(kv_last_page_len.size()), qo_indptr.data(), kv_indptr.data(),
+                         kv_indices.data(), kv_last_page_len.data()};
+  }
+
   // How far back every row may look without missing a dropped page, in keys before its own; -1: as far as it likes.
   std::int64_t window_limit = -1;
 
-  std::vector<std::int32_t> qo_indptr, kv_indptr, kv_indices, kv_last_page_len, slots;
+  std::vector<std::int32_t> qo_indptr{0}, kv_indptr{0}, kv_indices, kv_last_page_len, slots;
   std::vector<std::int32_t> copy_source, copy_target;
   std::vector<std::int64_t> input_ids, positions, last_rows;
 

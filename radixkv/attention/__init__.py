@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from radixkv import _core
     from radixkv.attention.cascade import CascadePlan
 
 __all__ = ["Attention", "PageTable"]
@@ -41,6 +42,13 @@ class PageTable(NamedTuple):
     slots: npt.NDArray[np.int32]
     """[qo_indptr[B]]: page * page_size + offset, where each row's K and V go."""
 
+    @classmethod
+    def of(cls, table: PageTable | _core.PageTable) -> PageTable:
+        """The arrays of an engine's table, copied out of the core."""
+        if isinstance(table, cls):
+            return table
+        return cls(table.qo_indptr, table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.slots)
+
 
 class Attention(Protocol):
     """A backend for one geometry (heads, head_dim, pages, dtype). It holds the plan of one step at a time.
@@ -55,7 +63,7 @@ class Attention(Protocol):
     def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Get ready what would make the first steps slow. The caches must hold nothing yet: they may be written to."""
 
-    def plan(self, table: PageTable) -> None:
+    def plan(self, table: PageTable | _core.PageTable) -> None:
         """Take a copy of the table, check it and schedule the work of every later call."""
 
     @property

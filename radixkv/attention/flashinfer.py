@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from .. import _core
 from ..errors import BackendUnavailable, InvalidArgument
 from . import PageTable
 from .cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, may_share
@@ -144,8 +145,9 @@ class FlashInferAttention:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def plan(self, table: PageTable) -> None:
+    def plan(self, table: PageTable | _core.PageTable) -> None:
         """Copy and check `table`. A table that raises `InvalidArgument` changes nothing."""
+        table = PageTable.of(table)
         places = check_table(table, *self._pages)
         rows = len(places.request)
         decode = rows == len(table.kv_last_page_len)

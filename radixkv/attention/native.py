@@ -115,11 +115,14 @@ class NativeAttention:
     def graph_key(self) -> None:
         """None: there are no CUDA graphs here."""
 
-    def plan(self, table: PageTable) -> None:
+    def plan(self, table: PageTable | _core.PageTable) -> None:
         """Copy and check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
-        for name, array in zip(PageTable._fields, table, strict=True):
-            check_int32(name, array)
-        self._plan.plan(*table)
+        if isinstance(table, _core.PageTable):
+            self._plan.plan_table(table)
+        else:
+            for name, array in zip(PageTable._fields, table, strict=True):
+                check_int32(name, array)
+            self._plan.plan(*table)
         self._set_rows(self._plan.num_rows)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
