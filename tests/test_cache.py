@@ -239,6 +239,17 @@ def test_the_same_calls_give_the_same_state():
     assert run() == run()
 
 
+def test_a_pinned_run_may_be_split(cache):
+    serve(cache, range(12))
+    with cache.pin(range(12)):
+        with cache.acquire([*range(4), 50]):  # ends after the first of its three pages
+            cache.check()
+        assert cache.stats().pinned == 3
+        cache.check()
+    cache.check()
+    assert cache.evict(16) == 3
+
+
 # --- a lease whose own published page is in the way -------------------------------------------------------------------
 
 
