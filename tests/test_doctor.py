@@ -50,7 +50,7 @@ def test_the_native_backend_is_right(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_build_of_torch_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "2.13.0" is what the package index calls each of its builds; which one it is, only torch itself says."""
+    """The package index calls every build 2.13.0; which one is installed, only torch itself says."""
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr("radixkv.cli.info.version", lambda package: "2.13.0")
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
