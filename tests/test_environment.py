@@ -74,6 +74,16 @@ def test_the_readme_has_commands() -> None:
     assert {command.split()[1] for command in COMMANDS} >= {"replay", "curve"}
 
 
+def test_a_copy_of_the_package_on_pythonpath_goes_first(tmp_path: Path) -> None:
+    """Sanitizers and mutants are tested in such copies; if these sources went first, nothing would be found in them."""
+    copy = tmp_path / "radixkv" / "__init__.py"
+    copy.parent.mkdir()
+    copy.touch()
+    command = [sys.executable, "-c", "import radixkv; print(radixkv.__file__)"]
+    done = subprocess.run(command, cwd=ROOT.anchor, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout.strip() == str(copy)
+
+
 def pytest_on(folder: Path, *arguments: str) -> str:
     """What pytest prints about the tests in a folder, with this project's settings."""
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), "-p", "tests.conftest"]
