@@ -78,7 +78,7 @@ test-newest: build .venv-lock/bin/uv  ## the test suite with the newest release 
 	.venv-newest/bin/python -m pytest -W error
 
 matrix: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
-matrix: build .venv-lock/bin/uv  ## the lowest and the newest versions allowed, on Python 3.10 to 3.13 (ROWS="3.10-lowest ..." for some)
+matrix: build .venv-lock/bin/uv  ## the lowest and the newest versions allowed, on Python 3.10 to 3.13 (ROWS="3.10-lowest 3.13-newest-core": these)
 	$(PY) .ci/matrix.py $(ROWS)
 
 flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on an emulated CUDA device

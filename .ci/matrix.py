@@ -2,9 +2,10 @@
 
     python .ci/matrix.py [ROW...]
 
-A row is a Python and an end of the range, such as 3.10-lowest; without arguments all are run. Each has an environment
-of its own in build/matrix, with one wheel of radixkv built here; it is deleted when its tests passed. The table is
-printed and left in build/matrix/table.md. Exit status 1 if a row failed; one whose Python is not there has not.
+A row is a Python and an end of the range, such as 3.10-lowest; without arguments all are run. 3.10-lowest-core leaves
+out torch, transformers and the tests that need them: a quick answer where torch is gigabytes. Each row has an
+environment of its own in build/matrix, with one wheel of radixkv built here; it is deleted when its tests passed. The
+table is printed and left in build/matrix/table.md. Exit status 1 if a row failed; one without its Python has not.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "matrix"
 ROWS = [f"3.{minor}-{end}" for minor, end in itertools.product(range(10, 14), ("lowest", "newest"))]
-EXTRAS = ["--extra", "engine", "--extra", "hf", "--extra", "test"]
-TESTS = (
-    "state_machine", "cache", "refusals", "threads", "drop", "engine", "attention*", "cascade*", "trace*", "replay",
-    "curve", "workload", "hf_*",
-)  # fmt: skip
+CORE = ("state_machine", "cache", "refusals", "threads", "trace*", "replay", "curve", "workload")
+ADAPTERS = ("drop", "engine", "attention*", "cascade*", "hf_*")
 SHOWN = ("numpy", "torch", "transformers")
-VERSIONS = f"from importlib.metadata import version; print(*map(version, {SHOWN}), sep=' | ')"
+VERSIONS = f"""
+from importlib.metadata import distributions
+found = {{d.name: d.version for d in distributions()}}
+print(*(found.get(name, "-") for name in {SHOWN}), sep=" | ")
+"""
 
 
 def main() -> int:
     rows = sys.argv[1:] or ROWS
-    if unknown := sorted(set(rows) - set(ROWS)):
+    if unknown := sorted({row.removesuffix("-core") for row in rows} - set(ROWS)):
         sys.exit(f"no row {', '.join(unknown)}: there are {', '.join(ROWS)}")
     wheel = prepare()
     table = FOLDER / "table.md"
     table.write_text(f"| Python | versions | {' | '.join(SHOWN)} | result |\n|---|---|---|---|---|---|\n")
     failed = 0
     for row in rows:
-        python, end = row.split("-")
         print(f"== {row}", flush=True)
-        cells, passed = run(python, end, wheel)
+        cells, passed = run(row, wheel)
         failed += not passed
         with table.open("a") as file:
-            file.write(f"| {python} | {end} | {cells} |\n")
+            file.write(f"| {' | '.join(row.split('-', 1))} | {cells} |\n")
     print(table.read_text())
     return int(failed > 0)
 
@@ -58,16 +59,18 @@ def prepare() -> Path:
     return next(FOLDER.glob("*.whl"))
 
 
-def run(python: str, end: str, wheel: Path) -> tuple[str, bool]:
+def run(row: str, wheel: Path) -> tuple[str, bool]:
     """One row: its cells after the first two, and whether nothing failed."""
+    python, end, *only = row.split("-")
+    extras = ("test",) if only else ("test", "engine", "hf")
     interpreter = f"python{python}"
     if subprocess.run(["sh", "-c", f"{interpreter} --version"], capture_output=True).returncode:
         return f"- | - | - | not run: no {interpreter} found", True
-    place = FOLDER / f"{python}-{end}"
+    place = FOLDER / row
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     venv, log = place / "venv", place / "log"
-    options = ["--python", interpreter, *EXTRAS, "--only-binary", ":all:"]
+    options = ["--python", interpreter, "--only-binary", ":all:", *(f"--extra={extra}" for extra in extras)]
     lowest = ["--resolution", "lowest-direct"] if end == "lowest" else []
     try:
         call(log, sys.executable, ROOT / ".ci" / "lock.py", place, *options, *lowest)
@@ -76,16 +79,16 @@ def run(python: str, end: str, wheel: Path) -> tuple[str, bool]:
     except subprocess.CalledProcessError:
         return f"- | - | - | **not installed**: see {log.relative_to(ROOT)}", False
     versions = subprocess.run([venv / "bin" / "python", "-c", VERSIONS], capture_output=True, text=True).stdout.strip()
-    passed, result = test(venv, log)
+    passed, result = test(venv, CORE if only else CORE + ADAPTERS, log)
     if passed:
         shutil.rmtree(venv)
     return f"{versions} | {result if passed else f'**{result}**'}", passed
 
 
-def test(venv: Path, log: Path) -> tuple[bool, str]:
+def test(venv: Path, names: tuple[str, ...], log: Path) -> tuple[bool, str]:
     """Run the tests on the wheel that is installed; whether they passed, and pytest's count."""
     site = FOLDER / "site"
-    files = sorted(file for name in TESTS for file in (site / "tests").glob(f"test_{name}.py"))
+    files = sorted(file for name in names for file in (site / "tests").glob(f"test_{name}.py"))
     with log.open("a+") as output:
         command = [venv / "bin" / "python", "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *files]
         status = subprocess.run(command, cwd=site, stdout=output, stderr=output).returncode
