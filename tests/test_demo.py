@@ -79,21 +79,21 @@ def test_text_report_and_picture_of_a_tiny_model(model_folder, capsys, tmp_path)
 
 
 NOISE = """
-import sys, warnings
-from pathlib import Path
-import torch
-from radixkv.demo import model
+import argparse, sys, warnings
+from radixkv import demo
 
 def converted(source, say):
-    import huggingface_hub.utils, tqdm
-    for bar in (tqdm.tqdm, huggingface_hub.utils.tqdm):
+    import huggingface_hub.utils, tqdm.auto
+    for bar in (tqdm.auto.tqdm, huggingface_hub.utils.tqdm):
         list(bar(range(3)))
     for name in ("transformers.cache", "radixkv.hf"):
         exec("warnings.warn(__name__, FutureWarning)", {"__name__": name, "warnings": warnings})
     return source.parent
 
-model._converted = converted
-model.load_model(Path(sys.argv[1]), torch.float32, print)
+demo.model._converted = converted
+parser = argparse.ArgumentParser()
+demo.add_arguments(parser)
+sys.exit(demo.run(parser.parse_args()))
 """
 
 
@@ -101,9 +101,11 @@ def test_libraries_are_silent_where_no_one_watches(model_folder):
     """Their progress bars and warnings do not go into a log; warnings of this package do."""
     gguf = model_folder / "some.gguf"
     gguf.touch()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", NOISE, str(gguf)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", NOISE, "--model", str(gguf), "--max-new-tokens", "1"]
+    bars = {"TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"}  # demos in this very process have set them
+    environment = {name: value for name, value in os.environ.items() if name not in bars} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert re.findall(r"FutureWarning: (.*)", done.stderr) == ["radixkv.hf"]
     assert "%|" not in done.stderr
 

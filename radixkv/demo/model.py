@@ -6,9 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +56,6 @@ def load_model(source: Path, dtype: torch.dtype, say: Say) -> tuple[PreTrainedMo
 
     Raises BackendUnavailable where transformers is missing, InvalidArgument for a file it cannot read.
     """
-    _hush_libraries()
     try:
         import transformers
     except ImportError as error:
@@ -74,16 +71,6 @@ def load_model(source: Path, dtype: torch.dtype, say: Say) -> tuple[PreTrainedMo
     except (OSError, ValueError, KeyError) as error:
         raise InvalidArgument(f"transformers cannot load {source}: {error}") from error
     return model.eval(), tokenizer
-
-
-def _hush_libraries() -> None:
-    """No progress bars and no warnings of libraries in a log; they read the environment when they are imported."""
-    if sys.stderr.isatty():
-        return
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", module=r"(?!radixkv)")
 
 
 def _converted(source: Path, say: Say) -> Path:
