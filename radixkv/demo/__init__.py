@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _hush_libraries() -> None:
-    """No progress bars, no warnings of libraries. The bars read the variables when they are imported, tqdm's by torch."""
+    """No progress bars, no warnings of libraries. Bars read the variables when they are imported, tqdm's by torch."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:
