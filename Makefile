@@ -81,6 +81,8 @@ matrix: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
 matrix: build .venv-lock/bin/uv  ## the lowest and the newest versions allowed, on Python 3.10 to 3.13 (ROWS="3.10-lowest 3.13-newest-core": these)
 	$(PY) .ci/matrix.py $(ROWS)
 
+.PHONY: lock test-newest matrix
+
 flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on an emulated CUDA device
 	PYTHON=$(PYTHON) .ci/flashinfer_on_cpu
 
@@ -140,4 +142,4 @@ pictures: build  ## draw the pictures of README and docs
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test lock test-newest matrix flashinfer lint format test-deep mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean
+.PHONY: help pictures build demo test flashinfer lint format test-deep mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean
