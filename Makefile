@@ -5,10 +5,6 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-# Where torch comes from: the URL of a package index, for instance https://download.pytorch.org/whl/cpu, which has builds
-# without CUDA; empty for where pip takes everything else from. The release is that of torch.lock either way.
-TORCH_INDEX ?=
-export TORCH_INDEX
 SOURCES := $(wildcard csrc/*)
 export CMAKE_GENERATOR := Ninja
 export PATH := $(VENV)/bin:$(PATH)
@@ -16,6 +12,10 @@ export PATH := $(VENV)/bin:$(PATH)
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
+# Where torch comes from: the URL of a package index, for instance https://download.pytorch.org/whl/cpu, which has builds
+# without CUDA; empty for where pip takes everything else from. The release is that of torch.lock either way.
+TORCH_INDEX ?=
+export TORCH_INDEX
 .venv/.deps: requirements.lock torch.lock .ci/install .ci/develop
 	@echo "setting up $(VENV) (torch is large: this takes minutes the first time)"
 	@.ci/install $(PYTHON) .venv .
