@@ -96,7 +96,7 @@ mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must 
 	$(PY) -m tests.mutants
 
 # Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
-CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_step.py tests/test_hostile.py tests/test_threads.py tests/test_engine.py tests/test_drop.py $(wildcard tests/test_attention*.py tests/test_cascade*.py)
+CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_step.py tests/test_hostile.py tests/test_threads.py tests/test_engine.py tests/test_drop.py tests/test_journal.py $(wildcard tests/test_attention*.py tests/test_cascade*.py)
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan
