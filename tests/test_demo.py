@@ -3,6 +3,11 @@
 import argparse
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from radixkv.demo import Conversation, Turn
 from radixkv.demo import model as demo_model
 from radixkv.demo import scenario as demo_scenario
 from tests.hf_helpers import build, one_thread, transformers
+
+ROOT = Path(__file__).parents[1]
 
 
 def parse(*arguments):
@@ -69,6 +76,38 @@ def test_text_report_and_picture_of_a_tiny_model(model_folder, capsys, tmp_path)
     for part in ("cache off", "tokens reused", "default namespace", ", pinned  ", "sum 512 of 512", "OK: "):
         assert part in printed
     assert picture.read_text(encoding="utf-8").startswith("<svg")
+
+
+NOISE = """
+import argparse, sys, warnings
+from radixkv import demo
+
+def converted(source, say):
+    import huggingface_hub.utils, tqdm.auto
+    for bar in (tqdm.auto.tqdm, huggingface_hub.utils.tqdm):
+        list(bar(range(3)))
+    for name in ("transformers.cache", "radixkv.hf"):
+        exec("warnings.warn(__name__, FutureWarning)", {"__name__": name, "warnings": warnings})
+    return source.parent
+
+demo.model._converted = converted
+parser = argparse.ArgumentParser()
+demo.add_arguments(parser)
+sys.exit(demo.run(parser.parse_args()))
+"""
+
+
+def test_libraries_are_silent_where_no_one_watches(model_folder):
+    """Their progress bars and warnings do not go into a log; warnings of this package do."""
+    gguf = model_folder / "some.gguf"
+    gguf.touch()
+    command = [sys.executable, "-c", NOISE, "--model", str(gguf), "--max-new-tokens", "1"]
+    bars = {"TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"}  # demos in this very process have set them
+    environment = {name: value for name, value in os.environ.items() if name not in bars} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"FutureWarning: (.*)", done.stderr) == ["radixkv.hf"]
+    assert "%|" not in done.stderr
 
 
 def turn(tokens, logits):

@@ -20,7 +20,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     for needed in ["torch", *re.findall(r"<!-- needs: (\S+) -->", text)]:
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": page.stem}
+    names: dict[str, object] = {"__name__": f"docs.{page.stem}"}
     for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         line = text[: match.start()].count("\n") + 1
         exec(compile("\n" * line + match[1], str(page), "exec"), names)

@@ -42,9 +42,14 @@ def print_description(description: dict[str, Any]) -> None:
 
 def _version(package: str) -> str | None:
     try:
-        return version(package)
+        found = version(package)
     except PackageNotFoundError:
         return None
+    if package == "torch":  # only torch itself knows which build of the release it is: 2.13.0+cu130
+        import torch
+
+        found = str(torch.__version__)
+    return found
 
 
 def _isa() -> str:

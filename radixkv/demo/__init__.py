@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     # Threads that spin while they wait cost a busy machine ten times the work; waking sleeping ones costs microseconds.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not sys.stderr.isatty():
+        _hush_libraries()
     import torch
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
@@ -129,6 +132,14 @@ def run(args: argparse.Namespace) -> int:
         print(tree_text(snapshot, tokenizer.decode))
         print("\n" + _verdict(report, args.dtype))
     return int(args.dtype == "float32" and not report["equal"])
+
+
+def _hush_libraries() -> None:
+    """No progress bars, no warnings of libraries. Bars read the variables when they are imported, tqdm's by torch."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(?!radixkv)")
 
 
 def _converse(
