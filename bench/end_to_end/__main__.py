@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
+from bench.cache.peers.run import cpu_model
+from bench.common.table import rows_of
 from bench.end_to_end import prompts
 from bench.end_to_end.gguf_bf16 import unpack
 from bench.end_to_end.run import CONTENDERS, OURS, measure
 from bench.end_to_end.setup import ROOT
 from bench.end_to_end.table import goals, rows, text
 from bench.end_to_end.workload import Workload
-from bench.peers.run import cpu_model
-from bench.table import rows_of
 from radixkv.demo.model import cache_folder, find_model, load_model
 
 RESULTS = ROOT / "bench" / "results"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.common.table import OURS
 from bench.end_to_end.setup import FAILED, PYTHON, ROOT
-from bench.table import OURS
 
 LONGEST = 900  # seconds for one contender
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bench.common.table import Row
 from bench.end_to_end.run import CONTENDERS, OURS
-from bench.table import Row
 
 NOISE = 0.15
 

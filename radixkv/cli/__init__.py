@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import radixkv
-from radixkv.cli.io import ProgressLine, binary_output, flush_output, printable, say, text_output
+from radixkv.cli.common import ProgressLine, binary_output, flush_output, printable, say, text_output
 from radixkv.errors import BackendUnavailable, InvalidArgument, RadixKVError
 from radixkv.traces.curve import CapacityCurve, capacity_curve
-from radixkv.traces.read import read_trace
+from radixkv.traces.formats import read_trace
+from radixkv.traces.formats.json import JsonWriter
+from radixkv.traces.formats.msgpack import MsgpackWriter
 from radixkv.traces.replay import ReplayResult, replay
-from radixkv.traces.trace import MOONCAKE_BLOCK, Request
-from radixkv.traces.trace_json import JsonWriter
-from radixkv.traces.trace_msgpack import MsgpackWriter
+from radixkv.traces.request import MOONCAKE_BLOCK, Request
 from radixkv.traces.workload import WORKLOADS, generate
 
 __all__ = ["main"]
@@ -220,7 +220,7 @@ def _share_rows(curve: CapacityCurve, requests: list[Request] | None) -> list[di
         for share, pages in zip(_SHARES, capacities, strict=True)
     ]
     if requests is not None:
-        from radixkv.traces.curve_clairvoyant import clairvoyant_hit_rates
+        from radixkv.traces.curve.clairvoyant import clairvoyant_hit_rates
 
         bounds = clairvoyant_hit_rates(requests, curve.page_size, capacities)
         for row, bound in zip(rows, bounds, strict=True):

@@ -17,7 +17,7 @@ from radixkv.cache import Stats
 from radixkv.demo import scenario
 from radixkv.demo.model import find_model, load_model
 from radixkv.errors import InvalidArgument
-from radixkv.view import tree_svg, tree_text
+from radixkv.observe import tree_svg, tree_text
 
 if TYPE_CHECKING:
     import torch

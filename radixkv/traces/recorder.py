@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from radixkv.errors import InvalidArgument, TraceError
-from radixkv.traces.trace import Request
-from radixkv.traces.trace_msgpack import MsgpackWriter
+from radixkv.traces.formats.msgpack import MsgpackWriter
+from radixkv.traces.request import Request
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache

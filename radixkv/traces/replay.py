@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from radixkv.errors import InvalidArgument
-from radixkv.traces.trace import Request
+from radixkv.traces.request import Request
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache

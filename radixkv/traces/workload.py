@@ -16,7 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from radixkv.errors import InvalidArgument
-from radixkv.traces.trace import Request, Tokens
+from radixkv.traces.request import Request, Tokens
 
 __all__ = ["WORKLOADS", "agent", "chat", "fewshot", "generate"]
 
