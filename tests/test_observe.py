@@ -80,3 +80,10 @@ def test_the_picture_is_valid_and_has_a_box_for_every_node():
     texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert "3 tokens, 2 pages" in texts
     assert any('<[4]> & "more"' in text for text in texts)
+
+
+def test_a_picture_of_tokens_that_xml_forbids_is_valid():
+    """Half a surrogate pair and control characters are replaced; spaces and joined letters of any script are not."""
+    svg = ElementTree.fromstring(tree_svg(SNAPSHOT, lambda ids: "\0\ud800\uffff \u3000\u200d."))
+    texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "\ufffd\ufffd\ufffd \u3000\u200d." in texts

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.cache.npz_traces import read_npz, traces_folder
-from radixkv.traces.curve import capacity_curve
+from radixkv.traces.curve import CapacityCurve, capacity_curve
 from radixkv.traces.curve.clairvoyant import clairvoyant_hit_rates
-from radixkv.traces.curve.points import CapacityCurve
 from radixkv.traces.replay import replay
-from radixkv.traces.request import Request
+from radixkv.traces.request import TraceRequest
 
 TOLERANCE = 0.1
 SHARES = (1, 2, 5, 10, 20, 50)
@@ -110,7 +109,7 @@ def print_row(row: Row) -> None:
 def agreement(name: str, path: Path) -> dict[str, object]:
     """Curve and replay at ten capacities from 0.5 % to 100 % of the footprint: equal hit tokens, and the times."""
     page_size = TABLE[name].page_size
-    requests: list[Request] = list(read_npz(path))
+    requests: list[TraceRequest] = list(read_npz(path))
     started = time.perf_counter()
     curve = capacity_curve(requests, page_size)
     curve_seconds = time.perf_counter() - started

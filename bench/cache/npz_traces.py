@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from radixkv.traces.request import Blocks, Request, Tokens
+from radixkv.traces.request import Blocks, Tokens, TraceRequest
 
 _FIRST_TAIL = 3 * 2**29  # above every id: the partly filled last block of request i consists of this value + i
 
@@ -26,7 +26,7 @@ def traces_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def read_npz(path: Path, limit: int | None = None) -> Iterator[Request]:
+def read_npz(path: Path, limit: int | None = None) -> Iterator[TraceRequest]:
     """Yield the first ``limit`` requests (all by default) of a .npz trace."""
     with np.load(path) as archive:
         trace = {name: archive[name] for name in archive.files}
@@ -40,7 +40,7 @@ def read_npz(path: Path, limit: int | None = None) -> Iterator[Request]:
         ids_of.append(ids)
         session, timestamp, num_in = str(int(trace["sess"][i])), float(trace["ts"][i]), int(trace["in_len"][i])
         if unit == 1:
-            yield Request(ids[:num_in], ids[num_in:], session=session, timestamp=timestamp)
+            yield TraceRequest(ids[:num_in], ids[num_in:], session=session, timestamp=timestamp)
         else:
             blocks = Blocks(ids, unit, num_in, _FIRST_TAIL + i)
-            yield Request(blocks=blocks, session=session, timestamp=timestamp)
+            yield TraceRequest(blocks=blocks, session=session, timestamp=timestamp)

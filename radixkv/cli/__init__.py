@@ -21,7 +21,7 @@ from radixkv.traces.formats import read_trace
 from radixkv.traces.formats.json import JsonWriter
 from radixkv.traces.formats.msgpack import MsgpackWriter
 from radixkv.traces.replay import ReplayResult, replay
-from radixkv.traces.request import MOONCAKE_BLOCK, Request
+from radixkv.traces.request import MOONCAKE_BLOCK, TraceRequest
 from radixkv.traces.workload import WORKLOADS, generate
 
 __all__ = ["main"]
@@ -212,7 +212,7 @@ def _run_curve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _share_rows(curve: CapacityCurve, requests: list[Request] | None) -> list[dict[str, Any]]:
+def _share_rows(curve: CapacityCurve, requests: list[TraceRequest] | None) -> list[dict[str, Any]]:
     """The hit rate at a few shares of the footprint, with the clairvoyant bound where the requests are given."""
     capacities = [curve.distinct_pages * share // 100 for share in _SHARES]
     rows: list[dict[str, Any]] = [
@@ -372,7 +372,7 @@ def _demo_packages() -> Iterator[None]:
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def _requests(args: argparse.Namespace) -> Iterator[Request]:
+def _requests(args: argparse.Namespace) -> Iterator[TraceRequest]:
     """The requests that the TRACE, --requests, --seed and --block-size arguments ask for."""
     if args.trace in WORKLOADS:
         yield from generate(args.trace, args.requests or 1000, args.seed)

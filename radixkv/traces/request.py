@@ -18,8 +18,8 @@ __all__ = [
     "MAX_UNIT",
     "MOONCAKE_BLOCK",
     "Blocks",
-    "Request",
     "Tokens",
+    "TraceRequest",
 ]
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
@@ -67,7 +67,7 @@ class Blocks:
         return tokens
 
 
-class Request:
+class TraceRequest:
     """One request: its input tokens, the output tokens where the trace has them, and who asked when.
 
     Give either ``tokens_in`` ([n] int32) or ``blocks``; the tokens of blocks are expanded each time ``tokens_in`` is
@@ -122,7 +122,8 @@ class Request:
         return len(self.tokens_out)
 
     def __repr__(self) -> str:
-        return f"Request({self.num_in} in, {self.num_out} out, session={self.session!r}, timestamp={self.timestamp})"
+        lengths = f"{self.num_in} in, {self.num_out} out"
+        return f"TraceRequest({lengths}, session={self.session!r}, timestamp={self.timestamp})"
 
 
 def _check_time(timestamp: float) -> None:

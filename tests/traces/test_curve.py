@@ -13,7 +13,7 @@ from radixkv.traces.curve import capacity_curve
 from radixkv.traces.curve.clairvoyant import clairvoyant_hit_rates
 from radixkv.traces.curve.pages import page_keys
 from radixkv.traces.replay import replay
-from radixkv.traces.request import Blocks, Request
+from radixkv.traces.request import Blocks, TraceRequest
 from radixkv.traces.workload import generate
 from tests.page_lru import PageLru
 from tests.traces.trace_strategies import traces
@@ -58,14 +58,14 @@ def block_trace(rng, unit, count=60):
         path = tuple(rng.integers(0, 2, size=rng.integers(0, 6)).tolist())
         ids = [number.setdefault(path[: n + 1], len(number)) for n in range(len(path))]
         length = len(ids) * unit + int(rng.integers(0 if ids else 1, unit))
-        requests.append(Request(blocks=Blocks(np.array(ids, dtype=np.int32), unit, length, 10_000 + i)))
+        requests.append(TraceRequest(blocks=Blocks(np.array(ids, dtype=np.int32), unit, length, 10_000 + i)))
     return requests
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4, 8, 12, 16])
 def test_block_ids_give_the_curve_of_their_tokens(page_size):
     blocks = block_trace(np.random.default_rng(0), unit=8)
-    plain = [Request(request.tokens_in) for request in blocks]
+    plain = [TraceRequest(request.tokens_in) for request in blocks]
     a, b = capacity_curve(blocks, page_size), capacity_curve(plain, page_size)
     assert a.hits_by_rank.tolist() == b.hits_by_rank.tolist()
     assert (a.distinct_pages, a.input_tokens) == (b.distinct_pages, b.input_tokens)
@@ -74,20 +74,20 @@ def test_block_ids_give_the_curve_of_their_tokens(page_size):
 
 
 def test_page_keys_take_one_value_a_page_where_the_ids_fit():
-    request = Request(blocks=Blocks(np.array([1, 2], dtype=np.int32), 4, 11, 9))
+    request = TraceRequest(blocks=Blocks(np.array([1, 2], dtype=np.int32), 4, 11, 9))
     assert [page_keys(request, page)[1] for page in (1, 2, 4, 3, 8)] == [1, 1, 1, 3, 8]
     assert page_keys(request, 2)[0].tolist() == [1, 1, 2, 2, 9]
     assert page_keys(request, 4)[0].tolist() == [1, 2]
 
 
 def test_a_mixture_of_tokens_and_ids_is_refused():
-    mixture = [Request([1] * 8), Request(blocks=Blocks(np.array([1], dtype=np.int32), 4, 4))]
+    mixture = [TraceRequest([1] * 8), TraceRequest(blocks=Blocks(np.array([1], dtype=np.int32), 4, 4))]
     with pytest.raises(InvalidArgument, match="mixes"):
         capacity_curve(mixture, 4)
 
 
 def test_requests_below_a_page_count_as_input_and_never_hit():
-    curve = capacity_curve([Request([1, 2, 3])] * 5, 4)
+    curve = capacity_curve([TraceRequest([1, 2, 3])] * 5, 4)
     assert (curve.requests, curve.input_tokens, curve.distinct_pages, curve.max_pages) == (5, 15, 0, 0)
     assert curve.hit_rate(10) == 0.0
     assert capacity_curve([], 4).hit_rate(5) == 0.0
@@ -106,7 +106,7 @@ def test_no_capacity_of_lru_exceeds_the_clairvoyant_bound(requests, page_size):
 
 def test_the_clairvoyant_bound_keeps_what_comes_back_soonest():
     a, b, c = ([n] * 4 + [99] for n in range(3))
-    requests = [Request(tokens) for tokens in (a, b, c, a, b, c)]
+    requests = [TraceRequest(tokens) for tokens in (a, b, c, a, b, c)]
     assert capacity_curve(requests, 4).hit_tokens(2) == 0, "LRU gives up each page just before it is needed"
     assert clairvoyant_hit_rates(requests, 4, [1, 2, 3]) == pytest.approx([0.0, 8 / 30, 12 / 30])
 
@@ -114,7 +114,7 @@ def test_the_clairvoyant_bound_keeps_what_comes_back_soonest():
 def test_page_sizes_below_one_are_refused():
     for function in (capacity_curve, lambda requests, page: clairvoyant_hit_rates(requests, page, [1])):
         with pytest.raises(InvalidArgument):
-            function([Request([1])], 0)
+            function([TraceRequest([1])], 0)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_svg_is_a_picture_with_both_axes(curve):
     assert path.get("d", "").count("V") > 50
 
 
-@pytest.mark.parametrize("requests", [[], [Request([1, 2, 3, 4, 5])] * 2])
+@pytest.mark.parametrize("requests", [[], [TraceRequest([1, 2, 3, 4, 5])] * 2])
 def test_svg_of_almost_nothing(requests):
     stream = io.StringIO()
     capacity_curve(requests, 4).to_svg(stream)

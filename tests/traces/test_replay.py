@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from radixkv import InvalidArgument, PrefixCache
 from radixkv.traces.replay import replay
-from radixkv.traces.request import Blocks, Request
+from radixkv.traces.request import Blocks, TraceRequest
 from radixkv.traces.workload import generate
 from tests.page_lru import PageLru
 from tests.traces.trace_strategies import traces
@@ -68,25 +68,25 @@ def test_token_exact_replay_works_at_every_size(requests, page_size, capacity):
 
 
 def test_a_repeated_request_hits_all_but_its_last_token():
-    request = Request(list(range(10)), [])
+    request = TraceRequest(list(range(10)), [])
     result = replay([request, request], 64, 4)
     assert (result.input_tokens, result.hit_tokens, result.hit_rate) == (20, 9, 0.45)
     aligned = replay([request, request], 64, 4, page_aligned=True)
     assert aligned.hit_tokens == 8
-    whole = Request(list(range(8)), [])
+    whole = TraceRequest(list(range(8)), [])
     assert replay([whole, whole], 64, 4, page_aligned=True).hit_tokens == 4
 
 
 def test_an_output_is_found_by_the_next_turn():
-    first = Request([1, 2, 3], [4, 5, 6])
-    second = Request([1, 2, 3, 4, 5, 6, 7, 8], [9])
+    first = TraceRequest([1, 2, 3], [4, 5, 6])
+    second = TraceRequest([1, 2, 3, 4, 5, 6, 7, 8], [9])
     assert replay([first, second], 64, 4).hit_tokens == 6
     assert replay([first, second], 64, 4, page_aligned=True).hit_tokens == 4
 
 
 def test_a_request_longer_than_the_cache_keeps_its_first_pages():
-    long = Request(list(range(40)), list(range(5)))
-    result = replay([long, long, Request([0, 1, 2, 3, 99], [])], 16, 4, page_aligned=True)
+    long = TraceRequest(list(range(40)), list(range(5)))
+    result = replay([long, long, TraceRequest([0, 1, 2, 3, 99], [])], 16, 4, page_aligned=True)
     assert result.truncated_requests == 2
     assert result.capacity_pages == 4
     assert result.hit_tokens == 16 + 4
@@ -96,14 +96,14 @@ def test_a_request_longer_than_the_cache_keeps_its_first_pages():
 
 
 def test_an_output_that_does_not_fit_is_cut():
-    result = replay([Request([1, 2, 3], list(range(100)))], 8, 4)
+    result = replay([TraceRequest([1, 2, 3], list(range(100)))], 8, 4)
     assert (result.truncated_requests, result.output_tokens) == (1, 100)
 
 
 def test_block_requests_replay_like_their_tokens():
     ids = [[1, 2, 3], [1, 2, 4], [1, 2, 3]]
-    blocks = [Request(blocks=Blocks(np.array(row, dtype=np.int32), 4, 14, 100 + i)) for i, row in enumerate(ids)]
-    plain = [Request(request.tokens_in) for request in blocks]
+    blocks = [TraceRequest(blocks=Blocks(np.array(row, dtype=np.int32), 4, 14, 100 + i)) for i, row in enumerate(ids)]
+    plain = [TraceRequest(request.tokens_in) for request in blocks]
     for page_size in (1, 2, 3, 4, 8):
         for aligned in (False, True):
             a, b = (replay(requests, 96, page_size, aligned) for requests in (blocks, plain))
@@ -130,4 +130,4 @@ def test_replay_is_deterministic():
 @pytest.mark.parametrize(("capacity", "page_size"), [(15, 16), (0, 1), (-5, 1), (16, 0), (16, -1), (2**40, 16)])
 def test_sizes_that_cannot_work_are_refused(capacity, page_size):
     with pytest.raises(InvalidArgument):
-        replay([Request([1])], capacity, page_size)
+        replay([TraceRequest([1])], capacity, page_size)

@@ -13,7 +13,7 @@ from radixkv import InvalidArgument, InvalidTokens, TraceError
 from radixkv.traces.formats import read_trace
 from radixkv.traces.formats.json import JsonWriter
 from radixkv.traces.formats.msgpack import MsgpackWriter
-from radixkv.traces.request import Blocks, Request
+from radixkv.traces.request import Blocks, TraceRequest
 
 MAX_TOKEN = 2**31 - 1
 
@@ -48,7 +48,7 @@ def written(writer, requests):
 
 tokens = st.lists(st.integers(0, MAX_TOKEN), max_size=20)
 labels = {"session": st.text(max_size=5), "timestamp": st.floats(0, 1e9), "namespace": st.text(max_size=5)}
-token_requests = st.lists(st.builds(Request, tokens.filter(bool), tokens, **labels), min_size=1, max_size=5)
+token_requests = st.lists(st.builds(TraceRequest, tokens.filter(bool), tokens, **labels), min_size=1, max_size=5)
 
 
 @st.composite
@@ -60,7 +60,7 @@ def block_requests(draw):
         num_ids = draw(st.sampled_from([length // unit, -(-length // unit)]))
         ids = draw(st.lists(st.integers(0, 2**30 - 1), min_size=num_ids, max_size=num_ids))
         blocks = Blocks(np.array(ids, dtype=np.int32), unit, length, draw(st.integers(0, MAX_TOKEN)))
-        requests.append(Request(blocks=blocks, **{name: draw(value) for name, value in labels.items()}))
+        requests.append(TraceRequest(blocks=blocks, **{name: draw(value) for name, value in labels.items()}))
     return requests
 
 
@@ -79,7 +79,7 @@ def test_json_lines_read_back_what_was_written(requests):
 
 
 def test_json_lines_of_blocks_read_back_the_same_lengths_and_ids():
-    request = Request(blocks=Blocks(np.array([7, 8], dtype=np.int32), 4, 10), session="s", namespace="n")
+    request = TraceRequest(blocks=Blocks(np.array([7, 8], dtype=np.int32), 4, 10), session="s", namespace="n")
     (back,) = read_trace(io.BytesIO(written(JsonWriter, [request])))
     assert fields(back)[1:] == fields(request)[1:]
 
@@ -243,7 +243,7 @@ def test_a_foreign_or_empty_file_is_refused(tmp_path, content, words):
 
 
 def test_a_msgpack_trace_cut_anywhere_is_refused_and_its_remedy_works():
-    whole = written(MsgpackWriter, [Request([1, 2], [3]), Request([4], [])])
+    whole = written(MsgpackWriter, [TraceRequest([1, 2], [3]), TraceRequest([4], [])])
     header = len(msgpack.packb({"radixkv-trace": 1}))
     first = header + (len(whole) - header + 4 * 2) // 2  # the requests differ by two tokens
     for length in range(header + 1, len(whole)):
@@ -274,14 +274,14 @@ def test_a_msgpack_trace_cut_anywhere_is_refused_and_its_remedy_works():
     ],
 )
 def test_a_bad_msgpack_record_is_refused_with_its_byte(record, words):
-    head = written(MsgpackWriter, [Request([1])])
+    head = written(MsgpackWriter, [TraceRequest([1])])
     with pytest.raises(TraceError, match=f"byte {len(head)}: ") as error:
         list(read_trace(io.BytesIO(head + msgpack.packb(record))))
     assert words in str(error.value)
 
 
 def test_msgpack_with_damaged_bytes_is_refused():
-    head = written(MsgpackWriter, [Request([1])])
+    head = written(MsgpackWriter, [TraceRequest([1])])
     with pytest.raises(TraceError, match=f"byte {len(head)}: not msgpack"):
         list(read_trace(io.BytesIO(head + b"\xc1\xc1")))
 
@@ -312,7 +312,7 @@ def test_a_stream_that_comes_in_pieces_is_read(writer):
         def read(self, size=-1):
             return super().read(min(size, 3))
 
-    requests = [Request([1, 2], [3], session="s"), Request([4])]
+    requests = [TraceRequest([1, 2], [3], session="s"), TraceRequest([4])]
     back = list(read_trace(Drip(written(writer, requests))))
     assert [fields(request) for request in back] == [fields(request) for request in requests]
 
@@ -330,10 +330,10 @@ def test_standard_input_is_read(monkeypatch):
 def test_requests_refuse_what_is_no_token():
     for bad in ([-1], [2**31], [0.5], [[1]]):
         with pytest.raises(InvalidTokens):
-            Request(bad)
+            TraceRequest(bad)
     with pytest.raises(InvalidArgument):
-        Request()
+        TraceRequest()
     with pytest.raises(InvalidArgument):
-        Request([1], blocks=Blocks(np.array([1], dtype=np.int32), 4, 4))
+        TraceRequest([1], blocks=Blocks(np.array([1], dtype=np.int32), 4, 4))
     with pytest.raises(InvalidArgument):
         read({"input": [1]}, block_size=0)

@@ -15,7 +15,7 @@ from radixkv.traces.curve import capacity_curve
 from radixkv.traces.formats import read_trace
 from radixkv.traces.formats.json import JsonWriter
 from radixkv.traces.formats.msgpack import MsgpackWriter
-from radixkv.traces.request import MAX_REQUEST_TOKENS, MAX_TOKEN, MAX_UNIT, Blocks, Request
+from radixkv.traces.request import MAX_REQUEST_TOKENS, MAX_TOKEN, MAX_UNIT, Blocks, TraceRequest
 
 KEYS = ["input", "output", "ids", "hash_ids", "unit", "input_length", "output_length", "in", "out", "length", "tail"]
 KEYS += ["session", "timestamp", "namespace", "radixkv-trace", "other"]
@@ -29,8 +29,8 @@ def written(writer, requests):
     return stream.getvalue()
 
 
-TOKENS = [Request([1, 2, 3], [4], session="s", timestamp=1.5, namespace="n"), Request([1, 2], [2**31 - 1])]
-BLOCKS = [Request(blocks=Blocks(np.array([5, 6], dtype=np.int32), 4, 10, tail=9)) for _ in range(2)]
+TOKENS = [TraceRequest([1, 2, 3], [4], session="s", timestamp=1.5, namespace="n"), TraceRequest([1, 2], [2**31 - 1])]
+BLOCKS = [TraceRequest(blocks=Blocks(np.array([5, 6], dtype=np.int32), 4, 10, tail=9)) for _ in range(2)]
 MOONCAKE = (
     b'{"timestamp": 27482, "input_length": 6755, "output_length": 500, "hash_ids": [46, 47, 48, 2305843009213693951]}\n'
 )

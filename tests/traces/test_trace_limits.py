@@ -17,7 +17,7 @@ from radixkv.traces.formats import read_trace
 from radixkv.traces.formats.json import JsonWriter
 from radixkv.traces.formats.msgpack import MsgpackWriter
 from radixkv.traces.recorder import Recorder
-from radixkv.traces.request import MAX_REQUEST_BYTES, MAX_REQUEST_TOKENS, MAX_UNIT, Blocks, Request
+from radixkv.traces.request import MAX_REQUEST_BYTES, MAX_REQUEST_TOKENS, MAX_UNIT, Blocks, TraceRequest
 
 HEADER = msgpack.packb({"radixkv-trace": 1})
 
@@ -91,7 +91,7 @@ def test_a_time_that_is_not_finite_is_refused(text):
         found = refusal(record(**{"in": bytes(4), "out": b"", "timestamp": float(text)}))
         assert "byte 16: not a request (timestamp must be a finite number of seconds" in found
         with pytest.raises(InvalidArgument, match="finite"):
-            Request([1], timestamp=float(text))
+            TraceRequest([1], timestamp=float(text))
 
 
 @pytest.mark.parametrize("key", ["session", "namespace"])
@@ -105,7 +105,7 @@ def test_a_name_is_text(key):
     (request,) = read_trace(io.BytesIO(line(input=[1], **{key: None})))
     assert getattr(request, key) == "", "null is no name, as if it were not there"
     with pytest.raises(InvalidArgument, match=key):
-        Request([1], **{key: "\ud800"})
+        TraceRequest([1], **{key: "\ud800"})
 
 
 def test_a_number_of_thousands_of_digits_is_refused():
@@ -231,9 +231,9 @@ def test_a_writer_refuses_what_no_reader_takes_back(writer):
     target = writer(stream)
     before = stream.getvalue()
     for request, words in (
-        (Request([]), "without input"),
-        (Request(np.zeros(MAX_REQUEST_TOKENS, dtype=np.int32), [1]), f"at most {MAX_REQUEST_TOKENS}"),
-        (Request(blocks=Blocks(np.zeros(1, dtype=np.int32), MAX_UNIT + 1, 8)), f"at most {MAX_UNIT} tokens"),
+        (TraceRequest([]), "without input"),
+        (TraceRequest(np.zeros(MAX_REQUEST_TOKENS, dtype=np.int32), [1]), f"at most {MAX_REQUEST_TOKENS}"),
+        (TraceRequest(blocks=Blocks(np.zeros(1, dtype=np.int32), MAX_UNIT + 1, 8)), f"at most {MAX_UNIT} tokens"),
     ):
         with pytest.raises(InvalidArgument, match=words):
             target.write(request)

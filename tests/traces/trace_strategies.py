@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from radixkv.traces.request import Request
+from radixkv.traces.request import TraceRequest
 
 
 @st.composite
@@ -16,5 +16,5 @@ def traces(draw, max_requests=25, max_tokens=24):
         tokens = (base + draw(st.lists(alphabet, max_size=6)))[:max_tokens] or [0]
         seen.append(tokens)
         num_in = draw(st.integers(1, len(tokens)))
-        requests.append(Request(tokens[:num_in], tokens[num_in:], namespace=draw(st.sampled_from(["", "", "b"]))))
+        requests.append(TraceRequest(tokens[:num_in], tokens[num_in:], namespace=draw(st.sampled_from(["", "", "b"]))))
     return requests

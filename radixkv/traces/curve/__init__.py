@@ -29,12 +29,12 @@ from radixkv.errors import InvalidArgument
 from radixkv.traces.curve.pages import PageTree, Run, page_keys
 from radixkv.traces.curve.points import CapacityCurve
 from radixkv.traces.replay import Progress
-from radixkv.traces.request import Request
+from radixkv.traces.request import TraceRequest
 
 __all__ = ["CapacityCurve", "capacity_curve"]
 
 
-def capacity_curve(requests: Iterable[Request], page_size: int, progress: Progress | None = None) -> CapacityCurve:
+def capacity_curve(requests: Iterable[TraceRequest], page_size: int, progress: Progress | None = None) -> CapacityCurve:
     """The hit rate at every capacity, for pages of ``page_size`` tokens. Reads the trace once.
 
     Memory: the distinct pages of the trace (4 bytes a token, or a page where the trace has block ids that fit), plus

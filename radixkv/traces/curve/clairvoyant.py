@@ -14,12 +14,12 @@ from sortedcontainers import SortedList
 
 from radixkv.errors import InvalidArgument
 from radixkv.traces.curve.pages import PageTree, page_keys
-from radixkv.traces.request import Request
+from radixkv.traces.request import TraceRequest
 
 __all__ = ["clairvoyant_hit_rates"]
 
 
-def clairvoyant_hit_rates(requests: Iterable[Request], page_size: int, capacities: Sequence[int]) -> list[float]:
+def clairvoyant_hit_rates(requests: Iterable[TraceRequest], page_size: int, capacities: Sequence[int]) -> list[float]:
     """The highest possible hit rate (0 to 1) at each capacity in pages. Reads the trace once.
 
     Hits are counted as in page-aligned replay. Raises TraceError from the trace and InvalidArgument for a page
@@ -38,7 +38,7 @@ Use: TypeAlias = tuple[int, int, int]
 class _Future:
     """When each page of each request is used next: runs of pages of one path with the same next request."""
 
-    def __init__(self, requests: Iterable[Request], page_size: int) -> None:
+    def __init__(self, requests: Iterable[TraceRequest], page_size: int) -> None:
         self.input_tokens = 0
         self._lengths: list[tuple[int, int]] = []  # per request: its pages, and how many of them can be hits
         self._next_uses: list[list[Use]] = []  # per request: its pages that are used again

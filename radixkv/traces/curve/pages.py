@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from radixkv.errors import InvalidArgument
-from radixkv.traces.request import Request, Tokens
+from radixkv.traces.request import Tokens, TraceRequest
 
 __all__ = ["PageTree", "Run", "page_keys"]
 
@@ -19,7 +19,7 @@ Run: TypeAlias = tuple[int, int]
 """(owner, number of pages): neighbouring pages of a path that the same request touched last."""
 
 
-def page_keys(request: Request, page_size: int) -> tuple[Tokens, int]:
+def page_keys(request: TraceRequest, page_size: int) -> tuple[Tokens, int]:
     """The keys of a request's full pages, [pages * width] int32, and the width of a key.
 
     Covers the input and the output tokens the trace has; what does not fill a page is left out.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from math import log10
 from typing import TYPE_CHECKING
+
+from radixkv.observe import svg
 
 if TYPE_CHECKING:
     from radixkv.traces.curve.points import CapacityCurve
@@ -31,15 +32,20 @@ def curve_svg(curve: CapacityCurve, title: str = "") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">',
         f"<style>{_STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
-        f'<text class="title" x="{_LEFT}" y="24">{escape(_printable(title or "Hit rate by capacity"))}</text>',
+        svg.text(_LEFT, 24, title or "Hit rate by capacity", kind="title"),
         *_horizontal_grid(),
         *axis.vertical_grid(),
-        _line("bound", _LEFT, _y(limit), _WIDTH - _RIGHT, _y(limit)),
-        _line("axis", _LEFT, _TOP, _LEFT, _HEIGHT - _BOTTOM),
-        _line("axis", _LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
-        f'<path class="curve" d="{_steps(curve, axis)}"/>',
-        _text(_WIDTH - _RIGHT, _y(limit) - 6, f"unbounded: {100 * limit:.1f} %", "end"),
-        _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, f"capacity (tokens; pages of {curve.page_size})", "middle"),
+        svg.line("bound", _LEFT, _y(limit), _WIDTH - _RIGHT, _y(limit)),
+        svg.line("axis", _LEFT, _TOP, _LEFT, _HEIGHT - _BOTTOM),
+        svg.line("axis", _LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
+        svg.path("curve", _steps(curve, axis)),
+        svg.text(_WIDTH - _RIGHT, _y(limit) - 6, f"unbounded: {100 * limit:.1f} %", anchor="end"),
+        svg.text(
+            (_LEFT + _WIDTH - _RIGHT) / 2,
+            _HEIGHT - 12,
+            f"capacity (tokens; pages of {curve.page_size})",
+            anchor="middle",
+        ),
         f'<text x="18" y="{_y(0.5):.1f}" text-anchor="middle" transform="rotate(-90 18 {_y(0.5):.1f})">'
         "hit rate (% of input tokens)</text>",
         "</svg>",
@@ -64,8 +70,8 @@ class _LogAxis:
         parts = []
         for tick in ticks if len(ticks) > 1 else [self._first, self._last]:
             x = self.x(tick)
-            parts.append(_line("grid", x, _TOP, x, _HEIGHT - _BOTTOM))
-            parts.append(_text(x, _HEIGHT - _BOTTOM + 18, _short(tick), "middle"))
+            parts.append(svg.line("grid", x, _TOP, x, _HEIGHT - _BOTTOM))
+            parts.append(svg.text(x, _HEIGHT - _BOTTOM + 18, _short(tick), anchor="middle"))
         return parts
 
 
@@ -73,8 +79,8 @@ def _horizontal_grid() -> list[str]:
     parts = []
     for percent in range(0, 101, 20):
         y = _y(percent / 100)
-        parts.append(_line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
-        parts.append(_text(_LEFT - 8, y + 4, str(percent), "end"))
+        parts.append(svg.line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
+        parts.append(svg.text(_LEFT - 8, y + 4, str(percent), anchor="end"))
     return parts
 
 
@@ -89,19 +95,6 @@ def _steps(curve: CapacityCurve, axis: _LogAxis) -> str:
 
 def _y(rate: float) -> float:
     return _HEIGHT - _BOTTOM - rate * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _printable(title: str) -> str:
-    """A title without what XML forbids: control characters and half surrogate pairs, which a file name may have."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in title)
 
 
 def _short(tokens: int) -> str:

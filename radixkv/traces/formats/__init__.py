@@ -33,7 +33,7 @@ from typing import BinaryIO
 from radixkv.errors import InvalidArgument, TraceError
 from radixkv.traces.formats.json import read_json
 from radixkv.traces.formats.msgpack import is_msgpack, read_msgpack
-from radixkv.traces.request import MAX_REQUEST_BYTES, MAX_UNIT, MOONCAKE_BLOCK, Request
+from radixkv.traces.request import MAX_REQUEST_BYTES, MAX_UNIT, MOONCAKE_BLOCK, TraceRequest
 
 __all__ = ["open_trace", "read_trace"]
 
@@ -57,7 +57,7 @@ def open_trace(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield stream
 
 
-def read_trace(source: str | os.PathLike[str] | BinaryIO, block_size: int = MOONCAKE_BLOCK) -> Iterator[Request]:
+def read_trace(source: str | os.PathLike[str] | BinaryIO, block_size: int = MOONCAKE_BLOCK) -> Iterator[TraceRequest]:
     """Read a trace lazily, one request at a time, in file order.
 
     ``source`` is a path, ``-`` for standard input, or a binary stream, which is left open. ``block_size`` is the number
@@ -72,7 +72,7 @@ def read_trace(source: str | os.PathLike[str] | BinaryIO, block_size: int = MOON
     return _read_stream(source, "the trace", block_size)
 
 
-def _read_path(path: str | os.PathLike[str], block_size: int) -> Iterator[Request]:
+def _read_path(path: str | os.PathLike[str], block_size: int) -> Iterator[TraceRequest]:
     with open_trace(path) as stream:
         name = "standard input" if path == "-" else str(path)
         try:
@@ -81,7 +81,7 @@ def _read_path(path: str | os.PathLike[str], block_size: int) -> Iterator[Reques
             raise TraceError(f"cannot read {name}: {error.strerror or error}: is it a regular file?") from error
 
 
-def _read_stream(stream: BinaryIO, name: str, block_size: int) -> Iterator[Request]:
+def _read_stream(stream: BinaryIO, name: str, block_size: int) -> Iterator[TraceRequest]:
     head = _head(stream)
     if is_msgpack(head):
         requests = read_msgpack(head, stream, name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from radixkv.errors import InvalidArgument
-from radixkv.traces.request import MAX_REQUEST_TOKENS, MAX_UNIT, Request
+from radixkv.traces.request import MAX_REQUEST_TOKENS, MAX_UNIT, TraceRequest
 
 __all__ = ["check_length", "check_writable", "labels", "shown", "whole"]
 
@@ -45,7 +45,7 @@ def check_length(num_tokens: int) -> None:
         raise InvalidArgument(f"{num_tokens} tokens of input and output: a request has at most {MAX_REQUEST_TOKENS}")
 
 
-def check_writable(request: Request) -> None:
+def check_writable(request: TraceRequest) -> None:
     """Refuse a request that no reader would take back."""
     if request.num_in == 0:
         raise InvalidArgument("a request without input: a trace holds requests of at least 1 token")
@@ -62,7 +62,7 @@ def labels(fields: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     try:
         timestamp = float(timestamp) * seconds
     except OverflowError:
-        timestamp = math.inf  # which Request refuses, as it refuses what a name cannot be
+        timestamp = math.inf  # which TraceRequest refuses, as it refuses what a name cannot be
     return {"session": _name(fields, "session"), "timestamp": timestamp, "namespace": _name(fields, "namespace")}
 
 

@@ -17,8 +17,8 @@ from radixkv.traces.request import (
     MAX_TOKEN,
     MAX_UNIT,
     Blocks,
-    Request,
     Tokens,
+    TraceRequest,
 )
 
 __all__ = ["JsonWriter", "read_json"]
@@ -35,7 +35,7 @@ class JsonWriter:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
-    def write(self, request: Request) -> None:
+    def write(self, request: TraceRequest) -> None:
         """Append one request. A request given as blocks is written as ``ids`` with ``unit``.
 
         Raises InvalidArgument for a request beyond the limits of a trace.
@@ -52,7 +52,7 @@ class JsonWriter:
         self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
 
-def read_json(lines: Iterable[bytes], name: str, block_size: int) -> Iterator[Request]:
+def read_json(lines: Iterable[bytes], name: str, block_size: int) -> Iterator[TraceRequest]:
     """Yield a request for each line. Raises TraceError with the line number for a line that is not a request."""
     reader = _Reader(block_size)
     for number, line in enumerate(lines, 1):
@@ -74,7 +74,7 @@ class _Reader:
         self._large_ids: dict[int, int] = {}
         self._num_tails = 0
 
-    def request(self, line: bytes) -> Request:
+    def request(self, line: bytes) -> TraceRequest:
         """The request of one line."""
         fields = _parsed(line)
         if not isinstance(fields, dict):
@@ -88,11 +88,11 @@ class _Reader:
             self._same_form("input/output")
             tokens_in, tokens_out = _tokens(fields, "input", at_least=1), _tokens(fields, "output")
             check_length(len(tokens_in) + len(tokens_out))
-            return Request(tokens_in, tokens_out, **labels(fields, seconds=1.0))
+            return TraceRequest(tokens_in, tokens_out, **labels(fields, seconds=1.0))
         found = ", ".join(map(shown, list(fields)[:6])) or "nothing"
         raise InvalidArgument(f"needs hash_ids, ids or input, has {found}: is this a trace of requests?")
 
-    def _mooncake(self, fields: dict[str, Any]) -> Request:
+    def _mooncake(self, fields: dict[str, Any]) -> TraceRequest:
         length = whole(fields, "input_length", 1, MAX_REQUEST_TOKENS)
         ids = self._block_ids(fields, "hash_ids")
         unit = self._block_size
@@ -101,9 +101,9 @@ class _Reader:
                 f"{len(ids)} hash_ids do not cover input_length {length} at {unit} tokens an id "
                 f"({-(-length // unit)} needed): give the trace's block size (--block-size)"
             )
-        return Request(blocks=Blocks(ids, unit, length), **labels(fields, seconds=1e-3))
+        return TraceRequest(blocks=Blocks(ids, unit, length), **labels(fields, seconds=1e-3))
 
-    def _units(self, fields: dict[str, Any]) -> Request:
+    def _units(self, fields: dict[str, Any]) -> TraceRequest:
         unit = whole(fields, "unit", 1, MAX_UNIT) if "unit" in fields else 1
         self._same_form(f"ids of unit {unit}")
         length = whole(fields, "input_length", 1, MAX_REQUEST_TOKENS)
@@ -117,10 +117,10 @@ class _Reader:
             )
         tail = _FIRST_TAIL + self._num_tails % (MAX_TOKEN - _FIRST_TAIL)
         self._num_tails += 1
-        return Request(blocks=Blocks(ids, unit, length, tail), **labels(fields, seconds=1.0))
+        return TraceRequest(blocks=Blocks(ids, unit, length, tail), **labels(fields, seconds=1.0))
 
     @staticmethod
-    def _input_then_output(fields: dict[str, Any], length: int) -> Request:
+    def _input_then_output(fields: dict[str, Any], length: int) -> TraceRequest:
         ids = _tokens(fields, "ids", at_least=1)
         rest = max(0, len(ids) - length)
         num_out = whole(fields, "output_length", 0, MAX_REQUEST_TOKENS) if "output_length" in fields else rest
@@ -130,7 +130,7 @@ class _Reader:
                 "ids of unit 1 cover the input, or the input and then the output"
             )
         check_length(len(ids))
-        return Request(ids[:length], ids[length:], **labels(fields, seconds=1.0))
+        return TraceRequest(ids[:length], ids[length:], **labels(fields, seconds=1.0))
 
     def _block_ids(self, fields: dict[str, Any], key: str) -> Tokens:
         ids = _integers(fields, key)

@@ -27,8 +27,8 @@ from radixkv.traces.request import (
     MAX_TOKEN,
     MAX_UNIT,
     Blocks,
-    Request,
     Tokens,
+    TraceRequest,
 )
 
 __all__ = ["MsgpackWriter", "is_msgpack", "read_msgpack"]
@@ -48,7 +48,7 @@ class MsgpackWriter:
         self._packer = msgpack.Packer(use_bin_type=True)
         stream.write(self._packer.pack({_MAGIC: VERSION}))
 
-    def write(self, request: Request) -> None:
+    def write(self, request: TraceRequest) -> None:
         """Append one request. O(its tokens or ids); one write call, so a crash cuts at most the last request.
 
         Raises InvalidArgument for a request beyond the limits of a trace.
@@ -70,7 +70,7 @@ def is_msgpack(head: bytes) -> bool:
     return len(head) > len(magic) and head[0] & 0xF0 == 0x80 and head[1 : 1 + len(magic)] == magic
 
 
-def read_msgpack(head: bytes, stream: BinaryIO, name: str) -> Iterator[Request]:
+def read_msgpack(head: bytes, stream: BinaryIO, name: str) -> Iterator[TraceRequest]:
     """Yield the requests of a stream whose first bytes, ``head``, have been read.
 
     Raises TraceError with the byte number.
@@ -156,7 +156,7 @@ def _check_header(value: Any, name: str) -> None:
         )
 
 
-def _request(record: Any) -> Request:
+def _request(record: Any) -> TraceRequest:
     if not isinstance(record, dict):
         raise InvalidArgument(f"a map was expected, not {type(record).__name__}")
     names = labels(record, seconds=1.0)
@@ -165,12 +165,12 @@ def _request(record: Any) -> Request:
         if not len(tokens_in):
             raise InvalidArgument("in is empty")
         check_length(len(tokens_in) + len(tokens_out))
-        return Request(tokens_in, tokens_out, **names)
+        return TraceRequest(tokens_in, tokens_out, **names)
     ids, tail = _unpack(record, "ids"), whole(record, "tail", 0, MAX_TOKEN)
     unit, length = whole(record, "unit", 1, MAX_UNIT), whole(record, "length", 1, MAX_REQUEST_TOKENS)
     if len(ids) not in (length // unit, -(-length // unit)):
         raise InvalidArgument(f"{len(ids)} ids do not fit length {length} at unit {unit}")
-    return Request(blocks=Blocks(ids, unit, length, tail), **names)
+    return TraceRequest(blocks=Blocks(ids, unit, length, tail), **names)
 
 
 def _pack(tokens: Tokens) -> bytes:
