@@ -1,16 +1,123 @@
-"""What the commands share: outputs that are whole or absent, streams that may be closed, and a line of progress."""
+"""What the commands share: arguments that name a trace, outputs that are whole or absent, and a line of progress."""
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, TextIO, cast
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TextIO, cast
 
-__all__ = ["ProgressLine", "binary_output", "flush_output", "printable", "say", "text_output"]
+from radixkv.traces.formats import read_trace
+from radixkv.traces.request import MOONCAKE_BLOCK, TraceRequest
+from radixkv.traces.workload import WORKLOADS, generate
+
+__all__ = [
+    "TRACE_HELP",
+    "Command",
+    "ProgressLine",
+    "add_page_size",
+    "add_trace",
+    "binary_output",
+    "count",
+    "flush_output",
+    "points",
+    "print_json",
+    "printable",
+    "requests_of",
+    "say",
+    "seed",
+    "text_output",
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """`add` gives a parser the command's arguments; `run` runs it with them and returns the exit status."""
+
+    name: str
+    help: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    details: str = ""
+
+
+TRACE_HELP = (
+    "TRACE is a file, - for standard input, or a made-up workload: " + ", ".join(WORKLOADS) + " (./chat is a file). "
+    "Files are Mooncake JSON lines (hash_ids), JSON lines (ids with unit and input_length, or input and output), "
+    "or radixkv msgpack; their content says which."
+)
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which requests: TRACE, --block-size, --requests and --seed."""
+    parser.add_argument("trace", metavar="TRACE", help="file, - or " + ", ".join(WORKLOADS))
+    parser.add_argument(
+        "--block-size",
+        type=count,
+        default=MOONCAKE_BLOCK,
+        metavar="N",
+        help="tokens per hash id of a Mooncake trace (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests",
+        type=count,
+        metavar="N",
+        help="only the first N requests (default: all of a file, 1000 of a workload)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="seed of a workload (default: %(default)s)")
+
+
+def add_page_size(parser: argparse.ArgumentParser) -> None:
+    """--page-size."""
+    parser.add_argument(
+        "--page-size", type=count, default=16, metavar="P", help="tokens per page (default: %(default)s)"
+    )
+
+
+def requests_of(args: argparse.Namespace) -> Iterator[TraceRequest]:
+    """The requests that the arguments of `add_trace` ask for."""
+    if args.trace in WORKLOADS:
+        yield from generate(args.trace, args.requests or 1000, args.seed)
+        return
+    for number, request in enumerate(read_trace(args.trace, args.block_size)):
+        if number == args.requests:
+            return
+        yield request
+
+
+def count(text: str, at_least: int = 1) -> int:
+    """A count of ``at_least`` or more: 100000, 100_000, 100k, 2M or 1G (decimal)."""
+    units = {"k": 10**3, "m": 10**6, "g": 10**9}
+    factor = units.get(text[-1:].lower(), 1)
+    try:
+        value = int(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count such as 100000, 100k or 2M") from None
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {at_least}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A count of 0 or more."""
+    return count(text, at_least=0)
+
+
+def points(text: str) -> int:
+    """A count of 2 or more."""
+    return count(text, at_least=2)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print an object on one line."""
+    print(json.dumps(value))
 
 
 @contextmanager

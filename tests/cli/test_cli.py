@@ -288,5 +288,5 @@ def test_an_interrupt_is_status_130(capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("radixkv.cli.replay", interrupted)
+    monkeypatch.setattr("radixkv.cli.replay.replay", interrupted)
     assert run(capsys, "replay", "chat", "--capacity-tokens", 100)[0] == 130
