@@ -12,40 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
-from bench.attention.speed import OUT_OF_CACHE_BYTES, PAGE_SIZE, Heads, Layers, show
-from bench.common.table import Row, beside, rows_of
-from radixkv.attention import PageTable
+from bench.attention.cases import OUT_OF_CACHE_BYTES, Heads
+from bench.attention.ours import Layers, backend_for, isa
+from bench.common.machine import cpu_model
+from bench.common.page_tables import table_of
+from bench.common.table import Row, beside, line, rows_of
 from radixkv.attention.cascade import NATIVE, OFF, CascadeCosts
 from radixkv.attention.native import NativeAttention
 
 MODELS = {"SmolLM2": Heads(9, 3, 64), "Llama": Heads(32, 8, 128)}
 PRIVATE = 256
-
-
-def table_of(batch: int, shared: int, private: int) -> tuple[PageTable, int]:
-    """Requests that begin with the same `shared` tokens, on scattered pages; and the number of pages of the pool."""
-    common, own = shared // PAGE_SIZE, private // PAGE_SIZE
-    num_pages = common + batch * own
-    pages = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
-    indices = [np.concatenate([pages[:common], pages[common + b * own : common + (b + 1) * own]]) for b in range(batch)]
-    table = PageTable(
-        np.arange(batch + 1, dtype=np.int32),
-        np.arange(0, batch * (common + own) + 1, common + own, dtype=np.int32),
-        np.concatenate(indices),
-        np.full(batch, PAGE_SIZE, dtype=np.int32),
-        np.array([mine[-1] * PAGE_SIZE + PAGE_SIZE - 1 for mine in indices], dtype=np.int32),
-    )
-    return table, num_pages
 
 
 def pairs(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -62,20 +46,11 @@ def pairs(one: Callable[[], object], other: Callable[[], object], repeats: int) 
 
 def measure(name: str, batch: int, shared: int, private: int, threads: int, repeats: int) -> dict[str, object]:
     heads = MODELS[name]
-    table, num_pages = table_of(batch, shared, private)
+    table, num_pages = table_of(batch, shared + private, shared=shared)
     layers = Layers(num_pages, heads, torch.bfloat16, OUT_OF_CACHE_BYTES)
 
     def backend(costs: CascadeCosts) -> NativeAttention:
-        made = NativeAttention(
-            num_qo_heads=heads.qo,
-            num_kv_heads=heads.kv,
-            head_dim=heads.dim,
-            num_pages=num_pages,
-            page_size=PAGE_SIZE,
-            dtype=torch.bfloat16,
-            num_threads=threads,
-            cascade=costs,
-        )
+        made = backend_for(heads, num_pages, threads, cascade=costs)
         made.plan(table)
         return made
 
@@ -117,27 +92,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     repeats = 7 if options.quick else 31
-    machine = {"isa": radixkv_isa(), "threads": options.threads, "cpu": platform.processor() or platform.machine()}
+    machine = {"isa": isa(), "threads": options.threads, "cpu": cpu_model()}
     results: list[dict[str, object]] = []
     if not options.json:
-        show(machine)
+        print(line(machine), flush=True)
     for name in ("SmolLM2",) if options.quick else tuple(MODELS):
         for batch in (8, 32):
             for shared, private in ((1024, PRIVATE), (8192, PRIVATE), (0, 1024 + PRIVATE)):
                 again = repeats if shared else 101  # equal ways, told apart to 3 %
                 results.append(measure(name, batch, shared, private, options.threads, again))
                 if not options.json:
-                    show(results[-1])
+                    print(line(results[-1]), flush=True)
     if options.json:
         json.dump({**machine, "results": results} | rows_of(rows(results)), sys.stdout, indent=1)
         print()
-
-
-def radixkv_isa() -> str:
-    heads = MODELS["SmolLM2"]
-    return NativeAttention(
-        num_qo_heads=heads.qo, num_kv_heads=heads.kv, head_dim=heads.dim, num_pages=1, page_size=1, dtype=torch.bfloat16
-    ).isa
 
 
 if __name__ == "__main__":

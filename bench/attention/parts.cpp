@@ -14,8 +14,8 @@
 #define RADIXKV_ISA avx512bf16
 #define RADIXKV_SIMD_AVX512
 #define RADIXKV_SIMD_PAIRS
-#include "attention_kernel.hpp"
-#include "huge_pages.hpp"
+#include "attention/kernel/block.hpp"
+#include "base/memory.hpp"
 
 using namespace radixkv::attention;
 using namespace radixkv::attention::avx512bf16;

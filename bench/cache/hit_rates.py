@@ -50,7 +50,7 @@ TABLE = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Cell:
     """One cell: hit rates in percent at one share of the footprint; ``token_exact`` is None without real token ids."""
 
     trace: str
@@ -73,7 +73,7 @@ def capacity_pages(curve: CapacityCurve, share: int) -> int:
     return curve.distinct_pages * share // 100
 
 
-def rows(name: str, path: Path, quick: bool) -> Iterator[Row]:
+def cells(name: str, path: Path, quick: bool) -> Iterator[Cell]:
     """The cells of one trace: LRU by replay (by the curve if ``quick``), then the clairvoyant bounds."""
     expected, requests = TABLE[name], list(read_npz(path))
     curve = capacity_curve(requests, expected.page_size)
@@ -86,22 +86,22 @@ def rows(name: str, path: Path, quick: bool) -> Iterator[Row]:
         seconds = time.perf_counter() - started
         if expected.token_ids:
             exact = 100 * replay(requests, pages * expected.page_size, expected.page_size).hit_rate
-        yield Row(name, "lru", share, pages, 100 * rate, figure, exact, seconds)
+        yield Cell(name, "lru", share, pages, 100 * rate, figure, exact, seconds)
     started = time.perf_counter()
     capacities = [capacity_pages(curve, share) for share in BOUND_SHARES]
     bounds = clairvoyant_hit_rates(requests, expected.page_size, capacities)
     seconds = (time.perf_counter() - started) / len(capacities)
     for share, pages, bound, figure in zip(BOUND_SHARES, capacities, bounds, expected.bound, strict=True):
-        yield Row(name, "clairvoyant", share, pages, 100 * bound, figure, None, seconds)
+        yield Cell(name, "clairvoyant", share, pages, 100 * bound, figure, None, seconds)
 
 
-def print_row(row: Row) -> None:
+def print_cell(cell: Cell) -> None:
     """One line of the table."""
-    exact = "" if row.token_exact is None else f"{row.token_exact:8.2f} ({row.token_exact - row.ours:+.2f})"
+    exact = "" if cell.token_exact is None else f"{cell.token_exact:8.2f} ({cell.token_exact - cell.ours:+.2f})"
     print(
-        f"{row.trace:<14} {row.measure:<12} {row.share:>3} %  {row.capacity_pages:>7,} {row.ours:7.2f} "
-        f"{row.expected:7.1f} {row.ours - row.expected:+6.2f}  {'PASS' if row.passed else 'FAIL'} "
-        f"{row.seconds:7.2f} s {exact}",
+        f"{cell.trace:<14} {cell.measure:<12} {cell.share:>3} %  {cell.capacity_pages:>7,} {cell.ours:7.2f} "
+        f"{cell.expected:7.1f} {cell.ours - cell.expected:+6.2f}  {'PASS' if cell.passed else 'FAIL'} "
+        f"{cell.seconds:7.2f} s {exact}",
         flush=True,
     )
 
@@ -133,9 +133,9 @@ def run_table(folder: Path, names: list[str], quick: bool, as_json: bool) -> boo
         print(f"{'time':>15}   token-exact")
     passed = True
     for name in names:
-        for row in rows(name, folder / f"{name}.npz", quick):
-            passed &= row.passed
-            print(json.dumps({**asdict(row), "pass": row.passed})) if as_json else print_row(row)
+        for cell in cells(name, folder / f"{name}.npz", quick):
+            passed &= cell.passed
+            print(json.dumps({**asdict(cell), "pass": cell.passed})) if as_json else print_cell(cell)
     return passed
 
 

@@ -1,4 +1,4 @@
-"""The time of memcmp over the tokens of a prompt, the floor of a match, in µs."""
+"""The time of memcmp over the tokens of a prompt: the floor of a match."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import ctypes
 import statistics
 import time
 
-from bench.cache.peers import workload
+from bench.cache.workload import Tokens
 
 
-def memcmp_us(repeats: int = 300, inner: int = 10) -> dict[str, float]:
-    """By the length of the prompt; the cost of the call through ctypes is taken off."""
+def memcmp_us(tokens: Tokens, repeats: int = 300, inner: int = 10) -> float:
+    """µs to compare the tokens with a copy; the cost of the call through ctypes is taken off."""
     memcmp = ctypes.CDLL(None).memcmp
     memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    same = tokens.copy()
+    one, other = tokens.ctypes.data, same.ctypes.data
 
-    def median(one: int, other: int, size: int) -> float:
+    def median(size: int) -> float:
         times = []
         for _ in range(repeats):
             start = time.perf_counter_ns()
@@ -23,10 +25,4 @@ def memcmp_us(repeats: int = 300, inner: int = 10) -> dict[str, float]:
             times.append((time.perf_counter_ns() - start) / inner / 1e3)
         return statistics.median(times)
 
-    out = {}
-    for length in workload.LENGTHS:
-        tokens = workload.long_prompt(length)[:length]
-        same = tokens.copy()
-        one, other = tokens.ctypes.data, same.ctypes.data
-        out[str(length)] = median(one, other, tokens.nbytes) - median(one, other, 0)
-    return out
+    return median(tokens.nbytes) - median(0)

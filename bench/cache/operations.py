@@ -9,9 +9,7 @@ floor of a match.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,10 +21,11 @@ from typing import Any
 import numpy as np
 
 import radixkv
+from bench.cache import workload
+from bench.cache.memory import memcmp_us
+from bench.cache.workload import LENGTHS, PAGE, SYSTEM, TURN, TURNS
+from bench.common.machine import cpu_model
 from bench.common.table import OURS, Row, rows_of
-
-SYSTEM, TURNS, PAGE = 512, 8, 16
-LENGTHS = (1024, 8192, 32768)
 
 
 def median_ns(run: Callable[[], object], repeats: int, inner: int = 1) -> float:
@@ -44,32 +43,21 @@ def serve(cache: radixkv.PrefixCache, tokens: np.ndarray) -> None:
         lease.advance()
 
 
-def conversations(cache: radixkv.PrefixCache, count: int, seed: int = 0) -> None:
-    """`count` conversations of 8 turns of 128 tokens after a shared system prompt, their turns interleaved."""
-    rng = np.random.default_rng(seed)
-    system = rng.integers(0, 32000, SYSTEM, dtype=np.int32)
-    turns = rng.integers(0, 32000, (count, TURNS * 128), dtype=np.int32)
-    for turn in range(1, TURNS + 1):
-        for conversation in turns:
-            serve(cache, np.concatenate([system, conversation[: turn * 128]]))
+def conversations(cache: radixkv.PrefixCache, count: int) -> None:
+    for tokens in workload.conversations(count):
+        serve(cache, tokens)
 
 
 def lookups(count: int, repeats: int) -> list[dict[str, Any]]:
     suffixes = len(LENGTHS) * repeats * 1024  # of the commits; nothing is evicted, so runs of pages stay contiguous
-    pages = (SYSTEM + count * TURNS * 128 + 2 * sum(LENGTHS) + suffixes) // PAGE + 4096
+    pages = (SYSTEM + count * TURNS * TURN + 2 * sum(LENGTHS) + suffixes) // PAGE + 4096
     cache = radixkv.PrefixCache(pages, PAGE)
     conversations(cache, count)
     rng = np.random.default_rng(1)
     rows = []
-    memcmp = ctypes.CDLL(None).memcmp
-    memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
     for length in LENGTHS:
         tokens = rng.integers(0, 32000, length + 1, dtype=np.int32)
         serve(cache, tokens)
-        same = tokens.copy()
-        address, other, size = tokens.ctypes.data, same.ctypes.data, 4 * length
-        call = median_ns(lambda a=address, b=other: memcmp(a, b, 0), repeats, 10)  # type: ignore[misc]
-        floor = median_ns(lambda a=address, b=other, s=size: memcmp(a, b, s), repeats, 10) - call  # type: ignore[misc]
 
         def acquire_and_pages(tokens: np.ndarray = tokens) -> None:
             lease = cache.acquire(tokens)
@@ -91,7 +79,7 @@ def lookups(count: int, repeats: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "tokens": length,
-                "memcmp_us": floor / 1e3,
+                "memcmp_us": memcmp_us(tokens[:length], repeats),
                 "match_us": median_ns(lambda t=tokens: cache.match(t), repeats, 5) / 1e3,  # type: ignore[misc]
                 "acquire_release_us": median_ns(acquire_only, repeats, 5) / 1e3,
                 "acquire_pages_release_us": median_ns(acquire_and_pages, repeats, 5) / 1e3,
@@ -216,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     repeats = 50 if args.quick else 300
     out = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": cpu_model(),
         "lookups": lookups(200 if args.quick else 1000, repeats),
         "turn_us": turn(repeats),
         "evict_ns_per_page": {n: eviction(n) for n in ((1000, 10_000) if args.quick else (1000, 100_000, 1_000_000))},

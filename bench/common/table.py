@@ -56,12 +56,17 @@ def text(rows: Iterable[Row]) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    widths = [max(len(cells[i]) for cells in [head, *body]) for i in range(len(head))]
     lines = []
-    for line in [head, *body]:
-        cells = zip(line, widths, strict=True)
+    for row_cells in [head, *body]:
+        cells = zip(row_cells, widths, strict=True)
         lines.append("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip())
     return "\n".join(lines)
+
+
+def line(result: dict[str, Any]) -> str:
+    """Figures that belong together, while a benchmark runs."""
+    return "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
 
 
 def _figure(row: Row, name: str) -> str:

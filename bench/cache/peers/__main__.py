@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from datetime import datetime, timezone
 from typing import Any
 
+from bench.cache import workload
 from bench.cache.memory import memcmp_us
-from bench.cache.peers.run import CONTENDERS, cpu_model, measure, trace_file
-from bench.cache.peers.setup import ROOT
+from bench.cache.peers.run import CONTENDERS, measure, trace_file
 from bench.cache.peers.table import notes, rows, text
+from bench.common.machine import conditions, load
+from bench.common.results import keep
 from bench.common.table import OURS, rows_of
-
-RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> int:
@@ -32,27 +30,18 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object instead of the table")
     args = parser.parse_args()
     trace = trace_file()
-    if trace is None:
-        print("no trace: set RADIXKV_TRACES to the folder of mooncake_conversation.jsonl", file=sys.stderr)
-    results: dict[str, Any] = {
-        "command": "python -m bench.cache.peers" + " --quick" * args.quick,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": sys.version.split()[0],
-        "load_before": round(os.getloadavg()[0], 2),
-        "contenders": {},
-    }
-    for contender in CONTENDERS[:-1] if args.quick else CONTENDERS:
+    results: dict[str, Any] = conditions("bench.cache.peers") | {"contenders": {}}
+    for contender in CONTENDERS:
+        if args.quick and not contender.quick:
+            continue
         print(f"{contender.name} ...", file=sys.stderr, flush=True)
         if contender.name == OURS:
-            results["memcmp_us"] = memcmp_us()
+            prompts = {length: workload.long_prompt(length)[:length] for length in workload.LENGTHS}
+            results["memcmp_us"] = {str(length): memcmp_us(tokens) for length, tokens in prompts.items()}
         results["contenders"][contender.name] = measure(contender, args.quick, trace)
-    results["load_after"] = round(os.getloadavg()[0], 2)
+    results["load_after"] = load()
     results |= rows_of(rows(results)) | {"notes": list(notes(results))}
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / ("peers_quick.json" if args.quick else "peers.json")
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    keep("peers", results, args.quick)
     print(json.dumps(results) if args.json else text(results))
     return 1 if "error" in results["contenders"][OURS] else 0
 

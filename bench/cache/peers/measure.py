@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench.cache.peers import workload
-from bench.cache.peers.workload import PAGE, Tokens
+from bench.cache import workload
+from bench.cache.workload import PAGE, Tokens
 
 EVICT_SECONDS = 5.0  # a tree that takes longer is evicted in part
 REPLAY_SECONDS = 90.0  # a replay that takes longer stops

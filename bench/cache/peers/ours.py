@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import radixkv
-from bench.cache.peers.workload import PAGE, Tokens
+from bench.cache.workload import PAGE, Tokens
 
 
 class Ours:

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, Ma
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
-from bench.cache.peers.workload import PAGE
+from bench.cache.workload import PAGE
 
 
 class SglangPython(SglangTree):

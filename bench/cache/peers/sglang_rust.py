@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
 from sglang.srt.mem_cache.unified_cache.cache_action import FreeDeviceKV, FreeDeviceKVFullOnly
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from bench.cache.peers.workload import PAGE
+from bench.cache.workload import PAGE
 
 FULL = ComponentType.FULL
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.cache.peers.stand_ins import stand_in
-from bench.cache.peers.workload import PAGE, Tokens
+from bench.cache.workload import PAGE, Tokens
 
 STAND_INS = ("torchvision", "tvm_ffi", "compressed_tensors")
 stand_in(STAND_INS)

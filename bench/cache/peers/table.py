@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.cache.peers.workload import COMMIT_UNDER, LENGTHS
+from bench.cache.workload import COMMIT_UNDER, LENGTHS
 from bench.common import table
 from bench.common.table import OURS, Row
 

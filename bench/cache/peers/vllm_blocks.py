@@ -14,7 +14,7 @@ import itertools
 from typing import NamedTuple
 
 from bench.cache.peers.stand_ins import stand_in
-from bench.cache.peers.workload import PAGE, Tokens
+from bench.cache.workload import PAGE, Tokens
 
 STAND_INS = ("xgrammar", "llguidance")
 stand_in(STAND_INS)
