@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import radixkv
@@ -58,9 +57,11 @@ def _print(description: dict[str, Any]) -> None:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # here, because it takes a tenth of the time of `radixkv --help`
+
     try:
-        found = version(package)
-    except PackageNotFoundError:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
     if package == "torch":  # only torch itself knows which build of the release it is: 2.13.0+cu130
         import torch

@@ -52,7 +52,7 @@ def test_the_native_backend_is_right(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_build_of_torch_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The package index calls every build 2.13.0; which one is installed, only torch itself says."""
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
-    monkeypatch.setattr("radixkv.cli.info.version", lambda package: "2.13.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.13.0")
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
     assert (status, found["packages"]["torch"], found["packages"]["numpy"]) == (0, "2.13.0+cu130", "2.13.0")
     assert main(["info"]) == 0
