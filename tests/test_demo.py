@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from radixkv import InvalidArgument, ModelNotFound, demo
-from radixkv.demo import Conversation, Turn
+from radixkv.cli.demo import add
 from radixkv.demo import model as demo_model
+from radixkv.demo import report as demo_report
 from radixkv.demo import scenario as demo_scenario
+from radixkv.demo.conversation import Conversation, Turn
 from tests.hf_helpers import build, one_thread, transformers
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
+    add(parser)
     return parser.parse_args(arguments)
 
 
@@ -79,8 +81,8 @@ def test_text_report_and_picture_of_a_tiny_model(model_folder, capsys, tmp_path)
 
 
 NOISE = """
-import argparse, sys, warnings
-from radixkv import demo
+import sys, warnings
+from radixkv import cli, demo
 
 def converted(source, say):
     import huggingface_hub.utils, tqdm.auto
@@ -91,9 +93,7 @@ def converted(source, say):
     return source.parent
 
 demo.model._converted = converted
-parser = argparse.ArgumentParser()
-demo.add_arguments(parser)
-sys.exit(demo.run(parser.parse_args()))
+sys.exit(cli.main(["demo", *sys.argv[1:]]))
 """
 
 
@@ -117,17 +117,17 @@ def turn(tokens, logits):
 def test_the_first_difference_is_found_with_its_logit_gap():
     off = Conversation([turn([0], [[1.0, 0.5]]), turn([1, 0], [[0.0, 1.0], [0.75, 0.5]])], 1.0)
     same = Conversation([turn([0], [[1.0, 0.25]]), turn([1, 0], [[0.0, 1.0], [0.75, 0.5]])], 1.0)
-    assert demo._compare(off, same) == {"equal": True, "first_difference": None, "largest_logit_difference": 0.25}
+    assert demo_report.compare(off, same) == {"equal": True, "first_difference": None, "largest_logit_difference": 0.25}
     other = Conversation([off.turns[0], turn([1, 1], [[0.0, 1.0], [0.5, 0.625]])], 1.0)
-    report = demo._compare(off, other)
+    report = demo_report.compare(off, other)
     assert not report["equal"]
     assert report["first_difference"] == {
         "user": "Ada", "question": "Why?", "token": 1, "off": 0, "on": 1, "logit_gap": 0.25
     }  # fmt: skip
-    assert "FAILED" in demo._verdict(report, "float32")
-    assert "0.25 apart" in demo._verdict(report, "bfloat16")
+    assert "FAILED" in demo_report.verdict(report, "float32")
+    assert "0.25 apart" in demo_report.verdict(report, "bfloat16")
     shorter = Conversation([off.turns[0], turn([1], [[0.0, 1.0]])], 1.0)
-    assert not demo._compare(off, shorter)["equal"]
+    assert not demo_report.compare(off, shorter)["equal"]
 
 
 def test_a_missing_package_names_the_command(monkeypatch):

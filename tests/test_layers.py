@@ -21,7 +21,7 @@ LAYERS = [
     {"engine", "step"},
     {"attention"},
     {"pool"},
-    {"traces", "view"},
+    {"traces", "observe"},
     {"cache", "journal"},
     {"_core"},
     {"geometry", "errors"},

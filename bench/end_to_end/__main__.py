@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.common import ROOT
+from bench.common.machine import conditions, load
+from bench.common.results import keep
+from bench.common.table import OURS, rows_of
 from bench.end_to_end import prompts
 from bench.end_to_end.gguf_bf16 import unpack
-from bench.end_to_end.run import CONTENDERS, OURS, measure
-from bench.end_to_end.setup import ROOT
-from bench.end_to_end.table import goals, rows, text
+from bench.end_to_end.run import CONTENDERS, measure
+from bench.end_to_end.table import goals, notes, rows, text
 from bench.end_to_end.workload import Workload
-from bench.peers.run import cpu_model
-from bench.table import rows_of
 from radixkv.demo.model import cache_folder, find_model, load_model
-
-RESULTS = ROOT / "bench" / "results"
 
 
 def prepare(quick: bool) -> Workload:
@@ -53,34 +49,26 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object instead of the table")
     args = parser.parse_args()
     work = prepare(args.quick)
-    chosen = [c for c in CONTENDERS if c.quick or not args.quick]
-    results: dict[str, Any] = {
-        "command": " ".join(["python -m bench.end_to_end", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": sys.version.split()[0],
+    results: dict[str, Any] = conditions("bench.end_to_end") | {
         "torch": torch.__version__,
         "workload": f"{len(work.system)} + {len(work.prompts)} x {prompts.REQUEST_TOKENS} tokens, {work.new} new each",
-        "load_before": round(os.getloadavg()[0], 2),
         "threads": {},
     }
-    RESULTS.mkdir(exist_ok=True)
-    kept = RESULTS / ("end_to_end_quick.json" if args.quick else "end_to_end.json")
     for threads in [args.threads] if args.threads else [1] if args.quick else [1, 2]:
-        file = Path(ROOT / "build" / f"end_to_end{'_quick' * args.quick}_{threads}.json")
+        file = ROOT / "build" / f"end_to_end{'_quick' * args.quick}_{threads}.json"
         Workload(**{**vars(work), "threads": threads}).save(file)
-        found = {}
-        for contender in chosen:
+        found: dict[str, Any] = {}
+        for contender in CONTENDERS:
+            if args.quick and not contender.quick:
+                continue
             print(f"{contender.name}, {threads} thread(s) ...", file=sys.stderr, flush=True)
-            found[contender.name] = measure(contender, file, threads, 1 if args.quick else contender.repeats)
-            results["threads"][str(threads)] = {
-                "contenders": found,
-                "rows": rows(found, goals=threads == 1 and not args.quick),
-            }
-            results["load_after"] = round(os.getloadavg()[0], 2)
-            kept.write_text(json.dumps(results) + "\n")
-    print(json.dumps(results | rows_of(goals(results))) if args.json else text(results))
+            found[contender.name] = measure(contender, file, threads, args.quick)
+            goals_apply = threads == 1 and not args.quick
+            results["threads"][str(threads)] = {"contenders": found, "rows": rows(found, goals=goals_apply)}
+            results["load_after"] = load()
+            results |= rows_of(goals(results)) | {"notes": list(notes(results))}
+            keep("end_to_end", results, args.quick)
+    print(json.dumps(results) if args.json else text(results))
     return 1 if any("error" in run["contenders"][OURS] for run in results["threads"].values()) else 0
 
 

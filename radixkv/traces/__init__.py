@@ -1,11 +1,10 @@
 """Traces of requests: read, record and generate them; replay them through a cache; the hit rate at every capacity."""
 
-from radixkv.traces.curve import capacity_curve
-from radixkv.traces.curve_points import CapacityCurve
-from radixkv.traces.read import read_trace
+from radixkv.traces.curve import CapacityCurve, capacity_curve
+from radixkv.traces.formats import read_trace
 from radixkv.traces.recorder import Recorder
 from radixkv.traces.replay import ReplayResult, replay
-from radixkv.traces.trace import Request
+from radixkv.traces.request import TraceRequest
 from radixkv.traces.workload import WORKLOADS, generate
 
 __all__ = [
@@ -13,7 +12,7 @@ __all__ = [
     "CapacityCurve",
     "Recorder",
     "ReplayResult",
-    "Request",
+    "TraceRequest",
     "capacity_curve",
     "generate",
     "read_trace",

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from radixkv.errors import InvalidArgument, TraceError
-from radixkv.traces.trace import Request
-from radixkv.traces.trace_msgpack import MsgpackWriter
+from radixkv.traces.formats.msgpack import MsgpackWriter
+from radixkv.traces.request import TraceRequest
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
@@ -77,7 +77,7 @@ class Recorder:
         for release in releases:
             prompt, output = release.tokens[: release.num_prompt], release.tokens[release.num_prompt :]
             try:
-                self._writer.write(Request(prompt, output, timestamp=time.time(), namespace=release.namespace))
+                self._writer.write(TraceRequest(prompt, output, timestamp=time.time(), namespace=release.namespace))
             except (OSError, InvalidArgument) as error:
                 self._failure = error
                 return

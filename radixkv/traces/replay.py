@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from radixkv.errors import InvalidArgument
-from radixkv.traces.trace import Request
+from radixkv.traces.request import TraceRequest
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
@@ -70,7 +70,7 @@ class ReplayResult:
 
 
 def replay(
-    requests: Iterable[Request],
+    requests: Iterable[TraceRequest],
     capacity_tokens: int,
     page_size: int,
     page_aligned: bool = False,
@@ -115,7 +115,7 @@ class _Replay:
         self._requests = self._input_tokens = self._output_tokens = self._hit_tokens = self._truncated = 0
         self._cache_seconds = 0.0
 
-    def serve(self, request: Request) -> None:
+    def serve(self, request: TraceRequest) -> None:
         """Serve one request to its end and count it."""
         tokens_in = request.tokens_in
         num_in, num_out = len(tokens_in), request.num_out

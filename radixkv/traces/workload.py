@@ -16,7 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from radixkv.errors import InvalidArgument
-from radixkv.traces.trace import Request, Tokens
+from radixkv.traces.request import Tokens, TraceRequest
 
 __all__ = ["WORKLOADS", "agent", "chat", "fewshot", "generate"]
 
@@ -73,7 +73,7 @@ class _Session:
         return np.concatenate([self.context, self.output, new])
 
 
-def chat(seed: int = 0) -> Iterator[Request]:
+def chat(seed: int = 0) -> Iterator[TraceRequest]:
     """Conversations of several turns, some hundred at a time, that share a few system prompts. Endless.
 
     12 system prompts of 100 to 1,100 tokens, popular by Zipf's law; a user's message has 60 tokens on average, an
@@ -95,7 +95,7 @@ def chat(seed: int = 0) -> Iterator[Request]:
     return _interleave(rng, start, step, arrival=1.0, pause=60.0)
 
 
-def fewshot(seed: int = 0) -> Iterator[Request]:
+def fewshot(seed: int = 0) -> Iterator[TraceRequest]:
     """Single prompts that begin with the examples of one of 40 tasks, popular by Zipf's law. Endless.
 
     A task has an instruction and 3 to 8 examples of 120 tokens on average; a question has 60 tokens, its answer 80.
@@ -108,11 +108,11 @@ def fewshot(seed: int = 0) -> Iterator[Request]:
     now, number = 0.0, 0
     while True:
         tokens_in = np.concatenate([tasks[rng.zipf(popularity)], rng.tokens(rng.length(60, least=5))])
-        yield Request(tokens_in, rng.tokens(rng.length(80)), session=f"fewshot-{number}", timestamp=now)
+        yield TraceRequest(tokens_in, rng.tokens(rng.length(80)), session=f"fewshot-{number}", timestamp=now)
         now, number = now + rng.wait(0.5), number + 1
 
 
-def agent(seed: int = 0) -> Iterator[Request]:
+def agent(seed: int = 0) -> Iterator[TraceRequest]:
     """Tool-using agents (ReAct loops), some at a time: each step appends what a tool answered and asks again. Endless.
 
     4 agents with instructions and tool descriptions of 1,000 to 3,000 tokens; a task has 80 tokens and 4 to 20 steps; a
@@ -142,7 +142,7 @@ def _interleave(
     step: Callable[[_Session], tuple[Tokens, Tokens]],
     arrival: float,
     pause: float,
-) -> Iterator[Request]:
+) -> Iterator[TraceRequest]:
     """Run sessions side by side: a new one every ``arrival`` seconds, ``pause`` seconds between the steps of each."""
     waiting: list[tuple[float, int, _Session]] = []
     next_arrival, num_sessions, order = 0.0, 0, 0
@@ -153,7 +153,7 @@ def _interleave(
             num_sessions, order = num_sessions + 1, order + 1
         now, _, session = heapq.heappop(waiting)
         tokens_in, tokens_out = step(session)
-        yield Request(tokens_in, tokens_out, session=session.name, timestamp=round(now, 3))
+        yield TraceRequest(tokens_in, tokens_out, session=session.name, timestamp=round(now, 3))
         session.context, session.output = tokens_in, tokens_out
         session.steps_left -= 1
         if session.steps_left > 0:
@@ -161,11 +161,11 @@ def _interleave(
             order += 1
 
 
-WORKLOADS: dict[str, Callable[[int], Iterator[Request]]] = {"agent": agent, "chat": chat, "fewshot": fewshot}
+WORKLOADS: dict[str, Callable[[int], Iterator[TraceRequest]]] = {"agent": agent, "chat": chat, "fewshot": fewshot}
 """The workloads by name; each takes a seed and is endless."""
 
 
-def generate(kind: str, requests: int = 1000, seed: int = 0) -> Iterator[Request]:
+def generate(kind: str, requests: int = 1000, seed: int = 0) -> Iterator[TraceRequest]:
     """The first ``requests`` requests of the workload ``kind``. Raises InvalidArgument for an unknown kind."""
     if kind not in WORKLOADS:
         raise InvalidArgument(f"no workload {kind!r}: choose one of {', '.join(WORKLOADS)}")

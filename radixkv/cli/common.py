@@ -1,0 +1,245 @@
+"""What the commands share: arguments that name a trace, outputs that are whole or absent, and a line of progress."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TextIO, cast
+
+from radixkv.traces.formats import read_trace
+from radixkv.traces.request import MOONCAKE_BLOCK, TraceRequest
+from radixkv.traces.workload import WORKLOADS, generate
+
+__all__ = [
+    "TRACE_HELP",
+    "Command",
+    "ProgressLine",
+    "add_page_size",
+    "add_trace",
+    "binary_output",
+    "count",
+    "flush_output",
+    "points",
+    "print_json",
+    "printable",
+    "requests_of",
+    "say",
+    "seed",
+    "text_output",
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """`add` gives a parser the command's arguments; `run` runs it with them and returns the exit status."""
+
+    name: str
+    help: str
+    example: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    details: str = ""
+
+
+TRACE_HELP = (
+    "TRACE is a file, - for standard input, or a made-up workload: " + ", ".join(WORKLOADS) + " (./chat is a file). "
+    "Files are Mooncake JSON lines (hash_ids), JSON lines (ids with unit and input_length, or input and output), "
+    "or radixkv msgpack; their content says which."
+)
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which requests: TRACE, --block-size, --requests and --seed."""
+    parser.add_argument("trace", metavar="TRACE", help="file, - or " + ", ".join(WORKLOADS))
+    parser.add_argument(
+        "--block-size",
+        type=count,
+        default=MOONCAKE_BLOCK,
+        metavar="N",
+        help="tokens per hash id of a Mooncake trace (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests",
+        type=count,
+        metavar="N",
+        help="only the first N requests (default: all of a file, 1000 of a workload)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="seed of a workload (default: %(default)s)")
+
+
+def add_page_size(parser: argparse.ArgumentParser) -> None:
+    """--page-size."""
+    parser.add_argument(
+        "--page-size", type=count, default=16, metavar="P", help="tokens per page (default: %(default)s)"
+    )
+
+
+def requests_of(args: argparse.Namespace) -> Iterator[TraceRequest]:
+    """The requests that the arguments of `add_trace` ask for."""
+    if args.trace in WORKLOADS:
+        yield from generate(args.trace, args.requests or 1000, args.seed)
+        return
+    for number, request in enumerate(read_trace(args.trace, args.block_size)):
+        if number == args.requests:
+            return
+        yield request
+
+
+def count(text: str, at_least: int = 1) -> int:
+    """A count of ``at_least`` or more: 100000, 100_000, 100k, 2M or 1G (decimal)."""
+    units = {"k": 10**3, "m": 10**6, "g": 10**9}
+    factor = units.get(text[-1:].lower(), 1)
+    try:
+        value = int(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count such as 100000, 100k or 2M") from None
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {at_least}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A count of 0 or more."""
+    return count(text, at_least=0)
+
+
+def points(text: str) -> int:
+    """A count of 2 or more."""
+    return count(text, at_least=2)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print an object on one line."""
+    print(json.dumps(value))
+
+
+@contextmanager
+def binary_output(path: str) -> Iterator[BinaryIO]:
+    """Open a file to write; it appears under its name when it is whole, and not at all after an error.
+
+    ``-`` is standard output. A name that is no regular file (a device, a pipe) is written directly. Raises OSError,
+    whose message names ``path``.
+    """
+    if path == "-":
+        with _standard_output() as stream:
+            yield stream
+        return
+    with _named(path, ": check the folder, its permissions and the room on the disk"):
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as stream:
+                yield stream
+        else:
+            with _whole_or_absent(os.path.realpath(path) if os.path.islink(path) else path) as stream:
+                yield stream
+
+
+@contextmanager
+def text_output(path: str) -> Iterator[TextIO]:
+    """As ``binary_output``, for UTF-8 text."""
+    with binary_output(path) as stream:
+        if path == "-":
+            yield sys.stdout
+            return
+        text = io.TextIOWrapper(cast(io.BufferedWriter, stream), encoding="utf-8", newline="\n")
+        yield text
+        text.detach()  # which flushes
+
+
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    with _named("standard output"):
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        sys.stdout.flush()
+        yield sys.stdout.buffer
+        sys.stdout.flush()
+
+
+@contextmanager
+def _whole_or_absent(path: str) -> Iterator[BinaryIO]:
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as stream:
+            yield stream
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+@contextmanager
+def _named(what: str, remedy: str = "") -> Iterator[None]:
+    """Makes an OSError name what could not be written, not a temporary file. A closed pipe is none of its business."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"cannot write {what}: {error.strerror or error}{remedy}") from error
+
+
+def flush_output() -> None:
+    """Write out what standard output holds back. Raises OSError."""
+    if sys.stdout is not None:
+        with _named("standard output"):
+            _flush(sys.stdout)
+
+
+def say(message: str) -> None:
+    """Print a line on standard error, if anyone listens."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(message, file=sys.stderr)
+        with suppress(OSError):
+            _flush(sys.stderr)
+
+
+def _flush(stream: TextIO) -> None:
+    """Flush a standard stream; what it cannot get rid of is dropped, or Python would try again at its exit."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        raise
+
+
+def printable(name: str) -> str:
+    """A file name as standard output can print it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return name.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class ProgressLine:
+    """Counts requests on standard error while it is a terminal, a few times a second, and wipes the line at the end."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr is not None and sys.stderr.isatty()
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def __call__(self, done: int) -> None:
+        """Show that ``done`` requests are done."""
+        if not self._shown:
+            return
+        now = time.monotonic()
+        if now - self._last >= 0.2:
+            self._last = now
+            rate = done / (now - self._started)
+            sys.stderr.write(f"\r\x1b[K{done:,} requests, {rate:,.0f}/s")
+            sys.stderr.flush()
