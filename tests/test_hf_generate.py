@@ -6,8 +6,11 @@ import random
 import pytest
 import torch
 
+import radixkv.hf.generator
 from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
+from radixkv.hf.sampling import sample
+from radixkv.scheduling import scheduler
 from tests.hf_helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
 COUNT = 16
@@ -18,6 +21,12 @@ SAMPLED = {"temperature": 1.3, "top_k": 40, "top_p": 0.95}
 def single_threaded():
     with one_thread():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_headroom(monkeypatch):
+    """Preemptions are frequent without it; with it, answers as short as these here are never preempted."""
+    monkeypatch.setattr(scheduler, "HEADROOM", 0)
 
 
 @pytest.fixture(scope="module")
@@ -278,17 +287,22 @@ def test_an_exception_in_the_model_releases_without_commit_and_loses_nothing(mak
     assert [request.tokens for request in requests] == expected
 
 
-def test_a_failing_sampler_loses_no_request(make, prompts, expected):
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_an_interrupt_while_tokens_are_drawn_loses_neither_tokens_nor_random_numbers(make, prompts, monkeypatch, call):
+    expected = [request.tokens for request in run(make(), prompts, seed=11, **SAMPLED)]
     generator = make()
-    requests = [generator.submit(prompt, max_new_tokens=COUNT) for prompt in prompts]
-    draw = requests[1].sampler
+    requests = [generator.submit(prompt, max_new_tokens=COUNT, seed=11, **SAMPLED) for prompt in prompts]
+    calls = 0
 
-    def fail_once(logits):
-        requests[1].sampler = draw
-        raise KeyboardInterrupt
+    def interrupted(logits, draws):
+        nonlocal calls
+        calls += 1
+        tokens = sample(logits, draws)
+        if calls == call:
+            raise KeyboardInterrupt
+        return tokens
 
-    generator.step()
-    requests[1].sampler = fail_once
+    monkeypatch.setattr(radixkv.hf.generator, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generator.run()
     generator.run()
@@ -317,9 +331,10 @@ def test_pages_held_outside_stop_the_loop_with_an_error_and_nothing_is_lost(make
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected, seed):
+def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected, monkeypatch, seed):
     """Random submissions, forks, cancellations, failures and chunk sizes over a pool that is far too small."""
     chance = random.Random(seed)
+    monkeypatch.setattr(scheduler, "HEADROOM", chance.choice([0, 0, 8, 64]))
     generator = make(num_pages=chance.choice([14, 16, 20]), max_step_tokens=chance.choice([6, 20, 400]), max_running=6)
     failing = False
 

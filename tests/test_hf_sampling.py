@@ -4,15 +4,18 @@ import pytest
 import torch
 
 from radixkv import InvalidArgument
-from radixkv.hf.sampling import Sampler, Sampling
+from radixkv.hf.sampling import Draw, Sampler, Sampling, sample
 from tests.hf_helpers import VOCABULARY
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 
 
+def draw_alone(sampler, logits, count):
+    return [sample(logits[None], [Draw(0, sampler, i)])[0] for i in range(count)]
+
+
 def draw(count, **options):
-    sampler = Sampler(Sampling(**options))
-    return [sampler(LOGITS) for _ in range(count)]
+    return draw_alone(Sampler(Sampling(**options)), LOGITS, count)
 
 
 def test_greedy_ignores_everything_else():
@@ -35,8 +38,11 @@ def test_top_k_and_top_p_limit_the_support():
 
 def test_a_top_k_beyond_the_vocabulary_is_off():
     flat = torch.zeros(VOCABULARY)
-    drawn = [Sampler(Sampling(temperature=1.0, top_k=k, seed=2))(flat) for k in (0, VOCABULARY, 10 * VOCABULARY)]
-    assert len(set(drawn)) == 1
+    drawn = [
+        draw_alone(Sampler(Sampling(temperature=1.0, top_k=k, seed=2)), flat, 1)
+        for k in (0, VOCABULARY, 10 * VOCABULARY)
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_a_vanishing_temperature_is_greedy_and_not_a_nan():
@@ -47,9 +53,10 @@ def test_equal_seeds_draw_equal_tokens_and_each_token_takes_one_number():
     assert draw(50, temperature=3.0, seed=4) == draw(50, temperature=3.0, seed=4)
     assert draw(50, temperature=3.0, seed=4) != draw(50, temperature=3.0, seed=5)
     narrow, wide = Sampler(Sampling(temperature=3.0, seed=4)), Sampler(Sampling(temperature=3.0, seed=4))
-    narrow(LOGITS[:2])
-    wide(LOGITS)
-    assert [narrow(LOGITS) for _ in range(30)] == [wide(LOGITS) for _ in range(30)]
+    sample(LOGITS[None, :2], [Draw(0, narrow, 0)])
+    sample(LOGITS[None], [Draw(0, wide, 0)])
+    again = [[sample(LOGITS[None], [Draw(0, sampler, i)]) for i in range(1, 31)] for sampler in (narrow, wide)]
+    assert again[0] == again[1]
 
 
 @pytest.mark.parametrize(
