@@ -196,6 +196,18 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(make, model, prompts, 
     assert (free.tokens, free.status) == (expected[0], "length")
 
 
+def test_an_order_decides_who_comes_first(make, prompts, expected):
+    generator = make(max_running=1, order=lambda request: len(request.prompt))
+    ended = []
+    requests = [
+        generator.submit(prompt, max_new_tokens=COUNT, on_token=lambda r, _: ended.append(r.id) if r.done else None)
+        for prompt in prompts
+    ]
+    generator.run()
+    assert ended == sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    assert [request.tokens for request in requests] == expected
+
+
 def test_streams_interleave(make, prompts, expected):
     generator = make()
     requests = [generator.submit(prompt, max_new_tokens=COUNT) for prompt in prompts[:2]]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -22,7 +22,7 @@ from radixkv.hf.arguments import check_callback, check_engine, check_model, end_
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.request import OnLogits, OnToken, Request, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, sample
-from radixkv.scheduling import Batch, Scheduler
+from radixkv.scheduling import Batch, Scheduler, arrival
 from radixkv.scheduling.arguments import check_namespace, check_token_set, check_tokens, integer
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Generator:
     `engine` defaults to `engine_for(model, capacity=0.5)`, half of the free memory. A step computes at most
     `max_step_tokens` tokens: longer prompts are computed over several steps, so that running requests keep their pace.
     At most `max_running` requests run at once. `max_length` bounds prompt plus generated tokens; by default it is what
-    the model was built for. The model is switched to the engine's attention and stays so.
+    the model was built for. `order` is a key that sorts requests, the first to be served first: see `Scheduler`. The
+    model is switched to the engine's attention and stays so.
 
     A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
     requests from others through a `queue.Queue`. Requests may be read from any thread. `on_token` may call `submit`,
@@ -60,6 +61,7 @@ class Generator:
         max_step_tokens: int = 2048,
         max_running: int = 256,
         max_length: int | None = None,
+        order: Callable[[Request], Any] = arrival,
     ) -> None:
         check_model(model)
         self.max_length = length_for(model, max_length)
@@ -68,7 +70,11 @@ class Generator:
             engine = shape.engine(model.device, capacity=0.5)
         check_engine(engine, shape, model.device)
         self._scheduler = Scheduler(
-            engine, max_step_tokens=max_step_tokens, max_running=max_running, window_left=shape.window_left
+            engine,
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            window_left=shape.window_left,
+            order=order,
         )
         self.model = model
         self.engine = engine

@@ -12,7 +12,7 @@ A request joins running ones only where room is left for all of them to grow by 
 the one after would preempt it again, and so on.
 
 Where every layer of the model has a sliding window, running requests first drop the pages behind it (see `room`).
-Not before pages run out, because an answer that was dropped in part is not found again.
+Not before pages run short, because an answer that was dropped in part is not found again.
 """
 
 from __future__ import annotations
@@ -149,23 +149,23 @@ class Scheduler:
         """
         if not requests:
             raise InvalidArgument("submit() without a request: give one, or several of one prompt")
-        first = requests[0]
+        first, twice = requests[0], len(set(requests)) < len(requests)
         for request in requests:
-            if request.owner is not None or requests.count(request) > 1:
+            if twice or request.owner is not None:
                 raise InvalidArgument(f"request {request.id} was submitted before: make a new Request")
             if request.namespace != first.namespace or not np.array_equal(request.prompt, first.prompt):
                 raise InvalidArgument("requests of one submission differ in prompt or namespace: submit them apart")
-        window = self._window_left >= 0
-        pool = PoolShape(
-            self._cache.num_pages, self._cache.page_size, self._window_left, self._engine.drop_unit if window else 1
-        )
+        unit = self._engine.drop_unit if self._window_left >= 0 else 1
+        pool = PoolShape(self._cache.num_pages, self._cache.page_size, self._window_left, unit)
         rooms = [room_for(pool, self._max_step_tokens, len(r.prompt), r.max_new_tokens) for r in requests]
         self._cache.match(first.prompt[:1], first.namespace)  # a closed cache refuses here, not in every later step
+        for number, request in enumerate(requests, self._submitted):
+            request.id = number
+            request.place = (self._order(request), request.id)
         now = time.perf_counter()
-        for i, (request, room) in enumerate(zip(requests, rooms, strict=True), self._submitted):
-            request.id, request.owner, request.room, request.submitted = i, self, room, now
+        for request, room in zip(requests, rooms, strict=True):
+            request.owner, request.room, request.submitted = self, room, now
             request.prompt, request.siblings = first.prompt, requests
-            request.place = (self._order(request), i)
         self._submitted += len(requests)
         first.followers = list(requests[1:])
         insort(self.waiting, first, key=_place)
