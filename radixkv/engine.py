@@ -89,6 +89,11 @@ class Engine:
     def page_size(self) -> int:
         return self.cache.page_size
 
+    @property
+    def drop_unit(self) -> int:
+        """Tokens: what `drop` rounds to."""
+        return math.lcm(self.attention.view_unit, self.page_size)
+
     def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
         """`PrefixCache.acquire`. The next step with this lease makes its pending copies."""
         return self.cache.acquire(tokens, namespace)
@@ -109,7 +114,7 @@ class Engine:
         """
         if window_left < 0:
             raise InvalidArgument(f"window_left is {window_left}: only a window, 0 or more, lets pages be dropped")
-        unit = math.lcm(self.attention.view_unit, self.page_size)
+        unit = self.drop_unit
         return lease.drop(max(0, lease.num_written - window_left) // unit * unit)
 
     def step(self, leases: Sequence[Lease]) -> Step:

@@ -80,6 +80,7 @@ def test_bad_prompts_are_refused(generator, prompt):
         ("namespace", b"a", "str"),
         ("namespace", "a\ud800", "UTF-8"),
         ("on_token", "print", "callable"),
+        ("on_logits", 5, "callable"),
     ],
 )
 def test_bad_options_are_refused_by_name_and_nothing_is_submitted(generator, option, value, remedy):

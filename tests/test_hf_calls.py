@@ -8,7 +8,7 @@ import pytest
 
 from radixkv import InvalidArgument, LeaseError
 from radixkv.hf import Generator, engine_for
-from tests.hf_helpers import assert_drains, one_thread, random_prompts, stock_tokens, tiny
+from tests.hf_helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
 COUNT = 8
 
@@ -178,6 +178,37 @@ def test_one_sibling_ends_the_others_go_on(generator, prompts, expected):
         generator.run()
     assert [sibling.status for sibling in first.siblings] == ["error", "length", "length"]
     assert [sibling.tokens for sibling in first.siblings[1:]] == [expected[0]] * 2
+
+
+def test_on_logits_is_given_what_each_token_was_drawn_from_just_before_it(generator, prompts, expected):
+    seen = []
+    requests = [
+        generator.submit(
+            prompt,
+            max_new_tokens=COUNT,
+            n=2,
+            on_logits=lambda request, logits: seen.append((request.id, int(logits.argmax()), logits.shape[0])),
+            on_token=lambda request, token: seen.append((request.id, token, "told")),
+        )
+        for prompt in prompts[:2]
+    ]
+    generator.run()
+    for request, tokens in zip(requests, expected, strict=False):
+        for sibling in request.siblings:
+            own = [(token, what) for id, token, what in seen if id == sibling.id]
+            assert own == [pair for token in tokens for pair in ((token, VOCABULARY), (token, "told"))]
+
+
+def test_on_logits_that_raises_ends_its_request(generator, prompts, expected, caplog):
+    def on_logits(request, logits):
+        raise ValueError("no disk")
+
+    broken = generator.submit(prompts[0], max_new_tokens=COUNT, on_logits=on_logits)
+    other = generator.submit(prompts[1], max_new_tokens=COUNT)
+    with caplog.at_level(logging.ERROR, logger="radixkv"), pytest.raises(ValueError, match="no disk"):
+        generator.run()
+    assert (broken.status, other.tokens) == ("error", expected[1])
+    assert "on_logits of request 0" in caplog.records[0].getMessage()
 
 
 def test_an_interrupt_passes_and_each_token_is_delivered_once(generator, prompts, expected):

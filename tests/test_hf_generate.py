@@ -6,8 +6,11 @@ import random
 import pytest
 import torch
 
+import radixkv.hf.generator
 from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
+from radixkv.hf.sampling import sample
+from radixkv.scheduling import scheduler
 from tests.hf_helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
 COUNT = 16
@@ -18,6 +21,12 @@ SAMPLED = {"temperature": 1.3, "top_k": 40, "top_p": 0.95}
 def single_threaded():
     with one_thread():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_headroom(monkeypatch):
+    """Preemptions are frequent without it; with it, answers as short as these here are never preempted."""
+    monkeypatch.setattr(scheduler, "HEADROOM", 0)
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +196,18 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(make, model, prompts, 
     assert (free.tokens, free.status) == (expected[0], "length")
 
 
+def test_an_order_decides_who_comes_first(make, prompts, expected):
+    generator = make(max_running=1, order=lambda request: len(request.prompt))
+    ended = []
+    requests = [
+        generator.submit(prompt, max_new_tokens=COUNT, on_token=lambda r, _: ended.append(r.id) if r.done else None)
+        for prompt in prompts
+    ]
+    generator.run()
+    assert ended == sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    assert [request.tokens for request in requests] == expected
+
+
 def test_streams_interleave(make, prompts, expected):
     generator = make()
     requests = [generator.submit(prompt, max_new_tokens=COUNT) for prompt in prompts[:2]]
@@ -278,17 +299,22 @@ def test_an_exception_in_the_model_releases_without_commit_and_loses_nothing(mak
     assert [request.tokens for request in requests] == expected
 
 
-def test_a_failing_sampler_loses_no_request(make, prompts, expected):
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_an_interrupt_while_tokens_are_drawn_loses_neither_tokens_nor_random_numbers(make, prompts, monkeypatch, call):
+    expected = [request.tokens for request in run(make(), prompts, seed=11, **SAMPLED)]
     generator = make()
-    requests = [generator.submit(prompt, max_new_tokens=COUNT) for prompt in prompts]
-    draw = requests[1].sampler
+    requests = [generator.submit(prompt, max_new_tokens=COUNT, seed=11, **SAMPLED) for prompt in prompts]
+    calls = 0
 
-    def fail_once(logits):
-        requests[1].sampler = draw
-        raise KeyboardInterrupt
+    def interrupted(logits, draws):
+        nonlocal calls
+        calls += 1
+        tokens = sample(logits, draws)
+        if calls == call:
+            raise KeyboardInterrupt
+        return tokens
 
-    generator.step()
-    requests[1].sampler = fail_once
+    monkeypatch.setattr(radixkv.hf.generator, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generator.run()
     generator.run()
@@ -317,9 +343,10 @@ def test_pages_held_outside_stop_the_loop_with_an_error_and_nothing_is_lost(make
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected, seed):
+def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected, monkeypatch, seed):
     """Random submissions, forks, cancellations, failures and chunk sizes over a pool that is far too small."""
     chance = random.Random(seed)
+    monkeypatch.setattr(scheduler, "HEADROOM", chance.choice([0, 0, 8, 64]))
     generator = make(num_pages=chance.choice([14, 16, 20]), max_step_tokens=chance.choice([6, 20, 400]), max_running=6)
     failing = False
 

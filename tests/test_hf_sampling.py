@@ -1,18 +1,23 @@
-"""Sampling: validated options, the right support, the right frequencies, one random number a token."""
+"""Sampling: validated options, the right support, the right frequencies, one random number a token, in any batch."""
+
+import random
 
 import pytest
 import torch
 
 from radixkv import InvalidArgument
-from radixkv.hf.sampling import Sampler, Sampling
+from radixkv.hf.sampling import Draw, Sampler, Sampling, sample
 from tests.hf_helpers import VOCABULARY
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 
 
+def draw_alone(sampler, logits, numbers):
+    return [sample(logits[None], [Draw(0, sampler, number)])[0] for number in numbers]
+
+
 def draw(count, **options):
-    sampler = Sampler(Sampling(**options))
-    return [sampler(LOGITS) for _ in range(count)]
+    return draw_alone(Sampler(Sampling(**options)), LOGITS, range(count))
 
 
 def test_greedy_ignores_everything_else():
@@ -35,8 +40,11 @@ def test_top_k_and_top_p_limit_the_support():
 
 def test_a_top_k_beyond_the_vocabulary_is_off():
     flat = torch.zeros(VOCABULARY)
-    drawn = [Sampler(Sampling(temperature=1.0, top_k=k, seed=2))(flat) for k in (0, VOCABULARY, 10 * VOCABULARY)]
-    assert len(set(drawn)) == 1
+    drawn = [
+        draw_alone(Sampler(Sampling(temperature=1.0, top_k=k, seed=2)), flat, [0])
+        for k in (0, VOCABULARY, 10 * VOCABULARY)
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_a_vanishing_temperature_is_greedy_and_not_a_nan():
@@ -47,9 +55,72 @@ def test_equal_seeds_draw_equal_tokens_and_each_token_takes_one_number():
     assert draw(50, temperature=3.0, seed=4) == draw(50, temperature=3.0, seed=4)
     assert draw(50, temperature=3.0, seed=4) != draw(50, temperature=3.0, seed=5)
     narrow, wide = Sampler(Sampling(temperature=3.0, seed=4)), Sampler(Sampling(temperature=3.0, seed=4))
-    narrow(LOGITS[:2])
-    wide(LOGITS)
-    assert [narrow(LOGITS) for _ in range(30)] == [wide(LOGITS) for _ in range(30)]
+    draw_alone(narrow, LOGITS[:2], [0])
+    draw_alone(wide, LOGITS, [0])
+    assert draw_alone(narrow, LOGITS, range(1, 31)) == draw_alone(wide, LOGITS, range(1, 31))
+
+
+def literal(logits, sampling, number):
+    """The token for one row as `Sampling` says it: sort everything, cut, and draw."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.to(torch.float64)
+    weights = torch.softmax((logits - logits.max()) / sampling.temperature, dim=0)
+    tokens = torch.arange(len(weights))
+    if sampling.top_k or sampling.top_p < 1:
+        weights, tokens = weights.sort(descending=True, stable=True)
+        if sampling.top_k:
+            weights, tokens = weights[: sampling.top_k], tokens[: sampling.top_k]
+        before = weights.cumsum(0) - weights
+        weights = weights[: int((before < sampling.top_p * weights.sum()).sum())]
+    cumulative = weights.cumsum(0)
+    place = torch.searchsorted(cumulative, number * cumulative[-1], right=True)
+    return int(tokens[place.clamp(max=len(weights) - 1)])
+
+
+def random_sampling(chance):
+    return Sampling(
+        temperature=chance.choice([0.0, 0.0, 0.3, 1.0, 8.0]),
+        top_k=chance.choice([0, 0, 1, 7, 40, 10_000]),
+        top_p=chance.choice([1.0, 1.0, 0.9, 0.5, 1e-6]),
+        seed=chance.randrange(5),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocabulary", [1, 97, 3000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "flat"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_token_drawn_in_a_batch_is_the_one_drawn_alone(dtype, vocabulary, kind, seed):
+    """Any mixture of settings, rows that serve several requests or none, tokens of any number in their request."""
+    chance = random.Random(f"{dtype} {vocabulary} {kind} {seed}")
+    logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(seed))
+    logits = {"normal": 3 * logits, "ties": (2 * logits).round(), "flat": 0 * logits}[kind].to(dtype)
+    settings = [random_sampling(chance) for _ in range(50)]
+    together, alone = ([Sampler(sampling) for sampling in settings] for _ in range(2))
+    numbers = [torch.Generator().manual_seed(sampling.seed) for sampling in settings]
+    for number in range(3):
+        rows = [chance.randrange(len(logits)) for _ in settings]
+        draws = list(zip(rows, together, [number] * len(rows), strict=True))
+        tokens = sample(logits, [Draw(*draw) for draw in draws])
+        assert tokens == [sample(logits[[row]], [Draw(0, s, number)])[0] for row, s in zip(rows, alone, strict=True)]
+        drawn = [torch.rand((), generator=g, dtype=torch.float64) for g in numbers]
+        assert tokens == [literal(logits[row], *of) for row, *of in zip(rows, settings, drawn, strict=True)]
+
+
+@pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])
+def test_top_p_that_cuts_exactly_between_two_tokens(top_p):
+    """Where the order of a sum could decide which token is the last, everything is sorted and summed in order."""
+    logits = torch.zeros(1, 4096)
+    drawn = [sample(logits, [Draw(0, Sampler(Sampling(1.0, top_p=top_p, seed=i)), 0)])[0] for i in range(200)]
+    assert max(drawn) < top_p * 4096
+    assert max(drawn) > 0.9 * top_p * 4096
+
+
+def test_a_token_asked_for_again_takes_the_same_number():
+    once, twice = (Sampler(Sampling(temperature=3.0, seed=4)) for _ in range(2))
+    expected = draw_alone(once, LOGITS, range(20))
+    assert draw_alone(twice, LOGITS, [i // 2 for i in range(40)])[1::2] == expected
 
 
 @pytest.mark.parametrize(

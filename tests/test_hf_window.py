@@ -6,7 +6,9 @@ import pytest
 
 from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
-from radixkv.hf.window import Room, observe_window, room_for
+from radixkv.hf.adapter import probe
+from radixkv.scheduling import scheduler
+from radixkv.scheduling.room import PoolShape, Room, room_for
 from tests.hf_helpers import assert_drains, build, one_thread, random_prompts, stock_tokens, tiny
 
 WINDOW = 9  # as transformers counts: the row itself and 8 before it
@@ -24,6 +26,12 @@ def single_threaded():
 def mistral(window):
     sizes = {"sliding_window": window, "max_position_embeddings": 1024, "num_hidden_layers": 2}
     return build("MistralConfig", "MistralForCausalLM", sizes)
+
+
+@pytest.fixture(autouse=True)
+def no_headroom(monkeypatch):
+    """Preemptions are frequent without it; with it, answers as short as these here are never preempted."""
+    monkeypatch.setattr(scheduler, "HEADROOM", 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +84,18 @@ def check_each_step(generator):
     [("llama", -1), ("gpt2-learned-positions", -1), ("gemma2-window-softcap", -1), ("mistral-window", 7)],
 )
 def test_the_window_is_that_of_the_layer_that_sees_most(architecture, window_left):
-    assert observe_window(tiny(architecture)) == window_left
+    assert probe(tiny(architecture)).window_left == window_left
 
 
-def test_room_for_what_fits_is_all_of_it(model):
-    engine = engine_of(model, 40)
+def test_room_for_what_fits_is_all_of_it():
     for window_left in (-1, WINDOW - 1):
-        assert room_for(engine, window_left, 2048, 150, 11) == Room(40, 40, 160, 2048)
+        assert room_for(PoolShape(40, PAGE, window_left, PAGE), 2048, 150, 11) == Room(40, 40, 160, 2048)
 
 
 @pytest.mark.parametrize("num_pages", [LEAST, LEAST + 1, LEAST + 2, 40, 1000])
 @pytest.mark.parametrize("max_rows", [1, 7, 2048])
-def test_room_for_what_does_not_fit_adds_up_to_the_pool(model, num_pages, max_rows):
-    room = room_for(engine_of(model, num_pages), WINDOW - 1, max_rows, 1, 10**6)
+def test_room_for_what_does_not_fit_adds_up_to_the_pool(num_pages, max_rows):
+    room = room_for(PoolShape(num_pages, PAGE, WINDOW - 1, PAGE), max_rows, 1, 10**6)
     assert room.pages == 250_000
     assert room.shared + PAGE * room.private == PAGE * num_pages
     assert 1 <= room.rows <= max_rows
@@ -267,9 +274,10 @@ def test_pages_held_outside_are_an_error_and_no_endless_loop(make, prompts, expe
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_order_of_calls_gives_the_same_tokens(seed):
+def test_any_order_of_calls_gives_the_same_tokens(monkeypatch, seed):
     """Random requests over pools that hold hardly more than the window."""
     chance = random.Random(seed)
+    monkeypatch.setattr(scheduler, "HEADROOM", chance.choice([0, 0, 8, 64]))
     model = mistral(WINDOW)
     engine = engine_of(model, chance.choice([4, 5, 7, 10]), page_size=chance.choice([3, 4, 8]))
     steps = {"max_step_tokens": chance.choice([6, 30, 400]), "max_running": 6}

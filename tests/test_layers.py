@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli", "demo", "__main__"},
     {"hf", "bench"},
+    {"scheduling"},
     {"engine", "step"},
     {"attention"},
     {"pool"},

@@ -43,18 +43,6 @@ class Conversation:
         return sum(getattr(turn, figure) for turn in self.turns)
 
 
-class _Recording:
-    """A request's sampler that also keeps the logits of every token."""
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-        self.logits: list[torch.Tensor] = []
-
-    def __call__(self, logits: torch.Tensor) -> int:
-        self.logits.append(logits.float().clone())
-        return int(self._sampler(logits))
-
-
 def converse(
     generator: Generator, tokenizer: Any, max_new_tokens: int, say: Callable[[str], None], *, keep: bool
 ) -> Conversation:
@@ -101,8 +89,10 @@ def _opening() -> list[dict[str, str]]:
 def _ask(generator: Generator, tokenizer: Any, history: list[dict[str, str]], user: str, max_new_tokens: int) -> Turn:
     """Generate the answer to the last message of `history`."""
     prompt = _encode(tokenizer, history)
-    request = generator.submit(prompt, max_new_tokens=max_new_tokens)
-    recording = request.sampler = _Recording(request.sampler)
+    logits: list[torch.Tensor] = []
+    request = generator.submit(
+        prompt, max_new_tokens=max_new_tokens, on_logits=lambda _, row: logits.append(row.float().clone())
+    )
     generator.run()
     stats = request.stats
     assert stats.time_to_first_token is not None
@@ -115,7 +105,7 @@ def _ask(generator: Generator, tokenizer: Any, history: list[dict[str, str]], us
         cached_tokens=stats.cached_tokens,
         computed_tokens=stats.computed_tokens,
         time_to_first_token=stats.time_to_first_token,
-        logits=recording.logits,
+        logits=logits,
     )
 
 

@@ -8,7 +8,7 @@ from radixkv.errors import BackendUnavailable
 try:
     from radixkv.hf.adapter import attach, engine_for, forward
     from radixkv.hf.cache import EngineCache
-    from radixkv.hf.generate import Generator
+    from radixkv.hf.generator import Generator
     from radixkv.hf.optimize import optimize
     from radixkv.hf.request import Request, RequestStats
     from radixkv.hf.sampling import Sampling

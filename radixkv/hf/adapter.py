@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -202,6 +202,15 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    window_left: int
+    """How many keys before its own a row sees at most, in any layer; -1: all."""
+
+    def engine(self, device: torch.device, **options: Any) -> Engine:
+        """An engine of this shape; `options` are those of `Engine` that a model does not decide."""
+        from radixkv.engine import Engine
+
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "window_left"}
+        return Engine(**sizes, device=device, **options)
 
 
 def engine_for(
@@ -223,23 +232,16 @@ def engine_for(
     `kv_dtype` and its scales say what they are stored as, as for `Engine`.
     The model's own attention stays in place; `forward` and `Generator` switch it.
     """
-    from radixkv.engine import Engine
-
     shape = probe(model)
     if dtype is not None and dtype != shape.dtype:
         raise InvalidArgument(
             f"the model computes K and V in {shape.dtype}, not {dtype}: convert it, model.to({dtype})"
         )
-    return Engine(
-        num_layers=shape.num_layers,
-        num_qo_heads=shape.num_qo_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
+    return shape.engine(
+        model.device,
         page_size=page_size,
         num_pages=num_pages,
         capacity=capacity,
-        dtype=shape.dtype,
-        device=model.device,
         kv_dtype=kv_dtype,
         k_scale=k_scale,
         v_scale=v_scale,
@@ -275,7 +277,8 @@ def probe(model: PreTrainedModel) -> AttentionShape:
         )
     _check_rows(model, seen, swapped)
     _check_windows(model, seen)
-    return AttentionShape(expected, num_qo_heads, num_kv_heads, k_dim, dtype)
+    window_left = -1 if None in seen.windows else max(w for w in seen.windows if w is not None) - 1
+    return AttentionShape(expected, num_qo_heads, num_kv_heads, k_dim, dtype, window_left)
 
 
 class _Probe:
@@ -316,6 +319,10 @@ def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int]) ->
         except InvalidArgument:
             raise
         except (AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, AttributeError) and error.name == "logits":
+                raise InvalidArgument(
+                    f"{type(model).__name__} gives no logits to choose tokens by: load it as AutoModelForCausalLM"
+                ) from error
             raise InvalidArgument(f"{type(model).__name__} cannot run on tokens alone: {error}") from error
     return seen
 

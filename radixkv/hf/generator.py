@@ -1,7 +1,7 @@
 """The generation loop: continuous batching of any number of requests over one engine.
 
 Every step runs one forward pass over a ragged batch in which prefills (in chunks, if long) and decodes are mixed.
-Which requests those are is `Schedule`'s business.
+Which requests those are is the `Scheduler`'s business.
 """
 
 from __future__ import annotations
@@ -9,32 +9,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from radixkv.errors import InvalidArgument, LeaseError
-from radixkv.hf.adapter import attach, engine_for, forward
-from radixkv.hf.arguments import (
-    check_callback,
-    check_engine,
-    check_model,
-    check_namespace,
-    check_token_set,
-    check_tokens,
-    end_tokens,
-    integer,
-    length_for,
-)
+from radixkv.hf.adapter import attach, forward, probe
+from radixkv.hf.arguments import check_callback, check_engine, check_model, end_tokens, length_for
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
-from radixkv.hf.request import OnToken, Request, Tokens
-from radixkv.hf.sampling import Sampler, Sampling
-from radixkv.hf.schedule import Schedule, lease_of
-from radixkv.hf.window import observe_window, room_for
+from radixkv.hf.request import OnLogits, OnToken, Request, Tokens
+from radixkv.hf.sampling import Draw, Sampler, Sampling, sample
+from radixkv.scheduling import Batch, Scheduler, arrival
+from radixkv.scheduling.arguments import check_namespace, check_token_set, check_tokens, integer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +41,8 @@ class Generator:
     `engine` defaults to `engine_for(model, capacity=0.5)`, half of the free memory. A step computes at most
     `max_step_tokens` tokens: longer prompts are computed over several steps, so that running requests keep their pace.
     At most `max_running` requests run at once. `max_length` bounds prompt plus generated tokens; by default it is what
-    the model was built for. The model is switched to the engine's attention and stays so.
+    the model was built for. `order` is a key that sorts requests, the first to be served first: see `Scheduler`. The
+    model is switched to the engine's attention and stays so.
 
     A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
     requests from others through a `queue.Queue`. Requests may be read from any thread. `on_token` may call `submit`,
@@ -71,29 +61,27 @@ class Generator:
         max_step_tokens: int = 2048,
         max_running: int = 256,
         max_length: int | None = None,
+        order: Callable[[Request], Any] = arrival,
     ) -> None:
-        step_tokens = integer("max_step_tokens", max_step_tokens, 1)
-        running = integer("max_running", max_running, 1)
-        if running > step_tokens:
-            raise InvalidArgument(
-                f"max_running is {running}, max_step_tokens {step_tokens}: every running request needs a token a step, "
-                "so give 1 <= max_running <= max_step_tokens"
-            )
         check_model(model)
         self.max_length = length_for(model, max_length)
-        if engine is not None:
-            check_engine(engine, model)
+        shape = probe(model)
+        if engine is None:
+            engine = shape.engine(model.device, capacity=0.5)
+        check_engine(engine, shape, model.device)
+        self._scheduler = Scheduler(
+            engine,
+            max_step_tokens=max_step_tokens,
+            max_running=max_running,
+            window_left=shape.window_left,
+            order=order,
+        )
         self.model = model
-        self.engine = engine if engine is not None else engine_for(model, capacity=0.5)
-        window_left = observe_window(model)
+        self.engine = engine
         attach(model)
-        self._room = partial(room_for, self.engine, window_left, step_tokens)
-        self._schedule = Schedule(self.engine, window_left, step_tokens, running)
         self._vocabulary = int(cast("torch.Tensor", model.get_input_embeddings().weight).shape[0])
         self._placeholders = placeholder_tokens(model)
-        self._undelivered: deque[tuple[Request, int]] = deque()
-        self._submitted = 0
-        self._owner = object()
+        self._undelivered: deque[tuple[Request, int, torch.Tensor | None]] = deque()
         self._thread = threading.current_thread()
         self._stage: Literal["idle", "computing", "delivering"] = "idle"
         self._closed = False
@@ -111,6 +99,7 @@ class Generator:
         n: int = 1,
         namespace: str = "",
         on_token: OnToken | None = None,
+        on_logits: OnLogits | None = None,
     ) -> Request:
         """Queue a request; it joins the batch in one of the next steps. May be called at any time.
 
@@ -120,6 +109,8 @@ class Generator:
 
         `on_token(request, token)` is called at the end of the step that made the token, once for each. If it raises,
         its own request ends there, with status "error" and the exception in `request.error`; other requests go on.
+        `on_logits(request, logits)` is called right before it, with the `[vocabulary]` that the token was drawn from,
+        and the same holds; clone what is to be kept.
 
         Raises InvalidTokens for a bad prompt, InvalidArgument for bad options, PoolExhausted for a request that the
         whole pool could not hold, LeaseError after `close`. Then nothing was submitted.
@@ -142,19 +133,19 @@ class Generator:
             stops = end_tokens(self.model)
         else:
             stops = check_token_set("stop_tokens", stop_tokens, self._vocabulary)
-        namespace, callback = check_namespace(namespace), check_callback("on_token", on_token)
-        room = self._room(len(array), new_tokens)
-        self.engine.cache.match(array[:1], namespace)  # a closed engine refuses here, not in every later step
-        first = self._submitted
-        requests = tuple(
-            Request(first + i, array, new_tokens, stops, namespace, sampler, callback, room, self._owner)
-            for i, sampler in enumerate(samplers)
-        )
-        self._submitted += count
-        for request in requests:
-            request.siblings = requests
-        requests[0].followers = list(requests[1:])
-        self._schedule.waiting.append(requests[0])
+        requests = [
+            Request(
+                array,
+                new_tokens,
+                stops,
+                check_namespace(namespace),
+                sampler=sampler,
+                on_token=check_callback("on_token", on_token),
+                on_logits=check_callback("on_logits", on_logits),
+            )
+            for sampler in samplers
+        ]
+        self._scheduler.submit(*requests)
         return requests[0]
 
     def step(self) -> bool:
@@ -169,12 +160,12 @@ class Generator:
         KeyboardInterrupt or another BaseException does: tokens that were not delivered yet are by the next `step`.
         """
         self._step()
-        return bool(self._schedule.waiting or self._schedule.running)
+        return self._scheduler.unfinished
 
     def run(self) -> None:
         """Step until every request is done; then raise what `on_token` raised meanwhile (of several, the first)."""
         errors = self._step()
-        while self._schedule.waiting or self._schedule.running:
+        while self._scheduler.unfinished:
             errors += self._step()
         if errors:
             raise errors[0]
@@ -195,19 +186,15 @@ class Generator:
         """
         self._check_call("cancel")
         self._check_request(request)
-        if request.done:
-            return False
-        self._schedule.end(request, "cancelled")
-        return True
+        return self._scheduler.cancel(request)
 
     def close(self) -> None:
         """Cancel every unfinished request and take no new ones. Closing again does nothing. The engine stays open."""
         self._check_call("close")
         self._closed = True
-        for request in [*self._schedule.waiting, *self._schedule.running]:
+        for request in [*self._scheduler.waiting, *self._scheduler.running]:
             for sibling in request.siblings:
-                if not sibling.done:
-                    self._schedule.end(sibling, "cancelled")
+                self._scheduler.cancel(sibling)
 
     def __enter__(self) -> Generator:
         return self
@@ -234,7 +221,7 @@ class Generator:
     def _check_request(self, request: Request) -> None:
         if not isinstance(request, Request):
             raise InvalidArgument(f"request is {request!r}: give a Request that submit() returned")
-        if request.owner is not self._owner:
+        if request.owner is not self._scheduler:
             raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
 
     # ---- one step ----
@@ -245,11 +232,8 @@ class Generator:
         try:
             errors = self._deliver()  # what an interrupted step has left
             self._stage = "computing"
-            batch = self._schedule.next_batch()
-            if batch:
-                logits = self._compute(batch)
-                for request, row in zip(batch, logits, strict=True):
-                    self._advance(request, row)
+            if batch := self._scheduler.next():
+                self._advance(batch, self._compute(batch))
             errors += self._deliver()
         finally:
             self._stage = "idle"
@@ -267,50 +251,41 @@ class Generator:
                 return
             self.step()
 
-    def _compute(self, batch: list[Request]) -> torch.Tensor:
-        """One forward pass: K and V of every row written, and the logits of each request's last row."""
-        leases = [lease_of(request) for request in batch]
-        rows = [lease.num_tokens - lease.num_written for lease in leases]
+    def _compute(self, batch: Batch) -> torch.Tensor:
+        """One forward pass: K and V of every row written, and the logits of each lease's last row."""
         try:
-            with torch.inference_mode(), self.engine.step(leases) as step:
-                logits = forward(self.model, step)
+            with torch.inference_mode(), self.engine.step(batch.leases) as step:
+                return forward(self.model, step)
         except BaseException:
-            for request in batch:
-                self._schedule.leave(request, commit=False, again=True)
+            self._scheduler.abandon()
             raise
-        for request, count in zip(batch, rows, strict=True):
-            request.stats.computed_tokens += count
-            if count > 1 and lease_of(request).num_written <= request.room.shared:
-                lease_of(request).commit()
-        return logits
 
-    def _advance(self, request: Request, logits: torch.Tensor) -> None:
-        """Draw the next token of a request whose tokens are all computed, and those of its followers."""
-        if lease_of(request).num_written < request.num_tokens:
-            return
-        complete = [request]
-        while request.followers:
-            complete.append(request.followers.pop(0))
-            self._schedule.fork(request, complete[-1])
-        for drawing in complete:
-            drawing.accept(drawing.sampler(logits))
-            self._undelivered.append((drawing, drawing.tokens[-1]))
-            if drawing.done:
-                self._schedule.end(drawing, drawing.status)
+    def _advance(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Draw the next tokens of the requests whose tokens are all computed."""
+        drawing = cast("list[Request]", batch.drawing)
+        pairs = zip(batch.rows, drawing, strict=True)
+        tokens = sample(logits, [Draw(row, request.sampler, len(request.tokens)) for row, request in pairs])
+        self._scheduler.accept(tokens)
+        for request, token, row in zip(drawing, tokens, batch.rows, strict=True):
+            self._undelivered.append((request, token, logits[row] if request.on_logits is not None else None))
 
     def _deliver(self) -> list[Exception]:
         """Call the callbacks, each token once, after all bookkeeping; what they raise ends their own request."""
         self._stage = "delivering"
         errors = []
         while self._undelivered:
-            request, token = self._undelivered.popleft()
-            if request.on_token is None or request.status in ("cancelled", "error"):
+            request, token, logits = self._undelivered.popleft()
+            if request.status in ("cancelled", "error"):
                 continue
+            callback = "on_logits"
             try:
-                request.on_token(request, token)
+                if request.on_logits is not None and logits is not None:
+                    request.on_logits(request, logits)
+                callback = "on_token"
+                if request.on_token is not None:
+                    request.on_token(request, token)
             except Exception as error:
-                _LOG.error("on_token of request %d raised, which ends the request", request.id, exc_info=error)
+                _LOG.error("%s of request %d raised, which ends the request", callback, request.id, exc_info=error)
                 errors.append(error)
-                request.error = error
-                self._schedule.end(request, "error")
+                self._scheduler.fail(request, error)
         return errors
