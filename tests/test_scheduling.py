@@ -118,6 +118,21 @@ def test_a_step_that_was_not_run_or_not_accepted_is_repeated():
     assert host.drains()
 
 
+def test_what_an_abandoned_step_leaves_is_not_published():
+    host = Host(100, 4)
+    scheduler = Scheduler(host)
+    request = Request([1, 2, 3, 4, 5], 8)
+    scheduler.submit(request)
+    for _ in range(3):
+        scheduler.accept(run_step(scheduler.next()))
+    scheduler.next()
+    scheduler.abandon()
+    assert (request.status, host.cache.stats().num_leases) == ("waiting", 0)
+    assert host.cache.match([*request.prompt, *request.tokens]) == 5
+    run(scheduler)
+    assert_answered([request])
+
+
 def test_stop_tokens_and_statistics():
     scheduler = Scheduler(Host(100))
     expected = answer([1, 2, 3], 10)
