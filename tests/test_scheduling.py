@@ -88,6 +88,17 @@ def test_who_draws_and_from_which_row():
     assert [sample.siblings for sample in samples] == [tuple(samples)] * 3
 
 
+def test_samples_beyond_max_running_wait_for_their_turn():
+    scheduler = Scheduler(Host(100), max_running=2)
+    samples = [Request([5, 6, 7], 4) for _ in range(5)]
+    scheduler.submit(*samples)
+    while batch := scheduler.next():
+        assert len(batch.leases) <= 2
+        scheduler.accept(run_step(batch))
+        assert len(scheduler.running) <= 2
+    assert_answered(samples)
+
+
 def test_a_step_that_was_not_run_or_not_accepted_is_repeated():
     chance = random.Random(1)
     host = Host(40, 4)
@@ -105,6 +116,21 @@ def test_a_step_that_was_not_run_or_not_accepted_is_repeated():
         host.cache.check()
     assert_answered(requests)
     assert host.drains()
+
+
+def test_what_an_abandoned_step_leaves_is_not_published():
+    host = Host(100, 4)
+    scheduler = Scheduler(host)
+    request = Request([1, 2, 3, 4, 5], 8)
+    scheduler.submit(request)
+    for _ in range(3):
+        scheduler.accept(run_step(scheduler.next()))
+    scheduler.next()
+    scheduler.abandon()
+    assert (request.status, host.cache.stats().num_leases) == ("waiting", 0)
+    assert host.cache.match([*request.prompt, *request.tokens]) == 5
+    run(scheduler)
+    assert_answered([request])
 
 
 def test_stop_tokens_and_statistics():
@@ -270,6 +296,19 @@ def test_a_prefix_that_running_requests_hold_takes_no_headroom():
     scheduler.accept(run_step(batch))
     run(scheduler)
     assert_answered([first, *others])
+
+
+def test_samples_that_would_be_preempted_at_once_wait():
+    """40 tokens of a prompt and 24 more of each sample: the pool has room for four of these."""
+    scheduler = Scheduler(Host(34, 4))
+    samples = [Request(list(range(40)), 25) for _ in range(8)]
+    scheduler.submit(*samples)
+    scheduler.accept(run_step(scheduler.next()))
+    assert len(scheduler.running) == 4
+    assert [len(sample.tokens) for sample in samples] == [1] * 8
+    run(scheduler)
+    assert_answered(samples)
+    assert preemptions_of(samples) == 0
 
 
 @pytest.mark.parametrize("num_pages", [4, 9, 14])

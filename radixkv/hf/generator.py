@@ -45,9 +45,9 @@ class Generator:
     model is switched to the engine's attention and stays so.
 
     A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
-    requests from others through a `queue.Queue`. Requests may be read from any thread. `on_token` may call `submit`,
-    `cancel` and `close`, but not step; hooks of the model or the cache may call nothing while a step runs. Other calls
-    raise LeaseError, and change nothing.
+    requests from others through a `queue.Queue`. Requests may be read from any thread. `on_token` and `on_logits` may
+    call `submit`, `cancel` and `close`, but not step; hooks of the model or the cache may call nothing while a step
+    runs. Other calls raise LeaseError, and change nothing.
 
     Raises InvalidArgument for what is no model or engine, an engine made for other layers, heads, dtype or device, and
     for limits that cannot work; and what `probe` raises for the model.

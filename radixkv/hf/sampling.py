@@ -12,7 +12,7 @@ import torch
 from radixkv.errors import InvalidArgument
 from radixkv.scheduling.arguments import integer, number
 
-__all__ = ["Draw", "Sampler", "Sampling", "sample"]
+__all__ = ["Draw", "Sampler", "Sampling", "likeliest", "sample"]
 
 _BLOCK = 16
 """Rows whose argmax is taken at a time on the CPU: widened to 32 bits, a few rows stay in the processor's cache."""
@@ -114,11 +114,11 @@ def _drawn(logits: torch.Tensor, sampling: Sampling, random: torch.Tensor) -> in
     weights = torch.softmax((logits - logits.max()) / sampling.temperature, dim=0)
     if not sampling.top_k and sampling.top_p == 1:
         return _place_of(random, weights)
-    likeliest = _likeliest(weights, sampling)
-    place = _place_of(random, likeliest)
-    weight = likeliest[place]
+    left = likeliest(weights, sampling)
+    place = _place_of(random, left)
+    weight = left[place]
     equals = (weights == weight).nonzero()[:, 0]  # of equal ones the smaller id comes first
-    return int(equals[place - int((likeliest > weight).sum())])
+    return int(equals[place - int((left > weight).sum())])
 
 
 def _place_of(random: torch.Tensor, weights: torch.Tensor) -> int:
@@ -127,7 +127,7 @@ def _place_of(random: torch.Tensor, weights: torch.Tensor) -> int:
     return int(place.clamp(max=len(weights) - 1))
 
 
-def _likeliest(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def likeliest(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The weights of the tokens left to choose from, largest first."""
     if sampling.top_k:
         top = weights.topk(min(sampling.top_k, len(weights))).values

@@ -161,7 +161,7 @@ class Scheduler:
         self._cache.match(first.prompt[:1], first.namespace)  # a closed cache refuses here, not in every later step
         for number, request in enumerate(requests, self._submitted):
             request.id = number
-            request.place = (self._order(request), request.id)
+            request.place = (self._order(request), number)
         now = time.perf_counter()
         for request, room in zip(requests, rooms, strict=True):
             request.owner, request.room, request.submitted = self, room, now
