@@ -57,7 +57,7 @@ class PrefixCache(_core.Cache):
     taken from the operating system as pages are first used.
     """
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     def stats(self) -> Stats:
         """Pages by state, and counts since the cache was made. O(live leases)."""

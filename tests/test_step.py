@@ -297,5 +297,6 @@ def test_a_cycle_through_the_core_is_collected():
 
 
 def test_a_cache_has_no_other_attributes(cache):
+    assert weakref.ref(cache)() is cache
     with pytest.raises(AttributeError):
         cache.on_release = print  # a typo, or what older versions had: never silently nothing
