@@ -84,7 +84,8 @@ void bind_journal(nb::module_& m) {
            [](PyJournal& j) {
              return columns(j.owner->work(kLongWork, [&] { return j.owner->cache->dump_journal(); }));
            })
-      .def_prop_ro("page_size", [](const PyJournal& j) { return j.owner->cache->page_size(); }, "Tokens a page holds.")
+      .def_prop_ro(
+          "page_size", [](const PyJournal& j) { return j.owner->cache->page_size(); }, "Tokens a page holds.")
       .def("_ends", [](PyJournal& j) { return ends(*j.owner); });
 }
 
