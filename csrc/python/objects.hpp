@@ -10,16 +10,14 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
-#include <vector>
 
 #include "cache/cache.hpp"
 #include "step/page_table.hpp"
 
 namespace radixkv {
 
-inline constexpr std::int64_t kLongWork =
-    4096;  // tokens; shorter calls are over before another thread could use the GIL
+// In tokens: shorter calls are over before another thread could use the GIL.
+inline constexpr std::int64_t kLongWork = 4096;
 
 class PyCache {
  public:
