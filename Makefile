@@ -87,7 +87,7 @@ flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on 
 	PYTHON=$(PYTHON) .ci/flashinfer_on_cpu
 
 test-deep: build  ## the state machine with many more examples (RADIXKV_EXAMPLES=20000)
-	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/test_state_machine.py
+	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/cache/test_state_machine.py
 
 zoo: build  ## every family of transformers, tiny and random, against stock generate (five minutes; docs/models.md)
 	$(PY) -m tests.zoo
@@ -96,7 +96,7 @@ mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must 
 	$(PY) -m tests.mutants
 
 # Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
-CORE_TESTS := tests/test_state_machine.py tests/test_cache.py tests/test_refusals.py tests/test_step.py tests/test_hostile.py tests/test_threads.py tests/test_engine.py tests/test_drop.py tests/test_journal.py $(wildcard tests/test_attention*.py tests/test_cascade*.py)
+CORE_TESTS := tests/cache/test_state_machine.py tests/cache/test_cache.py tests/cache/test_refusals.py tests/engine/test_step.py tests/cache/test_hostile.py tests/cache/test_threads.py tests/engine/test_engine.py tests/engine/test_drop.py tests/cache/test_journal.py tests/attention
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan

@@ -88,7 +88,7 @@ def run(row: str, wheel: Path) -> tuple[str, bool]:
 def test(venv: Path, names: tuple[str, ...], log: Path) -> tuple[bool, str]:
     """Run the tests on the wheel that is installed; whether they passed, and pytest's count."""
     site = FOLDER / "site"
-    files = sorted(file for name in names for file in (site / "tests").glob(f"test_{name}.py"))
+    files = sorted(file for name in names for file in (site / "tests").rglob(f"test_{name}.py"))
     with log.open("a+") as output:
         command = [venv / "bin" / "python", "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *files]
         status = subprocess.run(command, cwd=site, stdout=output, stderr=output).returncode

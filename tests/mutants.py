@@ -19,13 +19,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
 CORE = (
-    "tests/test_drop.py", "tests/test_cache.py", "tests/test_step.py", "tests/test_refusals.py",
-    "tests/test_state_machine.py",
+    "tests/engine/test_drop.py", "tests/cache/test_cache.py", "tests/engine/test_step.py",
+    "tests/cache/test_refusals.py", "tests/cache/test_state_machine.py",
 )  # fmt: skip
-JOURNAL = ("tests/test_journal.py", "tests/test_state_machine.py")
+JOURNAL = ("tests/cache/test_journal.py", "tests/cache/test_state_machine.py")
 ATTENTION = (
-    "tests/test_cascade.py", "tests/test_attention.py", "tests/test_attention_fp8.py",
-    "tests/test_attention_identity.py",
+    "tests/attention/test_cascade.py", "tests/attention/test_attention.py", "tests/attention/test_attention_fp8.py",
+    "tests/attention/test_attention_identity.py",
 )  # fmt: skip
 
 

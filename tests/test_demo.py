@@ -18,7 +18,7 @@ from radixkv.demo import model as demo_model
 from radixkv.demo import report as demo_report
 from radixkv.demo import scenario as demo_scenario
 from radixkv.demo.conversation import Conversation, Turn
-from tests.hf_helpers import build, one_thread, transformers
+from tests.hf.helpers import build, one_thread, transformers
 
 ROOT = Path(__file__).parents[1]
 

@@ -97,7 +97,7 @@ def test_a_warning_is_an_error_where_it_is_about_our_code(tmp_path: Path) -> Non
 import warnings
 import pytest
 
-OURS = ["radixkv", "radixkv.hf.cache", "tests.model"]
+OURS = ["radixkv", "radixkv.hf.cache", "tests.mutants"]
 
 @pytest.mark.parametrize("module", [*OURS, "transformers.cache", "radixkv_other"])
 def test_warn(module):
@@ -111,7 +111,12 @@ def test_unraisable():
 """
     )
     failed = re.findall(r"^FAILED \S*::(\S+)", pytest_on(tmp_path, "-rf"), re.MULTILINE)
-    assert failed == ["test_warn[radixkv]", "test_warn[radixkv.hf.cache]", "test_warn[tests.model]", "test_unraisable"]
+    assert failed == [
+        "test_warn[radixkv]",
+        "test_warn[radixkv.hf.cache]",
+        "test_warn[tests.mutants]",
+        "test_unraisable",
+    ]
 
 
 def test_one_line_says_how_many_tests_are_skipped_and_why(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidArgument
-from . import PageTable
+from radixkv.attention import PageTable
+from radixkv.errors import InvalidArgument
 
 __all__ = ["RowPlaces", "check_int32", "check_options", "check_sizes", "check_table"]
 

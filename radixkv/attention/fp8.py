@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..errors import BackendUnavailable, InvalidArgument
+from radixkv.errors import BackendUnavailable, InvalidArgument
 
 __all__ = ["FP8", "check_storage", "quantize"]
 

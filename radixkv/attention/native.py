@@ -12,12 +12,12 @@ from typing import NoReturn
 
 import torch
 
-from .. import _core
-from ..errors import InvalidArgument
-from . import PageTable
-from .cascade import NATIVE, CascadeCosts, CascadePlan
-from .checks import check_int32, check_options, check_sizes
-from .fp8 import FP8, check_storage
+from radixkv import _core
+from radixkv.attention import PageTable
+from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan
+from radixkv.attention.checks import check_int32, check_options, check_sizes
+from radixkv.attention.fp8 import FP8, check_storage
+from radixkv.errors import InvalidArgument
 
 __all__ = ["NativeAttention"]
 

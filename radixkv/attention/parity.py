@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import RadixKVError
-from . import Attention, PageTable
-from .cascade import CascadeCosts
-from .fp8 import FP8, quantize
+from radixkv.attention import Attention, PageTable
+from radixkv.attention.cascade import CascadeCosts
+from radixkv.attention.fp8 import FP8, quantize
+from radixkv.errors import RadixKVError
 
 __all__ = ["TOLERANCE", "Case", "Make", "Result", "cases", "run_case"]
 

@@ -15,8 +15,8 @@ from radixkv.attention.cascade import OFF
 from radixkv.attention.native import NativeAttention
 from radixkv.cli import main
 from radixkv.errors import BackendUnavailable
-from tests.attention_helpers import one_torch_thread as one_torch_thread
-from tests.flashinfer_helpers import backend, each_target
+from tests.attention.helpers import one_torch_thread as one_torch_thread
+from tests.flashinfer.helpers import backend, each_target
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 KINDS = ("decode", "mixed", "extend", "cascade")

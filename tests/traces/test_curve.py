@@ -15,7 +15,7 @@ from radixkv.traces.curve.pages import page_keys
 from radixkv.traces.replay import replay
 from radixkv.traces.request import Blocks, TraceRequest
 from radixkv.traces.workload import generate
-from tests.page_lru import PageLru
+from tests.cache.page_lru import PageLru
 from tests.traces.trace_strategies import traces
 
 CAPACITIES = [*range(1, 15), 20, 40, 200]

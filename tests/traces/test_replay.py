@@ -9,7 +9,7 @@ from radixkv import InvalidArgument, PrefixCache
 from radixkv.traces.replay import replay
 from radixkv.traces.request import Blocks, TraceRequest
 from radixkv.traces.workload import generate
-from tests.page_lru import PageLru
+from tests.cache.page_lru import PageLru
 from tests.traces.trace_strategies import traces
 
 

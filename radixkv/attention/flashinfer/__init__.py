@@ -1,0 +1,349 @@
+"""Attention on CUDA with FlashInfer's paged kernels.
+
+A step whose requests have one row each runs the decode wrapper, any other the prefill wrapper over one ragged batch, a
+step whose requests share enough a wrapper for each level of its cascade. FlashInfer takes scale, window and soft cap
+when it plans, so a step is planned once for each combination that its layers use, when the first such layer runs.
+Kernels are compiled at their first use: see `FlashInferAttention.warm_up`.
+
+All calls must come on one CUDA stream. FlashInfer checks neither devices nor row counts nor the values of tables, and
+computes something with whatever it is given; everything is checked here first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+from radixkv import _core
+from radixkv.attention import PageTable
+from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, may_share
+from radixkv.attention.checks import check_options, check_sizes, check_table
+from radixkv.attention.flashinfer.cascade import CascadeRun, merge, plan_cascade
+from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
+from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_supported, preparing
+from radixkv.attention.flashinfer.plans import IndexArrays, Options, Planner, PlanSet, Schedule, Wrapper
+from radixkv.attention.fp8 import FP8, check_storage, quantize
+from radixkv.errors import BackendUnavailable, InvalidArgument
+
+__all__ = ["FlashInferAttention"]
+
+_TENSOR_CORE_GROUP = 4  # query heads per key head from which tensor cores decode; CUDA cores take 1, 2 and 3
+_ALIGN_BYTES = 16  # the kernels load rows 16 bytes at a time
+_WINDOWS = (
+    "in a layer with a sliding window, a segment is shared if it lies in the window of every row of its users; if a "
+    "window cuts it, they read it and what follows one by one"
+)
+_GRAPHS = "decode steps of this engine can be replayed from CUDA graphs, which have no cascade"
+_NO_MERGE = f"cascade is for head_dim {', '.join(map(str, COMMON_HEAD_DIMS))}: FlashInfer merges no others"
+
+
+class _Step(NamedTuple):
+    """What plan() made of a table."""
+
+    rows: int
+    decode: bool
+    graphs: DecodeGraphs | None  # whose memory the step uses, if it can be replayed
+    arrays: IndexArrays  # qo_indptr, kv_indptr, kv_last_page_len, slots, request and position of each row, kv_indices
+    schedule: Schedule
+
+
+class FlashInferAttention:
+    """Attention of `num_qo_heads` query heads over `num_kv_heads` key heads in a pool of pages on a CUDA device.
+
+    dtype (bfloat16 or float16) is that of every tensor but the caches, whose dtype is kv_dtype: the same, or
+    float8_e4m3fn, where k_scale and v_scale times what is stored are the values. cascade says when keys that several
+    requests share are read once for all of them (`cascade.OFF`: never). cuda_graphs: decode steps of one number of
+    requests use the same memory every time, so that they can be captured and replayed; they have no cascade.
+    kernels names FlashInfer's kernels: "fa2", or "auto" for FlashInfer's own choice. api is the module to call in place
+    of flashinfer (a stand-in for tests; device may then be any). Raises `InvalidArgument` for sizes that cannot work,
+    `BackendUnavailable` for what FlashInfer or this machine lacks; it says what to change.
+    """
+
+    view_unit = 1
+
+    def __init__(
+        self,
+        *,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        cascade: CascadeCosts = FLASHINFER,
+        cuda_graphs: bool = False,
+        kernels: str = "fa2",
+        api: Any = None,
+    ) -> None:
+        _check_sizes(num_qo_heads, num_kv_heads, num_pages, page_size)
+        check_supported(dtype, head_dim, kernels)
+        self._kv_dtype = kv_dtype or dtype
+        check_storage(dtype, self._kv_dtype, k_scale, v_scale)
+        self._fp8 = self._kv_dtype == FP8
+        self._scales = {"k_scale": k_scale, "v_scale": v_scale} if self._fp8 else {}
+        self._api = _load(device) if api is None else api
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        self._dtype = dtype
+        self._heads = (num_qo_heads, num_kv_heads, head_dim)
+        self._pages = (num_pages, page_size)
+        self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
+        self._token_bytes = 2 * num_kv_heads * head_dim * self._kv_dtype.itemsize
+        self._common = head_dim in COMMON_HEAD_DIMS
+        self._costs = replace(cascade, granularity=1) if self._common else OFF  # pages are served whole
+        large_group = num_qo_heads // num_kv_heads >= _TENSOR_CORE_GROUP
+        self._planner = Planner(
+            self._api,
+            backend=kernels,
+            device=device,
+            heads=self._heads,
+            page_size=page_size,
+            dtype=dtype,
+            kv_dtype=self._kv_dtype,
+            tensor_cores=large_group or self._fp8 or not self._common,
+        )
+        self._graphs = DecodeGraphs(self._planner, device, num_pages) if cuda_graphs else None
+        self._sets = (PlanSet(device), PlanSet(device))
+        self._turn = 0
+        self._step: _Step | None = None
+        self._cascade: CascadePlan | None = None
+        self._planned: dict[Options, Wrapper | CascadeRun] = {}
+        self._set_rows(0)
+
+    def _set_rows(self, rows: int) -> None:
+        num_qo_heads, num_kv_heads, head_dim = self._heads
+        self._q_shape = (rows, num_qo_heads, head_dim)
+        self._kv_shape = (rows, num_kv_heads, head_dim)
+
+    def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Compile and load the kernels of decode, prefill and cascade by running a token and then two.
+
+        Overwrites the first two slots of the caches. Layers with a window or a soft cap need kernels of their own,
+        which are compiled when such a layer first runs. Says on standard error what it waits for.
+        """
+        for rows in range(1, min(2, self._pages[0] * self._pages[1]) + 1):
+            pages = -(-rows // self._pages[1])
+            steps = [[0, rows], [0, pages], range(pages), [rows - (pages - 1) * self._pages[1]], range(rows)]
+            self.plan(PageTable(*(np.array(a, dtype=np.int32) for a in steps)))
+            q = torch.zeros(self._q_shape, dtype=self._dtype, device=self.device)
+            kv = torch.zeros(self._kv_shape, dtype=self._dtype, device=self.device)
+            self.append(kv, kv, k_cache, v_cache)
+            self.run(q, k_cache, v_cache, torch.empty_like(q))
+        if self._common:
+            states = torch.zeros((2, *self._q_shape), dtype=self._dtype, device=self.device)
+            lses = torch.zeros(states.shape[:3], dtype=torch.float32, device=self.device)
+            merge(self._planner, states[0], lses[0], states[1], lses[1])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def plan(self, table: PageTable | _core.PageTable) -> None:
+        """Copy and check `table`. A table that raises `InvalidArgument` changes nothing."""
+        table = PageTable.of(table)
+        places = check_table(table, *self._pages)
+        rows = len(places.request)
+        decode = rows == len(table.kv_last_page_len)
+        graphs = self._graphs if self._graphs is not None and decode and rows and self._graphs.fits(table) else None
+        if graphs is None:
+            self._turn ^= 1
+        plans = self._sets[self._turn] if graphs is None else graphs.plans
+        qo_indptr, kv_indptr, kv_indices, last_page_len, slots = table
+        plans.begin()
+        arrays = plans.copy([qo_indptr, kv_indptr, last_page_len, slots, *places, kv_indices])
+        schedule = Schedule(arrays.host[0], arrays.host[1], arrays.device[-1], arrays.host[2])
+        self._step = _Step(rows, decode, graphs, arrays, schedule) if rows else None
+        self._cascade = None
+        self._planned = {}
+        if graphs is not None:
+            self._planned.update(graphs.plan(rows, schedule))
+        elif may_share(table, self._pages[1], self._costs):
+            self._cascade = self._derive(table)
+        self._set_rows(rows)
+
+    @property
+    def cascade(self) -> CascadePlan:
+        """What the planned requests share, which of it is read once for all of them, and why."""
+        if self._cascade is None:
+            if self._step is None:
+                table = PageTable(*(np.zeros(n, dtype=np.int32) for n in (1, 1, 0, 0, 0)))
+            else:
+                qo_indptr, kv_indptr, last_page_len, slots, _, _, kv_indices = (
+                    a.numpy() for a in self._step.arrays.host
+                )
+                table = PageTable(qo_indptr, kv_indptr, kv_indices, last_page_len, slots)
+            self._cascade = self._derive(table)
+        return self._cascade
+
+    def _derive(self, table: PageTable) -> CascadePlan:
+        graphs = self._step is not None and self._step.graphs is not None
+        plan = CascadePlan.derive(table, self._pages[1], OFF if graphs else self._costs, self._token_bytes)
+        if plan.shared:
+            return replace(plan, remark=_WINDOWS)
+        if not plan.segments:
+            return plan
+        return replace(plan, remark=_GRAPHS if graphs else "" if self._common else _NO_MERGE)
+
+    @property
+    def graph_key(self) -> int | None:
+        """The number of requests, if the planned step can be captured in a CUDA graph or replayed from one.
+
+        Steps with equal keys have the same memory for everything that append and run read beside their arguments.
+        """
+        return self._step.rows if self._step is not None and self._step.graphs is not None else None
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""
+        self._check({"k": k, "v": v}, self._kv_shape, k_cache, v_cache)
+        if self._step is None:
+            return
+        _, kv_indptr, last_page_len, slots, request, position, kv_indices = self._step.arrays.device
+        if self._step.graphs is not None:
+            kv_indices = self._step.arrays.tail  # a replay reads as many as its own step has
+        if self._fp8:
+            k, v = quantize(k, self._scales["k_scale"]), quantize(v, self._scales["v_scale"])
+        if not self._common:
+            page, offset = slots // self._pages[1], slots % self._pages[1]
+            for cache, rows in ((k_cache, k), (v_cache, v)):
+                if self._fp8:  # as bytes: torch does not index every kind of 8-bit float
+                    cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
+                cache[page, offset] = rows
+            return
+        with preparing(f"append {self._planner.suffix}"):
+            self._api.append_paged_kv_cache(
+                k, v, request, position, (k_cache, v_cache), kv_indices, kv_indptr, last_page_len, kv_layout="NHD"
+            )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float = 0.0,
+    ) -> None:
+        """Attend q [rows, num_qo_heads, head_dim] to the caches and write out, contiguous and of the same shape."""
+        self._check({"q": q, "out": out}, self._q_shape, k_cache, v_cache)
+        if sm_scale is None:
+            sm_scale = self._heads[2] ** -0.5
+        check_options(sm_scale, window_left, logits_soft_cap)
+        if sm_scale <= 0:
+            raise BackendUnavailable(
+                f"sm_scale is {sm_scale}: FlashInfer's softmax needs a positive factor; negate q, or use device='cpu'"
+            )
+        if self._step is None:
+            return
+        if window_left >= self._pages[0] * self._pages[1]:
+            window_left = -1  # wider than the pool: the kernels add it to positions in 32 bits
+        options = Options(float(sm_scale), int(window_left), float(logits_soft_cap))
+        planned = self._planned.get(options)
+        if planned is None:
+            planned = self._planned[options] = self._plan_for(options, self._step)
+        elif self._step.graphs is None:
+            refuse_capture(self.device, "this step must not be captured, as later ones have other memory")
+        planned.run(q, (k_cache, v_cache), out, self._scales)
+
+    def _plan_for(self, options: Options, step: _Step) -> Wrapper | CascadeRun:
+        """Plan the step for layers with these options."""
+        refuse_capture(self.device, "the first layer with these options plans, which must not be captured")
+        if step.graphs is not None:
+            return step.graphs.add(step.rows, step.arrays, step.schedule, options)
+        plans = self._sets[self._turn]
+        run = None
+        if self._cascade is not None and self._cascade.shared:
+            run = plan_cascade(self._planner, plans, self._cascade, options)
+        return run or self._planner.take(plans, step.decode, step.schedule, options)
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check(
+        self, rows: dict[str, torch.Tensor], shape: tuple[int, ...], k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> None:
+        """Raise unless these tensors fit the plan and the pool."""
+        for name, tensor in rows.items():
+            if tensor.shape != shape:
+                _refuse_shape(name, tensor, shape, "one row for each row of the plan")
+            self._check_tensor(name, tensor, self._dtype)
+            if name == "out" and not tensor.is_contiguous():
+                raise InvalidArgument(
+                    f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})"
+                )
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if cache.shape != self._cache_shape:
+                _refuse_shape(name, cache, self._cache_shape, "[page, slot, head, dim] of the whole pool")
+            self._check_tensor(name, cache, self._kv_dtype)
+        if k_cache.stride() != v_cache.stride():
+            raise InvalidArgument(
+                f"k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}: they must be equal, "
+                "take both from one pool"
+            )
+
+    def _check_tensor(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        if tensor.dtype != dtype:
+            raise InvalidArgument(f"{name} is {tensor.dtype}: it must be {dtype}, what this backend was made for")
+        if tensor.device != self.device:
+            raise InvalidArgument(f"{name} is on {tensor.device}: move it to {self.device}, the pool's device")
+        strides = tensor.stride()
+        if strides[-1] != 1:
+            raise InvalidArgument(f"{name} has strides {strides}: the last must be 1, pass {name}.contiguous()")
+        unit = _ALIGN_BYTES // dtype.itemsize
+        if tensor.data_ptr() % _ALIGN_BYTES or any(
+            s % unit for s, n in zip(strides[:-1], tensor.shape, strict=False) if n > 1
+        ):
+            raise InvalidArgument(
+                f"{name} has strides {strides} and begins at {tensor.data_ptr():#x}: rows must begin at multiples of "
+                f"{_ALIGN_BYTES} bytes, pass {name}.contiguous()"
+            )
+
+
+def _load(device: torch.device) -> Any:
+    """The module flashinfer, if it can work here."""
+    if device.type != "cuda":
+        raise BackendUnavailable(f"FlashInfer runs on CUDA devices, not on {device}: use device='cuda' or device='cpu'")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(
+            f"device is {device}, but torch {torch.__version__} finds no CUDA device: check nvidia-smi and that torch "
+            "is built for CUDA, or use device='cpu'"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise BackendUnavailable(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; FlashInfer's kernels need "
+            "8.0 (Ampere) or later: use device='cpu'"
+        )
+    try:
+        module = importlib.import_module("flashinfer")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"attention on {device} needs FlashInfer ({error}): pip install 'radixkv[cuda]', or use device='cpu'"
+        ) from error
+    found = str(module.__version__)
+    if tuple(int(part) for part in found.split(".")[:2]) < (0, 7):
+        raise BackendUnavailable(f"FlashInfer {found} is too old: pip install -U 'radixkv[cuda]' for 0.7 or later")
+    return module
+
+
+def _check_sizes(num_qo_heads: int, num_kv_heads: int, num_pages: int, page_size: int) -> None:
+    sizes = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "num_pages": num_pages, "page_size": page_size}
+    check_sizes(sizes)
+    if num_qo_heads % num_kv_heads:
+        raise InvalidArgument(
+            f"num_qo_heads is {num_qo_heads} and num_kv_heads is {num_kv_heads}: the first must be a multiple of the "
+            "second"
+        )
+    if num_pages * page_size >= 2**31:
+        raise InvalidArgument(f"num_pages * page_size is {num_pages * page_size}: slots are int32, keep it below 2**31")
+
+
+def _refuse_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> NoReturn:
+    raise InvalidArgument(f"{name} has shape {tuple(tensor.shape)}: it must be {shape}, {what}")

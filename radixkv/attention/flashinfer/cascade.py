@@ -1,0 +1,82 @@
+"""Cascade with FlashInfer: one launch for each level of a `CascadePlan`, and the states merged.
+
+A level attends the rows of all users of a segment to its pages, which are read once, and gives a state for each row:
+the output over these keys alone and the logarithm of its softmax's denominator (LSE). States of one row over different
+keys merge into the state over all of them. FlashInfer's own wrapper for this lacks scales, windows and out=, so the
+levels are run one by one here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from radixkv.attention.cascade import CascadePlan
+from radixkv.attention.flashinfer.kernels import preparing
+from radixkv.attention.flashinfer.plans import Options, Planner, PlanSet, Schedule, Wrapper
+
+__all__ = ["CascadeRun", "merge", "plan_cascade"]
+
+
+@dataclass
+class CascadeRun:
+    """The planned levels of one step for layers with the same options. Used as a `Wrapper` is."""
+
+    shared: list[Wrapper]
+    """A wrapper for each shared level."""
+    own: Wrapper
+    """The last level: each request's own rest, its new rows included, causal."""
+    order: tuple[torch.Tensor, torch.Tensor] | None
+    """int32 [rows] each: the row that each of the levels' rows is, and the inverse. None: they are the same rows."""
+    planner: Planner
+
+    def run(
+        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, scales: dict[str, float]
+    ) -> None:
+        """Attend as planned. q and out as for `Wrapper.run`; q is copied once where rows must be put in order."""
+        if self.order is not None:
+            q = q.index_select(0, self.order[0])
+        state = out if self.order is None else torch.empty_like(out)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        level_state, level_lse = torch.empty_like(state), torch.empty_like(lse)
+        # k_scale belongs to the logits, and so to each LSE. v_scale is a factor of the sum: it can wait until the end.
+        keys_only = {"k_scale": scales["k_scale"]} if scales else {}
+        self.own.handle.run(q, caches, out=state, lse=lse, return_lse=True, **keys_only)
+        for wrapper in self.shared:
+            wrapper.handle.run(q, caches, out=level_state, lse=level_lse, return_lse=True, **keys_only)
+            merge(self.planner, state, lse, level_state, level_lse)
+        if scales and scales["v_scale"] != 1:
+            state.mul_(scales["v_scale"])
+        if self.order is not None:
+            torch.index_select(state, 0, self.order[1], out=out)
+
+
+def merge(
+    planner: Planner, state: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """Make a state [rows, heads, head_dim] with its lse [rows, heads] in float32 that over its keys and the other's."""
+    with preparing(f"merge {planner.suffix}"):
+        planner.api.merge_state_in_place(state, lse, other, other_lse)
+
+
+def plan_cascade(planner: Planner, plans: PlanSet, plan: CascadePlan, options: Options) -> CascadeRun | None:
+    """Plan the levels that layers with these options have; None if nothing is shared, as may be with a window."""
+    levels = plan.levels(options.window_left)
+    if len(levels) == 1:
+        return None
+    rows = plan.rows
+    in_order = bool((rows[1:] > rows[:-1]).all())
+    places = [] if in_order else [rows.astype(np.int32), np.argsort(rows).astype(np.int32)]
+    arrays = plans.copy([array for level in levels for array in level] + places)
+    schedules = []
+    for i in range(len(levels)):
+        qo_indptr, kv_indptr, _, last = arrays.host[4 * i : 4 * i + 4]
+        schedules.append(Schedule(qo_indptr, kv_indptr, arrays.device[4 * i + 2], last))
+    everything = options._replace(window_left=-1)
+    shared = [planner.take(plans, False, s, everything, causal=False) for s in schedules[:-1]]
+    own = planner.take(plans, False, schedules[-1], options)
+    order: Any = None if in_order else tuple(arrays.device[-2:])
+    return CascadeRun(shared, own, order, planner)

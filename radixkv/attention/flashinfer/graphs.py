@@ -1,0 +1,59 @@
+"""Decode steps that can be replayed from CUDA graphs.
+
+A graph repeats the kernels that were launched while it was captured, with the same addresses. So every decode step of
+the same number of requests is given the same memory: the index arrays lie at places that depend on that number alone,
+and each combination of options keeps its wrapper, which is planned again when a step begins, before any replay.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from radixkv.attention import PageTable
+from radixkv.attention.flashinfer.plans import IndexArrays, Options, Planner, PlanSet, Schedule, Wrapper
+from radixkv.errors import InvalidArgument
+
+__all__ = ["DecodeGraphs", "refuse_capture"]
+
+_ENTRIES_PER_PAGE = 4  # of the pool: how often requests of one step may share its pages, on average
+_LEAST_ENTRIES = 1 << 16
+_ROW_ARRAYS = 6  # arrays of a step beside kv_indices, each with a place per request and a few more
+
+
+class DecodeGraphs:
+    """The memory and the wrappers of decode steps, by number of requests."""
+
+    def __init__(self, planner: Planner, device: torch.device, num_pages: int) -> None:
+        self.plans = PlanSet(device, max(_ENTRIES_PER_PAGE * num_pages, _LEAST_ENTRIES))
+        self._planner = planner
+        self._wrappers: dict[int, dict[Options, Wrapper]] = {}
+
+    def fits(self, table: PageTable) -> bool:
+        """Whether the memory holds this step."""
+        return _ROW_ARRAYS * (len(table.kv_last_page_len) + 8) + len(table.kv_indices) <= self.plans.entries
+
+    def plan(self, batch: int, schedule: Schedule) -> dict[Options, Wrapper]:
+        """Plan again what earlier steps of as many requests used; what it returns grows with `add`."""
+        wrappers = self._wrappers.setdefault(batch, {})
+        for options, wrapper in wrappers.items():
+            self._planner.plan(wrapper, schedule, options)
+        self.plans.copies_queued()
+        return wrappers
+
+    def add(self, batch: int, arrays: IndexArrays, schedule: Schedule, options: Options) -> Wrapper:
+        """A wrapper for options that no step of as many requests had, planned for this step."""
+        _, kv_indptr, last = arrays.device[:3]
+        wrapper = self._planner.new_graph_wrapper(kv_indptr, arrays.tail, last)
+        self._planner.plan(wrapper, schedule, options)
+        self.plans.copies_queued()
+        wrapper.fixed = True
+        self._wrappers[batch][options] = wrapper
+        return wrapper
+
+
+def refuse_capture(device: torch.device, why: str) -> None:
+    """Raise `InvalidArgument` if a CUDA graph is being captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise InvalidArgument(
+            f"{why}: with Engine(cuda_graphs=True), run a step that has a graph_key once, then capture"
+        )

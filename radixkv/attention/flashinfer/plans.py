@@ -1,0 +1,236 @@
+"""Wrappers of FlashInfer, their workspaces, and the index arrays they are planned from.
+
+FlashInfer's plan() writes into pinned memory and queues copies from it without waiting. If the host ran ahead and
+planned the next step over the same memory, the step that is still queued would read the next one's schedule. So steps
+alternate between two `PlanSet`s, and a set is filled again only after the copies queued from it have been made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from radixkv.attention.flashinfer.kernels import preparing
+
+__all__ = ["IndexArrays", "Options", "PlanSet", "Planner", "Schedule", "Wrapper"]
+
+_ALIGN = 4  # entries: every array begins at a multiple of 16 bytes
+_FIRST_FLOAT_BYTES = 1 << 20
+_FIRST_INT_BYTES = 1 << 18
+
+
+class Options(NamedTuple):
+    """What FlashInfer takes when it plans and layers of one model may differ in."""
+
+    sm_scale: float
+    window_left: int
+    logits_soft_cap: float
+
+
+class Schedule(NamedTuple):
+    """Arrays to plan from, all int32, in the layout of a `PageTable`: B groups of rows, each with its pages."""
+
+    qo_indptr: torch.Tensor
+    """[B + 1], on the host, as the others but kv_indices are."""
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    """[kv_indptr[B]], on the device."""
+    kv_last_page_len: torch.Tensor
+
+
+@dataclass
+class Wrapper:
+    """A FlashInfer wrapper and the sizes of its workspaces."""
+
+    handle: Any
+    decode: bool
+    float_workspace: torch.Tensor
+    int_bytes: int = 0
+    fixed: bool = False
+    """Whether its workspaces must stay where they are, because a CUDA graph may have captured their places."""
+
+    def run(
+        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, scales: dict[str, float]
+    ) -> None:
+        """Attend as planned. scales: k_scale and v_scale of 8-bit caches."""
+        self.handle.run(q, caches, out=out, **scales)
+
+
+class IndexArrays(NamedTuple):
+    """The same int32 arrays twice."""
+
+    host: list[torch.Tensor]
+    """In pinned memory."""
+    device: list[torch.Tensor]
+    tail: torch.Tensor
+    """The device's memory from the last array's first entry on, beyond its end."""
+
+
+@dataclass
+class PlanSet:
+    """What one step needs to itself until the device has run it: memory for index arrays, and wrappers."""
+
+    device: torch.device
+    entries: int = 0
+    """Size of the memory. While no more is asked for, the same calls give arrays at the same places."""
+    wrappers: dict[bool, list[Wrapper]] = field(default_factory=lambda: {False: [], True: []})
+    """By whether they are decode wrappers. A step takes one for each combination of options its layers use."""
+
+    def __post_init__(self) -> None:
+        cuda = self.device.type == "cuda"
+        self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._pinned = cuda
+        self._allocate(self.entries)
+        self.taken = {False: 0, True: 0}
+
+    def _allocate(self, entries: int) -> None:
+        self._host = torch.empty(entries, dtype=torch.int32, pin_memory=self._pinned and entries > 0)
+        self._on_device = torch.empty(entries, dtype=torch.int32, device=self.device)
+        self._used = 0
+
+    def begin(self) -> None:
+        """Begin a step, once the copies that the last one queued have been made."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.taken = {False: 0, True: 0}
+        self._used = 0
+
+    def copy(self, arrays: Sequence[npt.NDArray[np.int32]]) -> IndexArrays:
+        """Copy these arrays to pinned memory and from there, in one copy and without waiting, to the device."""
+        ends = self._used + np.cumsum([0, *(-(-len(a) // _ALIGN) * _ALIGN for a in arrays)])
+        if ends[-1] > len(self._host):  # arrays that were handed out keep the memory they lie in
+            ends -= self._used
+            self._allocate(max(int(ends[-1]), 2 * len(self._host), 1024))
+        begins = ends.tolist()
+        staging = self._host.numpy()
+        for begin, array in zip(begins, arrays, strict=False):
+            staging[begin : begin + len(array)] = array
+        whole = slice(begins[0], begins[-1])
+        self._on_device[whole].copy_(self._host[whole], non_blocking=True)
+        self._used = begins[-1]
+        self.copies_queued()
+        spans = [slice(begin, begin + len(array)) for begin, array in zip(begins, arrays, strict=False)]
+        return IndexArrays(
+            [self._host[s] for s in spans], [self._on_device[s] for s in spans], self._on_device[begins[-2] :]
+        )
+
+    def copies_queued(self) -> None:
+        """Note that copies from this set's memory were queued: the next begin() waits for them."""
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self.device))
+
+
+class Planner:
+    """Makes wrappers for one geometry, plans them, and gives them workspaces as large as their plans ask for.
+
+    Args:
+        api: the module flashinfer. backend: "fa2" or "auto". heads: query heads, key heads, head_dim.
+        dtype, kv_dtype: of q and out, and of the caches. tensor_cores: whether decode uses them.
+    """
+
+    def __init__(
+        self,
+        api: Any,
+        *,
+        backend: str,
+        device: torch.device,
+        heads: tuple[int, int, int],
+        page_size: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        tensor_cores: bool,
+    ) -> None:
+        self.api = api
+        self.tensor_cores = tensor_cores
+        self._backend = backend
+        self._device = device
+        self._sizes = (*heads, page_size)
+        self._dtypes = {"q_data_type": dtype, "kv_data_type": kv_dtype, "o_data_type": dtype}
+        eight_bit = " over 8-bit K and V" if kv_dtype != dtype else ""
+        self.suffix = f"kernels for {str(dtype).removeprefix('torch.')}{eight_bit}, head_dim {heads[2]}"
+        """Ends the name of every kernel in what `preparing` says."""
+        self._float_workspace = torch.empty(_FIRST_FLOAT_BYTES, dtype=torch.uint8, device=device)
+
+    def take(self, plans: PlanSet, decode: bool, schedule: Schedule, options: Options, causal: bool = True) -> Wrapper:
+        """A wrapper of this set that the step does not use yet, planned."""
+        wrappers, number = plans.wrappers[decode], plans.taken[decode]
+        if number == len(wrappers):
+            wrappers.append(self._new_wrapper(decode))
+        self.plan(wrappers[number], schedule, options, causal)
+        plans.taken[decode] += 1
+        plans.copies_queued()
+        return wrappers[number]
+
+    def new_graph_wrapper(self, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, last: torch.Tensor) -> Wrapper:
+        """A decode wrapper whose kernels read these arrays of the device and nothing else that moves."""
+        handle = self.api.BatchDecodeWithPagedKVCacheWrapper(
+            self._float_workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=self.tensor_cores,
+            paged_kv_indptr_buffer=kv_indptr,
+            paged_kv_indices_buffer=kv_indices,
+            paged_kv_last_page_len_buffer=last,
+            backend=self._backend,
+        )
+        return Wrapper(handle, True, self._float_workspace)
+
+    def plan(self, wrapper: Wrapper, schedule: Schedule, options: Options, causal: bool = True) -> None:
+        """Plan a wrapper; causal: whether rows see their own position and what is before it, or all keys."""
+        arguments, keywords = self._arguments(wrapper.decode, schedule, options, causal)
+        kind = "prefill" if self.tensor_cores or not wrapper.decode else "decode"
+        kind += " window" if options.window_left >= 0 else ""
+        kind += " soft cap" if options.logits_soft_cap > 0 else ""
+        with preparing(f"{kind} {self.suffix}"):
+            if wrapper.int_bytes == 0:
+                self._grow(wrapper, arguments, keywords)
+            try:
+                wrapper.handle.plan(*arguments, **keywords)
+            except RuntimeError:  # the workspace that an earlier step was content with may be too small for this one
+                if wrapper.fixed or not self._grow(wrapper, arguments, keywords):
+                    raise
+                wrapper.handle.plan(*arguments, **keywords)
+
+    def _new_wrapper(self, decode: bool) -> Wrapper:
+        if decode:
+            handle = self.api.BatchDecodeWithPagedKVCacheWrapper(
+                self._float_workspace, "NHD", use_tensor_cores=self.tensor_cores, backend=self._backend
+            )
+        else:
+            handle = self.api.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD", backend=self._backend)
+        return Wrapper(handle, decode, self._float_workspace)
+
+    def _arguments(
+        self, decode: bool, schedule: Schedule, options: Options, causal: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What plan() and workspace_size() of either wrapper take."""
+        keywords = options._asdict() | self._dtypes
+        if decode:
+            return (*schedule[1:], *self._sizes), keywords
+        return (*schedule, *self._sizes), keywords | {"causal": causal}
+
+    def _grow(self, wrapper: Wrapper, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Give the wrapper the workspace this plan asks for; False if it has that already.
+
+        The float workspace is scratch of the running kernel and so shared by all wrappers; the other one holds a
+        wrapper's schedule.
+        """
+        float_bytes, int_bytes = wrapper.handle.workspace_size(*arguments, **keywords)
+        if float_bytes <= len(wrapper.float_workspace) and int_bytes <= wrapper.int_bytes:
+            return False
+        if float_bytes > len(self._float_workspace):
+            self._float_workspace = torch.empty(_power_of_two(float_bytes), dtype=torch.uint8, device=self._device)
+        wrapper.float_workspace = self._float_workspace
+        wrapper.int_bytes = max(_power_of_two(int_bytes), wrapper.int_bytes, _FIRST_INT_BYTES)
+        int_workspace = torch.empty(wrapper.int_bytes, dtype=torch.uint8, device=self._device)
+        wrapper.handle.reset_workspace_buffer(self._float_workspace, int_workspace)
+        return True
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

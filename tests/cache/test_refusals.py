@@ -1,0 +1,77 @@
+"""Refuse the N-th request for pages, for every N: the operation fails, and nothing has changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import radixkv
+from tests.cache.test_cache import state
+
+
+def lease_state(lease):
+    lengths = (lease.num_tokens, lease.num_written, lease.num_cached, lease.num_prompt, lease.num_dropped)
+    return *lengths, lease.copies, lease.pages.tolist(), lease.tokens.tolist()
+
+
+def script(page_size):
+    """A long mixed run of operations that take pages, each as (name, function of the live leases)."""
+    rng = np.random.default_rng(7)
+    steps = []
+    for i in range(80):
+        tokens = rng.integers(0, 3, rng.integers(1, 14)).tolist()
+        kind = ("acquire", "extend", "fork", "finish", "drop")[int(rng.integers(5))]
+        steps.append((kind, tokens, str(i % 2)))
+    return steps
+
+
+def run(cache, steps, refuse_at):
+    """Runs the steps; the `refuse_at`-th request for pages is refused. Returns how many refusals were seen."""
+    leases, refused = [], 0
+    cache._refuse_pages(refuse_at)
+    for kind, tokens, namespace in steps:
+        before, held = state(cache), [lease_state(lease) for lease in leases]
+        try:
+            if kind == "acquire":
+                leases.append(cache.acquire(tokens, namespace))
+            elif kind == "extend" and leases:
+                leases[-1].extend(tokens)
+            elif kind == "fork" and leases:
+                leases[-1].advance()
+                before, held = state(cache), [lease_state(lease) for lease in leases]
+                leases.append(leases[-1].fork())
+            elif kind == "drop" and leases:
+                leases[-1].commit()  # what is dropped uncommitted cannot be forked
+                leases[-1].drop(leases[-1].num_written)
+            elif kind == "finish" and leases:
+                leases[0].advance()
+                leases.pop(0).release()
+        except radixkv.PoolExhausted:
+            refused += 1
+            assert state(cache) == before
+            assert [lease_state(lease) for lease in leases] == held
+        cache.check()
+        if len(leases) > 4:
+            leases.pop(0).release()
+    for lease in leases:
+        lease.release()
+    cache.evict(cache.num_pages)
+    cache.check()
+    assert cache.stats().free == cache.num_pages
+    return refused
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_refuse_the_nth_request_for_pages(page_size):
+    steps = script(page_size)
+    assert run(radixkv.PrefixCache(200, page_size), steps, -1) == 0
+    n = 0
+    while run(radixkv.PrefixCache(200, page_size), steps, n) == 1:
+        n += 1
+    assert n > 15  # past the last request nothing is refused any more
+
+
+@pytest.mark.parametrize("num_pages", range(1, 24))
+def test_a_pool_too_small_by_any_number_of_pages(num_pages):
+    cache = radixkv.PrefixCache(num_pages, 2)
+    run(cache, script(2), -1)

@@ -1,0 +1,301 @@
+"""PrefixCache against the reference model, operation by operation, with a simulated K/V pool under it.
+
+A step may be open meanwhile: its leases refuse to change, everything else goes on.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+import radixkv
+from tests.cache.journal_shadow import Shadow
+from tests.cache.model import Exhausted, Misuse, Model, ModelLease
+
+NAMESPACES = ("", "b")
+TOKENS = st.integers(0, 2)
+
+
+class Machine(RuleBasedStateMachine):
+    leases = Bundle("leases")
+    pins = Bundle("pins")
+
+    @initialize(num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans())
+    def start(self, num_pages: int, page_size: int, journal: bool) -> None:
+        self.cache = radixkv.PrefixCache(num_pages, page_size)
+        self.shadow = Shadow(self.cache.journal()) if journal else None
+        self.model = Model(num_pages, page_size)
+        self.seen: list[tuple[str, list[int]]] = [("", [0]), ("b", [0])]
+        self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds
+        self.live: list[tuple[radixkv.Lease, ModelLease]] = []
+        self.live_pins: list[tuple[radixkv.Pin, list[object]]] = []
+        self.table = radixkv._core.PageTable(self.cache)
+        self.step: radixkv._core.Step | None = None
+        self.stepping: list[tuple[radixkv.Lease, ModelLease]] = []  # the leases of the open step
+
+    def tokens_like_before(self, data: st.DataObject) -> tuple[str, list[int]]:
+        namespace, old = data.draw(st.sampled_from(self.seen))
+        namespace = data.draw(st.sampled_from([namespace, *NAMESPACES]))
+        keep = data.draw(st.integers(0, len(old)))
+        new = data.draw(st.lists(TOKENS, min_size=0 if keep else 1, max_size=12))
+        return namespace, old[:keep] + new
+
+    def both(self, real, model, *misuse):
+        """Runs both; both succeed, or both refuse."""
+        try:
+            expected = model()
+        except Exhausted:
+            try:
+                real()
+            except radixkv.PoolExhausted:
+                return None
+            raise AssertionError("the model refused for lack of pages, the cache did not") from None
+        except Misuse:
+            try:
+                real()
+            except misuse:
+                return None
+            raise AssertionError("the model refused a misuse, the cache did not") from None
+        return real(), expected
+
+    # --- the K/V pool of a host that copies and writes as late as it may -------------------------------------------
+
+    def slot(self, lease: radixkv.Lease, at: int) -> tuple[int, int]:
+        size = self.cache.page_size
+        return int(lease.pages[(at - lease.num_dropped) // size]), at % size
+
+    def verify(self, lease: radixkv.Lease, model: ModelLease) -> None:
+        """The K/V of every written token in its view is in the lease's pages, once pending copies are made."""
+        copied = {(target, i): self.slots[source, i] for source, target, n in lease.copies for i in range(n)}
+        for at in range(lease.num_dropped, lease.num_written):
+            where = self.slot(lease, at)
+            assert copied.get(where, self.slots.get(where)) == (model.namespace, tuple(model.tokens[: at + 1]))
+
+    def write(self, lease: radixkv.Lease, model: ModelLease, n: int) -> None:
+        for source, target, count in lease.copies:
+            for i in range(count):
+                self.slots[target, i] = self.slots[source, i]
+        for at in range(lease.num_written, lease.num_written + n):
+            self.slots[self.slot(lease, at)] = (model.namespace, tuple(model.tokens[: at + 1]))
+
+    def published(self) -> set[tuple[str, tuple[int, ...]]]:
+        """The pages of the tree, each as the model names it."""
+        found = set()
+        open_nodes = [(root["namespace"], (), child) for root in self.cache.snapshot() for child in root["children"]]
+        while open_nodes:
+            namespace, prefix, node = open_nodes.pop()
+            tokens = (*prefix, *node["tokens"].tolist())
+            ends = range(len(prefix) + self.cache.page_size, len(tokens), self.cache.page_size)
+            found |= {(namespace, tokens[:end]) for end in (*ends, len(tokens))}
+            open_nodes += [(namespace, tokens, child) for child in node["children"]]
+        return found
+
+    def may_change(self, pair, change) -> bool:
+        """Whether the pair is live and free to change; while it is in a step, that `change` is refused."""
+        if pair in self.stepping:
+            with pytest.raises(radixkv.LeaseError, match="in an open step"):
+                change()
+        return pair in self.live and pair not in self.stepping
+
+    # --- rules ------------------------------------------------------------------------------------------------------
+
+    @rule(data=st.data(), times=st.integers(1, 3))
+    def serve(self, data, times):
+        """Whole requests, one after the other: what makes trees grow."""
+        for _ in range(times):
+            namespace, tokens = self.tokens_like_before(data)
+            done = self.both(
+                lambda n=namespace, t=tokens: self.cache.acquire(t, n),
+                lambda n=namespace, t=tokens: self.model.acquire(n, t),
+            )
+            if done is None:
+                continue
+            self.seen.append((namespace, tokens))
+            lease, model = done
+            unwritten = len(model.tokens) - model.written
+            self.write(lease, model, unwritten)
+            lease.advance()
+            self.model.advance(model, unwritten)
+            lease.release()
+            self.model.release(model, True)
+            if self.shadow is not None:
+                self.shadow.catch_up()  # the ring holds what one operation records, and some more
+
+    @rule(target=leases, data=st.data())
+    def acquire(self, data):
+        namespace, tokens = self.tokens_like_before(data)
+        done = self.both(lambda: self.cache.acquire(tokens, namespace), lambda: self.model.acquire(namespace, tokens))
+        if done is None:
+            return multiple()
+        self.seen.append((namespace, tokens))
+        self.live.append(done)
+        return done
+
+    @rule(pair=leases, tokens=st.lists(TOKENS, max_size=6))
+    def extend(self, pair, tokens):
+        if self.may_change(pair, lambda: pair[0].extend(tokens)):
+            self.both(lambda: pair[0].extend(tokens), lambda: self.model.extend(pair[1], list(tokens)))
+            self.seen.append((pair[1].namespace, list(pair[1].tokens)))
+
+    @rule(pair=leases, data=st.data())
+    def advance(self, pair, data):
+        if self.may_change(pair, pair[0].advance):
+            unwritten = len(pair[1].tokens) - pair[1].written
+            n = data.draw(st.sampled_from([unwritten, unwritten, *range(unwritten + 1)]))
+            self.write(*pair, n)
+            pair[0].advance(n)
+            self.model.advance(pair[1], n)
+
+    @rule(pair=leases, data=st.data())
+    def drop(self, pair, data):
+        if self.may_change(pair, lambda: pair[0].drop(0)):
+            n = data.draw(st.integers(0, pair[1].written))
+            free = self.model.free
+            self.model.drop(pair[1], n)
+            assert pair[0].drop(n) == self.model.free - free
+
+    @rule(pair=leases)
+    def commit(self, pair):
+        if self.may_change(pair, pair[0].commit):
+            pair[0].commit()
+            self.model.commit(pair[1])
+
+    @rule(pair=leases, commit=st.booleans())
+    def release(self, pair, commit):
+        if self.may_change(pair, lambda: pair[0].release(commit)):
+            pair[0].release(commit)
+            self.model.release(pair[1], commit)
+            self.live.remove(pair)
+
+    @rule(target=leases, pair=leases)
+    def fork(self, pair):
+        if not self.may_change(pair, pair[0].fork):
+            return multiple()
+        done = self.both(lambda: pair[0].fork(), lambda: self.model.fork(pair[1]), radixkv.LeaseError)
+        if done is None:
+            return multiple()
+        self.live.append(done)
+        return done
+
+    @rule(data=st.data())
+    def enter_step(self, data):
+        ready = [pair for pair in self.live if pair[1].written < len(pair[1].tokens)]
+        if not ready:
+            return
+        chosen = data.draw(st.lists(st.sampled_from(ready), min_size=1, max_size=4, unique_by=id))
+        step = radixkv._core.Step(self.table, [lease for lease, _ in chosen], 0)
+        if self.step is not None:
+            with pytest.raises(radixkv.LeaseError, match="another step"):
+                step.__enter__()
+            return
+        self.step, self.stepping = step.__enter__(), chosen
+        rows = [t for _, model in chosen for t in model.tokens[model.written :]]
+        assert self.table.input_ids.tolist() == rows
+
+    @rule(how=st.sampled_from(["normally", "normally", "by an exception", "dropped"]))
+    def leave_step(self, how):
+        if self.step is None:
+            return
+        step, self.step = self.step, None
+        pairs, self.stepping = self.stepping, []
+        if how == "normally":
+            for lease, model in pairs:
+                self.write(lease, model, len(model.tokens) - model.written)
+                self.model.advance(model, len(model.tokens) - model.written)
+            step.__exit__(None, None, None)
+        elif how == "by an exception":
+            step.__exit__(KeyError, KeyError(), None)
+        del step
+
+    @rule(target=pins, data=st.data())
+    def pin(self, data):
+        namespace, tokens = data.draw(st.sampled_from(self.seen))
+        tokens = tokens[: data.draw(st.integers(1, len(tokens)))]
+        done = self.both(
+            lambda: self.cache.pin(tokens, namespace),
+            lambda: self.model.pin(namespace, tokens),
+            radixkv.NotCached,
+        )
+        if done is None:
+            return multiple()
+        self.live_pins.append(done)
+        return done
+
+    @rule(pair=pins)
+    def unpin(self, pair):
+        if pair in self.live_pins:
+            pair[0].unpin()
+            self.model.unpin(pair[1])
+            self.live_pins.remove(pair)
+
+    @rule(n=st.integers(0, 12))
+    def evict(self, n):
+        assert self.cache.evict(n) == len(self.model.evict(n))
+
+    @rule(namespace=st.sampled_from(NAMESPACES))
+    def clear(self, namespace):
+        free = self.model.free
+        freed = self.cache.clear(namespace)
+        self.model.clear(namespace)
+        assert freed == self.model.free - free
+
+    @rule(data=st.data())
+    def match(self, data):
+        namespace, tokens = self.tokens_like_before(data)
+        path, _, shared = self.model.match(namespace, tokens)
+        assert self.cache.match(tokens, namespace) == len(path) * self.cache.page_size + shared
+
+    # --- what always holds --------------------------------------------------------------------------------------------
+
+    @invariant()
+    def agree(self):
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check()
+        stats = self.cache.stats()
+        states = self.model.states()
+        assert {name: getattr(stats, name) for name in states} == states
+        assert stats.free + stats.private + stats.protected + stats.evictable == stats.num_pages
+        assert self.published() == set(self.model.tree)
+        if self.shadow is not None:
+            self.shadow.catch_up()
+            full = {name for name in self.model.tree if len(name[1]) % self.cache.page_size == 0}
+            assert set(self.shadow.pages.values()) == full
+        for lease, model in self.live:
+            assert list(lease.tokens) == model.tokens
+            assert (lease.num_written, lease.num_cached) == (model.written, model.cached)
+            assert lease.num_dropped == model.dropped * self.cache.page_size
+            assert len(lease.pages) == model.pages - model.dropped
+            self.verify(lease, model)
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        self.step = None
+        for lease, model in self.live:
+            lease.release()
+            self.model.release(model, True)
+        for pin, pages in self.live_pins:
+            pin.unpin()
+            self.model.unpin(pages)
+        self.cache.check()
+        while self.cache.evict(1):  # page by page, in the model's order
+            self.model.evict(1)
+            assert self.published() == set(self.model.tree)
+        self.cache.check()
+        assert self.cache.stats().free == self.cache.num_pages
+        assert self.cache.stats().num_nodes == 0
+        assert self.cache.snapshot() == []
+
+
+TestStateMachine = Machine.TestCase
+TestStateMachine.settings = settings(
+    max_examples=int(os.environ.get("RADIXKV_EXAMPLES", "200")),
+    stateful_step_count=50,
+    deadline=None,
+    phases=[p for p in Phase if p is not Phase.shrink or os.environ.get("RADIXKV_SHRINK") != "0"],
+)

@@ -1,0 +1,98 @@
+"""A stand-in for flashinfer that notes what it is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from radixkv.attention import PageTable
+from radixkv.attention.flashinfer import FlashInferAttention
+from tests.attention.test_attention_errors import int32
+
+SIZES: dict[str, Any] = {
+    "num_qo_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "num_pages": 8,
+    "page_size": 4,
+    "dtype": torch.float16,
+}
+DECODE = PageTable(int32(0, 1, 2), int32(0, 2, 3), int32(3, 1, 0), int32(2, 4), int32(5, 3))
+
+
+class Recorder:
+    """Stands in for flashinfer: notes every call as (name, positional, keywords)."""
+
+    def __init__(self, float_bytes: int = 3 << 20) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.float_bytes, self.error = float_bytes, None
+        self.BatchPrefillWithPagedKVCacheWrapper = self._wrapper("BatchPrefillWithPagedKVCacheWrapper")
+        self.BatchDecodeWithPagedKVCacheWrapper = self._wrapper("BatchDecodeWithPagedKVCacheWrapper")
+
+    def append_paged_kv_cache(self, *arguments: Any, **keywords: Any) -> None:
+        self.calls.append(("append_paged_kv_cache", arguments, keywords))
+
+    def merge_state_in_place(self, *arguments: Any, **keywords: Any) -> None:
+        self.calls.append(("merge_state_in_place", arguments, keywords))
+
+    def _wrapper(self, name: str) -> Any:
+        def make(*arguments: Any, **keywords: Any) -> RecordedWrapper:
+            self.calls.append((f"{name}.__init__", arguments, keywords))
+            return RecordedWrapper(self, name, len(arguments[0]))
+
+        return make
+
+    def named(self, end: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The arguments of the calls whose name ends so."""
+        return [(arguments, keywords) for name, arguments, keywords in self.calls if name.endswith(end)]
+
+
+class RecordedWrapper:
+    def __init__(self, api: Recorder, name: str, float_bytes: int) -> None:
+        self.api, self.name, self.float_bytes = api, name, float_bytes
+
+    def note(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.api.calls.append((f"{self.name}.{method}", arguments, keywords))
+
+    def workspace_size(self, *arguments: Any, **keywords: Any) -> tuple[int, int]:
+        self.note("workspace_size", arguments, keywords)
+        return self.api.float_bytes, 4096
+
+    def reset_workspace_buffer(self, *arguments: Any) -> None:
+        self.note("reset_workspace_buffer", arguments, {})
+        self.float_bytes = len(arguments[0])
+
+    def plan(self, *arguments: Any, **keywords: Any) -> None:
+        if self.api.error is not None:
+            raise self.api.error
+        if self.float_bytes < self.api.float_bytes:
+            raise RuntimeError("Buffer overflow")
+        self.note("plan", arguments, keywords)
+
+    def run(self, *arguments: Any, **keywords: Any) -> None:
+        self.note("run", arguments, keywords)
+        keywords["out"].fill_(1.0)
+
+
+def recorded(**sizes: Any) -> tuple[FlashInferAttention, Recorder]:
+    api = Recorder()
+    return FlashInferAttention(**(SIZES | sizes), device=torch.device("cpu"), api=api), api
+
+
+def half(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.zeros(*shape, **({"dtype": torch.float16} | options))
+
+
+def step(attention: FlashInferAttention, table: PageTable, *options: dict[str, Any]) -> None:
+    """A step with one layer for each of the options."""
+    attention.plan(table)
+    rows = len(table.slots)
+    heads = attention._heads
+    cache = half(2, 8, 4, heads[1], 64)
+    for layer in options or ({},):
+        kv = half(rows, heads[1], 64)
+        attention.append(kv, kv, cache[0], cache[1])
+        out = half(rows, heads[0], 64)
+        attention.run(half(rows, heads[0], 64), cache[0], cache[1], out, **layer)
+        assert (out == 1).all()

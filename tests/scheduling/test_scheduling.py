@@ -1,0 +1,452 @@
+"""The scheduler without a model: who runs next, on which pages, and what it costs where pages are few."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from radixkv import InvalidArgument, InvalidTokens, LeaseError, PoolExhausted
+from radixkv.scheduling import Request, Scheduler
+from tests.scheduling.helpers import Host, answer, crowd, run, run_step
+
+ROOT = Path(__file__).parents[2]
+
+
+def submitted(scheduler: Scheduler, *requests: Request) -> list[Request]:
+    for request in requests:
+        scheduler.submit(request)
+    return list(requests)
+
+
+def assert_answered(requests: list[Request]) -> None:
+    for request in requests:
+        assert request.tokens == answer(request.prompt.tolist(), request.max_new_tokens)
+        assert request.status == "length"
+
+
+def recomputed(request: Request) -> int:
+    """Tokens that were run through the model more than once."""
+    stats = request.stats
+    return stats.computed_tokens + stats.cached_tokens - (request.num_tokens - 1)
+
+
+# --- a loop -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_needs_no_torch():
+    code = """
+import sys
+from radixkv.scheduling import Scheduler
+from tests.scheduling.helpers import Host, crowd, run
+scheduler = Scheduler(Host(100))
+for request in crowd(4, 30, 10):
+    scheduler.submit(request)
+run(scheduler)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("limits", [(2048, 256), (40, 3), (7, 7)])
+def test_every_request_gets_its_tokens(page_size, limits):
+    host = Host(600 // page_size, page_size)
+    scheduler = Scheduler(host, max_step_tokens=limits[0], max_running=limits[1])
+    requests = submitted(scheduler, *crowd(12, 150, 80, shared=40))
+    while batch := scheduler.next():
+        assert sum(lease.num_tokens - lease.num_written for lease in batch.leases) <= limits[0]
+        assert len(scheduler.running) <= limits[1]
+        scheduler.accept(run_step(batch))
+        host.cache.check()
+    assert_answered(requests)
+    assert not scheduler.unfinished
+    assert scheduler.next() is None
+    assert host.drains()
+
+
+def test_who_draws_and_from_which_row():
+    scheduler = Scheduler(Host(100), max_step_tokens=8, max_running=8)
+    short, long = submitted(scheduler, Request([1, 2, 3], 4), Request(list(range(10, 20)), 4))
+    batch = scheduler.next()
+    assert (batch.requests, batch.drawing, batch.rows) == ([short, long], [short], [0])
+    scheduler.accept(run_step(batch))
+    samples = [Request([5, 6], 2) for _ in range(3)]
+    scheduler.submit(*samples)
+    batch = scheduler.next()
+    assert batch.requests == [short, long, samples[0]]
+    assert (batch.drawing, batch.rows) == ([short, long, *samples], [0, 1, 2, 2, 2])
+    scheduler.accept(run_step(batch))
+    assert scheduler.running == [short, long, *samples]
+    run(scheduler)
+    assert_answered([short, long, *samples])
+    assert [sample.siblings for sample in samples] == [tuple(samples)] * 3
+
+
+def test_samples_beyond_max_running_wait_for_their_turn():
+    scheduler = Scheduler(Host(100), max_running=2)
+    samples = [Request([5, 6, 7], 4) for _ in range(5)]
+    scheduler.submit(*samples)
+    while batch := scheduler.next():
+        assert len(batch.leases) <= 2
+        scheduler.accept(run_step(batch))
+        assert len(scheduler.running) <= 2
+    assert_answered(samples)
+
+
+def test_a_step_that_was_not_run_or_not_accepted_is_repeated():
+    chance = random.Random(1)
+    host = Host(40, 4)
+    scheduler = Scheduler(host, max_step_tokens=30, max_running=10)
+    requests = submitted(scheduler, *crowd(8, 30, 20))
+    while batch := scheduler.next():
+        fate = chance.choice(["lost", "run", "abandoned", "accepted", "accepted"])
+        if fate == "abandoned":
+            scheduler.abandon()
+            assert all(lease.released for lease in batch.leases)
+        elif fate != "lost":
+            tokens = run_step(batch)
+            if fate == "accepted":
+                scheduler.accept(tokens)
+        host.cache.check()
+    assert_answered(requests)
+    assert host.drains()
+
+
+def test_what_an_abandoned_step_leaves_is_not_published():
+    host = Host(100, 4)
+    scheduler = Scheduler(host)
+    request = Request([1, 2, 3, 4, 5], 8)
+    scheduler.submit(request)
+    for _ in range(3):
+        scheduler.accept(run_step(scheduler.next()))
+    scheduler.next()
+    scheduler.abandon()
+    assert (request.status, host.cache.stats().num_leases) == ("waiting", 0)
+    assert host.cache.match([*request.prompt, *request.tokens]) == 5
+    run(scheduler)
+    assert_answered([request])
+
+
+def test_stop_tokens_and_statistics():
+    scheduler = Scheduler(Host(100))
+    expected = answer([1, 2, 3], 10)
+    stopped = Request([1, 2, 3], 10, stop_tokens=[expected[4]])
+    scheduler.submit(stopped)
+    run(scheduler)
+    assert (stopped.status, stopped.tokens) == ("stop", expected[:5])
+    stats = stopped.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.computed_tokens, stats.generated_tokens) == (3, 0, 7, 5)
+    again = Request(np.array([1, 2, 3, *expected[:3]]), 1)
+    scheduler.submit(again)
+    run(scheduler)
+    assert (again.stats.cached_tokens, again.stats.computed_tokens) == (5, 1)
+    assert stats.time_to_first_token > 0
+
+
+@pytest.mark.parametrize("when", ["waiting", "chosen", "run", "between"])
+def test_cancel_at_any_time_and_the_siblings_go_on(when):
+    host = Host(100)
+    scheduler = Scheduler(host)
+    other, *samples = [Request([9, 8, 7], 6), *(Request([5, 6], 6) for _ in range(3))]
+    scheduler.submit(other)
+    scheduler.submit(*samples)
+    if when != "waiting":
+        batch = scheduler.next()
+        tokens = run_step(batch) if when != "chosen" else []
+        if when == "between":
+            scheduler.accept(tokens)
+    assert scheduler.cancel(samples[0])
+    assert not scheduler.cancel(samples[0])
+    if when == "run":
+        scheduler.accept(tokens)
+        assert len(other.tokens) == 1
+    run(scheduler)
+    assert samples[0].status == "cancelled"
+    assert len(samples[0].tokens) == (when == "between")
+    assert_answered([other, *samples[1:]])
+    assert host.drains()
+
+
+def test_fail_ends_a_request_even_after_its_last_token():
+    scheduler = Scheduler(Host(100))
+    early, late = submitted(scheduler, Request([1], 5), Request([2], 1))
+    scheduler.accept(run_step(scheduler.next()))
+    error = ConnectionError("client is gone")
+    for request in (early, late):
+        scheduler.fail(request, error)
+        assert (request.status, request.error, len(request.tokens)) == ("error", error, 1)
+    assert not scheduler.unfinished
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Urgent(Request):
+    priority: int = 0
+
+
+def test_an_order_decides_who_is_admitted_first_and_equal_keys_go_by_arrival():
+    scheduler = Scheduler(Host(100), max_running=1, order=lambda r: -r.priority)
+    requests = submitted(scheduler, *(Urgent([i, i], 2, priority=p) for i, p in enumerate([0, 1, 0, 2, 1])))
+    finished = []
+    while batch := scheduler.next():
+        scheduler.accept(run_step(batch))
+        finished += [r.id for r in batch.requests if r.done]
+    assert finished == [3, 1, 4, 0, 2]
+    assert_answered(requests)
+
+
+def test_an_order_decides_who_is_preempted():
+    scheduler = Scheduler(Host(60, 4), order=lambda r: -r.priority)
+    requests = submitted(scheduler, *(Urgent([i] * 12, 150, priority=i) for i in range(3)))
+    run(scheduler)
+    assert_answered(requests)
+    assert requests[2].stats.preemptions == 0
+    assert preemptions_of(requests[:2]) > 0
+
+
+def preemptions_of(requests: list[Request]) -> int:
+    return sum(request.stats.preemptions for request in requests)
+
+
+def test_the_first_in_order_is_never_preempted_and_the_oldest_never_starves():
+    """An endless queue of newer requests over a pool for two: each request ends in bounded time."""
+    scheduler = Scheduler(Host(64, 4), max_step_tokens=64, max_running=16)
+    alive: list[Request] = []
+    for step in range(2000):
+        if step % 3 == 0:
+            [request] = crowd(1, 30, 120, seed=step)
+            scheduler.submit(request)
+            alive.append(request)
+        first = next(request for request in alive if not request.done)
+        before = first.stats.preemptions
+        scheduler.accept(run_step(scheduler.next()))
+        assert first.stats.preemptions == before
+    assert preemptions_of(alive) > 0
+    assert all(request.done for request in alive[:50])
+
+
+def test_an_order_that_ages_starves_nobody():
+    scheduler = Scheduler(Host(100), max_running=1, order=lambda r: r.id - 10 * r.priority)
+    patient = Urgent([1, 2], 2)
+    for i in range(5):
+        scheduler.submit(Urgent([3, i], 2, priority=1))
+    scheduler.submit(patient)
+    for i in range(40):
+        scheduler.submit(Urgent([4, i], 2, priority=1))
+    steps = 0
+    while not patient.done:
+        scheduler.accept(run_step(scheduler.next()))
+        steps += 1
+    assert steps == 2 * (5 + 9 + 1), "it waits for those that came before it, and for nine that overtake it"
+
+
+# --- few pages --------------------------------------------------------------------------------------------------------
+
+
+def measured(requests: list[Request], num_pages: int) -> tuple[int, float, int]:
+    """Preemptions, tokens computed again as a share of all, and steps."""
+    scheduler = Scheduler(Host(num_pages))
+    submitted(scheduler, *requests)
+    steps = run(scheduler)["steps"]
+    assert_answered(requests)
+    again = sum(map(recomputed, requests)) / sum(request.num_tokens - 1 for request in requests)
+    return preemptions_of(requests), again, steps
+
+
+@pytest.mark.parametrize("shared", [0, 512])
+def test_headroom_for_decoding_keeps_a_tight_pool_from_preempting_at_every_step(monkeypatch, shared):
+    """64 requests of up to 512 new tokens over 400 pages, where some twenty run at once."""
+    case = {"count": 64, "prompt": 128, "answers": 512, "shared": shared}
+    preemptions, again, steps = measured(crowd(**case), 400)
+    assert preemptions <= 24
+    assert again <= 0.16
+    monkeypatch.setattr("radixkv.scheduling.scheduler.HEADROOM", 0)
+    preemptions_without, again_without, steps_without = measured(crowd(**case), 400)
+    assert preemptions_without >= 4 * preemptions
+    assert again_without >= 3 * again
+    assert steps <= 1.15 * steps_without
+
+
+def test_headroom_is_not_asked_of_a_request_that_runs_alone():
+    scheduler = Scheduler(Host(8, 4))
+    requests = submitted(scheduler, *(Request([i] * 20, 13) for i in range(3)))
+    run(scheduler)
+    assert_answered(requests)
+    assert preemptions_of(requests) == 0
+
+
+def test_a_prefix_that_running_requests_hold_takes_no_headroom():
+    """Forty pages are shared: they are counted once, so all run at once."""
+    scheduler = Scheduler(Host(64))
+    system = list(range(640))
+    first = Request([*system, 1], 30)
+    scheduler.submit(first)
+    scheduler.accept(run_step(scheduler.next()))
+    others = submitted(scheduler, *(Request([*system, i], 10) for i in range(2, 6)))
+    batch = scheduler.next()
+    assert batch.requests == [first, *others]
+    scheduler.accept(run_step(batch))
+    run(scheduler)
+    assert_answered([first, *others])
+
+
+def test_samples_that_would_be_preempted_at_once_wait():
+    """40 tokens of a prompt and 24 more of each sample: the pool has room for four of these."""
+    scheduler = Scheduler(Host(34, 4))
+    samples = [Request(list(range(40)), 25) for _ in range(8)]
+    scheduler.submit(*samples)
+    scheduler.accept(run_step(scheduler.next()))
+    assert len(scheduler.running) == 4
+    assert [len(sample.tokens) for sample in samples] == [1] * 8
+    run(scheduler)
+    assert_answered(samples)
+    assert preemptions_of(samples) == 0
+
+
+@pytest.mark.parametrize("num_pages", [4, 9, 14])
+def test_behind_a_window_answers_outgrow_the_pool(monkeypatch, num_pages):
+    monkeypatch.setattr("radixkv.scheduling.scheduler.HEADROOM", 0)
+    host = Host(num_pages, 4)
+    scheduler = Scheduler(host, window_left=8)
+    requests = submitted(scheduler, *(Request([7, i], 200) for i in range(4)))
+    while batch := scheduler.next():
+        scheduler.accept(run_step(batch))
+        host.cache.check()
+    assert_answered(requests)
+    assert requests[0].stats.preemptions == 0
+    assert host.drains()
+
+
+def test_pages_held_outside_are_an_error_and_nothing_is_lost():
+    host = Host(8, 4)
+    scheduler = Scheduler(host)
+    request = Request([1] * 10, 20)
+    scheduler.submit(request)
+    with host.cache.acquire([2] * 16), pytest.raises(PoolExhausted):
+        run(scheduler)
+    run(scheduler)
+    assert_answered([request])
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt": []}, InvalidTokens, "non-empty"),
+        ({"prompt": [1.5]}, InvalidTokens, "integers"),
+        ({"prompt": [2**31]}, InvalidTokens, "0 to 2147483647"),
+        ({"max_new_tokens": 0}, InvalidArgument, "max_new_tokens is 0: give at least 1"),
+        ({"stop_tokens": 5}, InvalidArgument, r"stop_tokens is 5.*\[5\]"),
+        ({"namespace": None}, InvalidArgument, "namespace is None"),
+    ],
+)
+def test_bad_requests_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        Request(**{"prompt": [1], **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_step_tokens": 0}, "max_step_tokens is 0"),
+        ({"max_running": 1.5}, "max_running is 1.5"),
+        ({"window_left": -2}, "window_left is -2"),
+        ({"max_step_tokens": 4, "max_running": 5}, "max_running is 5, max_step_tokens 4"),
+    ],
+)
+def test_bad_limits_are_refused(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        Scheduler(Host(8), **options)
+
+
+def test_bad_submissions_are_refused_and_nothing_is_submitted():
+    scheduler = Scheduler(Host(8, 4))
+    once = Request([1, 2], 3)
+    scheduler.submit(once)
+    twice = Request([1, 2], 3)
+    for bad in [(once,), (), (twice, twice), (twice, Request([1, 3], 3)), (twice, Request([1, 2], 3, namespace="a"))]:
+        with pytest.raises(InvalidArgument, match="submi"):
+            scheduler.submit(*bad)
+    with pytest.raises(PoolExhausted, match="need 13 pages; the pool has 8"):
+        scheduler.submit(Request([1, 2], 50))
+    assert scheduler.waiting == [once]
+    scheduler.submit(twice)
+    with pytest.raises(InvalidArgument, match="not submitted to this Scheduler"):
+        Scheduler(Host(8)).cancel(once)
+    closed = Host(8)
+    closed.cache.close()
+    with pytest.raises(LeaseError, match="closed"):
+        Scheduler(closed).submit(Request([1]))
+
+
+def test_tokens_that_fit_no_batch_are_refused_and_change_nothing():
+    scheduler = Scheduler(Host(8))
+    with pytest.raises(LeaseError, match=r"call next\(\)"):
+        scheduler.accept([1])
+    request = Request([1, 2], 3)
+    scheduler.submit(request)
+    batch = scheduler.next()
+    with pytest.raises(LeaseError, match="before the step"):
+        scheduler.accept([1])
+    tokens = run_step(batch)
+    for bad, error in [([], InvalidArgument), ([1, 2], InvalidArgument), ([-1], InvalidTokens), ([1.0], InvalidTokens)]:
+        with pytest.raises(error):
+            scheduler.accept(bad)
+    assert request.tokens == []
+    scheduler.accept(tokens)
+    with pytest.raises(LeaseError, match="once"):
+        scheduler.accept(tokens)
+    run(scheduler)
+    assert_answered([request])
+
+
+# --- any order of calls -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_calls_gives_the_same_tokens(monkeypatch, seed):
+    chance = random.Random(seed)
+    monkeypatch.setattr("radixkv.scheduling.scheduler.HEADROOM", chance.choice([0, 0, 8, 64]))
+    size = chance.choice([1, 3, 4, 16])
+    window = chance.choice([-1, -1, 8])
+    host = Host(chance.choice([100, 160, 240]) // size, size)
+    order = chance.choice([lambda r: r.id, lambda r: -len(r.prompt), lambda r: 0])
+    step_tokens = chance.choice([6, 20, 400])
+    scheduler = Scheduler(host, max_step_tokens=step_tokens, max_running=6, window_left=window, order=order)
+    prompts = [[*range(100, 100 + n), n] for n in (1, 5, 12, 20, 40)]
+    requests: list[Request] = []
+    for _ in range(200):
+        action = chance.random()
+        if action < 0.2:
+            prompt, new = chance.choice(prompts), chance.randint(1, 40)
+            group = [Request(prompt, new) for _ in range(chance.choice([1, 1, 3]))]
+            scheduler.submit(*group)
+            requests += group
+        elif action < 0.25 and requests:
+            scheduler.cancel(chance.choice(requests))
+        elif batch := scheduler.next():
+            if action < 0.3:
+                scheduler.abandon()
+            else:
+                tokens = run_step(batch)
+                if action < 0.35:
+                    scheduler.cancel(chance.choice(batch.drawing or batch.requests))
+                if action < 0.95:
+                    scheduler.accept(tokens)
+        host.cache.check()
+    run(scheduler)
+    for request in requests:
+        assert request.done
+        assert request.tokens == answer(request.prompt.tolist(), len(request.tokens))
+        assert request.status == "cancelled" or len(request.tokens) == request.max_new_tokens
+    assert host.drains()
