@@ -17,50 +17,26 @@
 #include <string>
 #include <vector>
 
+#include "attention/layer.hpp"
 #include "step/table_view.hpp"
 
 namespace radixkv::attention {
 
-enum class DType : std::uint8_t { f32, bf16, f16, f8 };  // f8: e4m3fn, no infinity, largest 448
-
-constexpr std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f8 ? 1 : 2; }
-
 constexpr int kTileKeys = 64;
 constexpr int kChunkKeys = 512;
-constexpr int kMaxHeadDim = 256;
 
-// One layer's K or V cache: [num_pages, page_size, num_kv_heads, head_dim], the last dimension contiguous.
-// Strides are in elements and the same for K and V.
-struct KvLayout {
-  DType dtype;     // of q, k, v and out
-  DType kv_dtype;  // of the caches: the same, or f8
-  std::int32_t num_pages;
-  std::int32_t page_size;
-  std::int32_t num_kv_heads;
-  std::int32_t head_dim;
-  std::int64_t page_stride;
-  std::int64_t slot_stride;
-  std::int64_t head_stride;
-};
-
-struct AttentionParams {
+// What a call may choose, beside its layer and tensors.
+struct Options {
   float sm_scale;
   std::int32_t window_left = -1;  // keys seen before the query's own; -1: all
   float logits_soft_cap = 0.0f;   // 0: off; else cap * tanh(logit / cap)
-  float v_scale = 1.0f;           // of values: V is v_scale times what is stored. K's scale is a part of sm_scale
 };
 
-// Rows of q, k or v: [rows, heads, head_dim], the last dimension contiguous, strides in elements.
+// Rows of q, k or v: [rows, heads, dim], the last dimension contiguous, strides in elements.
 struct Rows {
   const void* data;
   std::int64_t row_stride;
   std::int64_t head_stride;
-};
-
-// 8-bit K and V are stored divided by these.
-struct Scales {
-  float k = 1.0f;
-  float v = 1.0f;
 };
 
 // Query rows with all query heads of the kv heads [head_begin, head_end): rows [row_begin, row_end) of one request,
@@ -82,7 +58,7 @@ struct Block {
 struct RowState {
   float* max;  // [vectors], in units of log2
   float* sum;  // [vectors]
-  float* acc;  // [vectors, padded_dim(head_dim)]
+  float* acc;  // [vectors, padded_dim(v_dim)]
   std::int64_t head_stride;
 };
 
@@ -95,28 +71,27 @@ struct Span {
   RowState open_out;
 };
 
-constexpr std::int64_t padded_dim(std::int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
-constexpr std::int64_t state_floats(std::int64_t rows, std::int64_t head_dim) {
-  return rows * padded_dim(head_dim) + (2 * rows + 15) / 16 * 16;
+constexpr std::int64_t padded_dim(std::int64_t dim) { return (dim + 15) / 16 * 16; }
+constexpr std::int64_t state_floats(std::int64_t rows, std::int64_t v_dim) {
+  return rows * padded_dim(v_dim) + (2 * rows + 15) / 16 * 16;
 }
 // The state of a block of `heads` heads with `vectors` query vectors each, end to end.
-RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim);
+RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t v_dim);
 
 // The same state from another vector on.
-inline RowState state_from(const RowState& state, std::int64_t vector, std::int64_t head_dim) {
-  return RowState{state.max + vector, state.sum + vector, state.acc + vector * padded_dim(head_dim), state.head_stride};
+inline RowState state_from(const RowState& state, std::int64_t vector, std::int64_t v_dim) {
+  return RowState{state.max + vector, state.sum + vector, state.acc + vector * padded_dim(v_dim), state.head_stride};
 }
 
 // Everything that the blocks of one call have in common.
 struct Batch {
-  KvLayout layout;
+  const LayerKV& layer;
+  DType dtype;  // of q and out
+  std::int32_t page_size;
   PageTableView table;
-  AttentionParams params;
-  std::int32_t group;  // query heads per kv head
-  const void* k_cache;
-  const void* v_cache;
+  Options options;
   Rows q;
-  void* out;  // [rows, num_kv_heads * group, head_dim], contiguous, in the layout's dtype
+  void* out;  // [rows, num_qo_heads, v_dim], contiguous
   // Carried rows: those that shared blocks compute, the users of a segment next to each other.
   const std::int32_t* carried_rows = nullptr;       // for each its row in q
   const std::int64_t* carried_positions = nullptr;  // and its position in its sequence
@@ -126,21 +101,21 @@ struct Batch {
 struct Kernel {
   const char* isa;
   // Bytes of scratch memory (64-byte aligned) that attend needs for blocks of up to `rows` query vectors.
-  std::size_t (*scratch_bytes)(std::int64_t rows, std::int64_t head_dim);
+  std::size_t (*scratch_bytes)(std::int64_t rows, std::int64_t k_dim, std::int64_t v_dim);
   // Carries the block's state over the keys of the span.
   void (*attend)(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch);
   // Merges the state of a later chunk into the state of the chunks before it: `heads` heads of `vectors` each.
-  void (*merge)(std::int64_t heads, std::int64_t vectors, std::int64_t head_dim, const RowState& later,
+  void (*merge)(std::int64_t heads, std::int64_t vectors, std::int64_t v_dim, const RowState& later,
                 const RowState& state);
-  // Writes v_scale * acc / sum to the block's rows of batch.out.
+  // Writes the values' scale * acc / sum to the block's rows of batch.out.
   void (*finish)(const Batch& batch, const Block& block, const RowState& state);
-  // Stores n <= kMaxHeadDim elements x as f8(x / scale): clamped to what f8 holds, rounded to nearest even.
-  void (*quantize)(DType dtype, const void* from, void* to, int n, float scale);
+  // Stores a row x of one head, of `dtype`, in the format of `to`, whose row begins at `row`.
+  void (*store_row)(DType dtype, const void* x, const Cache& to, char* row);
 };
 
-// Copies or quantizes row r of k and v into slot slots[r] = page * page_size + offset, for every r in [begin, end).
-void append_kv(const Kernel& kernel, const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
-               const Scales& scales, const std::int32_t* slots, std::int64_t begin, std::int64_t end);
+// Stores row r of k and v, of `dtype`, into slot slots[r] = page * page_size + offset, for every r in [begin, end).
+void append_kv(const Kernel& kernel, const LayerKV& layer, DType dtype, std::int32_t page_size, const Rows& k,
+               const Rows& v, const std::int32_t* slots, std::int64_t begin, std::int64_t end);
 
 // The best kernel that this machine runs, or the one named by the environment variable RADIXKV_ISA. `isa` null or
 // empty: the environment's choice. Throws Error (InvalidArgument) for a name that is unknown or not supported here.

@@ -30,22 +30,21 @@ std::vector<const Kernel*> supported_kernels() {
   return kernels;
 }
 
-void store_rows(const Kernel& kernel, const KvLayout& layout, char* cache, const Rows& rows, float scale,
-                const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
-  const std::int64_t bytes = element_size(layout.dtype), kv_bytes = element_size(layout.kv_dtype);
+void store_rows(const Kernel& kernel, DType dtype, std::int32_t num_heads, std::int32_t page_size, const Cache& cache,
+                const Rows& rows, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
+  const std::int64_t bytes = element_size(dtype);
   const auto* data = static_cast<const char*>(rows.data);
-  const auto row_bytes = static_cast<std::size_t>(layout.head_dim * bytes);
+  const auto row_bytes = static_cast<std::size_t>(cache.dim * bytes);
   for (std::int64_t r = begin; r < end; ++r) {
-    const std::int64_t page = slots[r] / layout.page_size, offset = slots[r] % layout.page_size;
-    char* to = cache + (page * layout.page_stride + offset * layout.slot_stride) * kv_bytes;
+    char* to = cache.data + slots[r] / page_size * cache.page_stride + slots[r] % page_size * cache.slot_stride;
     const char* from = data + r * rows.row_stride * bytes;
-    for (std::int32_t h = 0; h < layout.num_kv_heads; ++h) {
-      if (layout.kv_dtype == layout.dtype) {
+    for (std::int32_t h = 0; h < num_heads; ++h) {
+      if (cache.dtype == dtype) {
         std::memcpy(to, from, row_bytes);
       } else {
-        kernel.quantize(layout.dtype, from, to, layout.head_dim, scale);
+        kernel.store_row(dtype, from, cache, to);
       }
-      to += layout.head_stride * kv_bytes;
+      to += cache.head_stride;
       from += rows.head_stride * bytes;
     }
   }
@@ -53,14 +52,14 @@ void store_rows(const Kernel& kernel, const KvLayout& layout, char* cache, const
 
 }  // namespace
 
-void append_kv(const Kernel& kernel, const KvLayout& layout, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
-               const Scales& scales, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
-  store_rows(kernel, layout, static_cast<char*>(k_cache), k, scales.k, slots, begin, end);
-  store_rows(kernel, layout, static_cast<char*>(v_cache), v, scales.v, slots, begin, end);
+void append_kv(const Kernel& kernel, const LayerKV& layer, DType dtype, std::int32_t page_size, const Rows& k,
+               const Rows& v, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
+  store_rows(kernel, dtype, layer.num_kv_heads, page_size, layer.k, k, slots, begin, end);
+  store_rows(kernel, dtype, layer.num_kv_heads, page_size, layer.v, v, slots, begin, end);
 }
 
-RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim) {
-  float* const after_acc = memory + heads * vectors * padded_dim(head_dim);
+RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t v_dim) {
+  float* const after_acc = memory + heads * vectors * padded_dim(v_dim);
   return RowState{after_acc, after_acc + heads * vectors, memory, vectors};
 }
 

@@ -6,6 +6,6 @@
 namespace radixkv::attention {
 
 extern const Kernel kernel_avx2;
-const Kernel kernel_avx2{"avx2", avx2::scratch_bytes, avx2::attend, avx2::merge, avx2::finish, avx2::quantize};
+const Kernel kernel_avx2{"avx2", avx2::scratch_bytes, avx2::attend, avx2::merge, avx2::finish, avx2::store_row};
 
 }  // namespace radixkv::attention

@@ -7,6 +7,6 @@ namespace radixkv::attention {
 
 extern const Kernel kernel_avx512;
 const Kernel kernel_avx512{"avx512",      avx512::scratch_bytes, avx512::attend,
-                           avx512::merge, avx512::finish,        avx512::quantize};
+                           avx512::merge, avx512::finish,        avx512::store_row};
 
 }  // namespace radixkv::attention

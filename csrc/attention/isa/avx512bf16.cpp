@@ -8,6 +8,6 @@ namespace radixkv::attention {
 
 extern const Kernel kernel_avx512bf16;
 const Kernel kernel_avx512bf16{"avx512bf16",      avx512bf16::scratch_bytes, avx512bf16::attend,
-                               avx512bf16::merge, avx512bf16::finish,        avx512bf16::quantize};
+                               avx512bf16::merge, avx512bf16::finish,        avx512bf16::store_row};
 
 }  // namespace radixkv::attention

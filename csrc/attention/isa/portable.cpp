@@ -6,6 +6,6 @@ namespace radixkv::attention {
 
 extern const Kernel kernel_portable;
 const Kernel kernel_portable{"portable",      portable::scratch_bytes, portable::attend,
-                             portable::merge, portable::finish,        portable::quantize};
+                             portable::merge, portable::finish,        portable::store_row};
 
 }  // namespace radixkv::attention

@@ -16,7 +16,7 @@ constexpr int kTileVectors = kTileKeys / kLanes;
 
 // Scratch memory of one thread, in floats and all 64-byte aligned.
 struct Scratch {
-  float* q;       // [heads, head_dim / kStep / 4, R / heads, 4]
+  float* q;       // [heads, k_dim / kStep / 4, R / heads, 4]
   float* scores;  // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
   float* keys;    // of kLanes keys: see KeyColumns
   float* values;  // [kTileKeys / kStep, padded_dim]
@@ -27,23 +27,24 @@ struct Scratch {
 
 constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 16; }
 
-static std::size_t scratch_bytes(std::int64_t rows, std::int64_t head_dim) {
-  const std::int64_t floats = aligned_floats(rows * head_dim) + rows * kTileKeys + head_dim * kLanes +
-                              (kTileKeys + 1) * padded_dim(head_dim) + kMaxHeadDim + state_floats(rows, head_dim);
+static std::size_t scratch_bytes(std::int64_t rows, std::int64_t k_dim, std::int64_t v_dim) {
+  const std::int64_t floats = aligned_floats(rows * k_dim) + rows * kTileKeys + k_dim * kLanes +
+                              (kTileKeys + 1) * padded_dim(v_dim) + kMaxHeadDim + state_floats(rows, v_dim);
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
 
-RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t vectors, std::int64_t head_dim) {
+RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t vectors, std::int64_t k_dim,
+                                  std::int64_t v_dim) {
   Scratch s;
   const std::int64_t rows = heads * vectors;
   float* at = static_cast<float*>(memory);
-  s.q = at, at += aligned_floats(rows * head_dim);
+  s.q = at, at += aligned_floats(rows * k_dim);
   s.scores = at, at += rows * kTileKeys;
-  s.keys = at, at += head_dim * kLanes;
-  s.values = at, at += kTileKeys * padded_dim(head_dim);
-  s.single = at, at += padded_dim(head_dim);
+  s.keys = at, at += k_dim * kLanes;
+  s.values = at, at += kTileKeys * padded_dim(v_dim);
+  s.single = at, at += padded_dim(v_dim);
   s.zeros = at, at += kMaxHeadDim;
-  const std::int64_t padded = padded_dim(head_dim);
+  const std::int64_t padded = padded_dim(v_dim);
   s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at, vectors};
   return s;
 }
@@ -58,7 +59,7 @@ struct BlockKernel {
   const Batch& batch;
   const Block& block;
   Scratch s;
-  int head_dim, group, rows, vectors;  // rows: query rows; vectors: of one row of V
+  int k_dim, v_dim, group, rows, vectors;  // rows: query rows; vectors: of one row of V
   int heads;                           // kv heads
   int head = 0;                        // the one at hand, counted from the block's first
   std::int64_t first_position;         // of the block's first row
@@ -68,21 +69,22 @@ struct BlockKernel {
 
   BlockKernel(const Batch& batch, const Block& block, void* scratch)
       : batch(batch), block(block), tiles(batch, block, Format::kBytes) {
-    head_dim = batch.layout.head_dim;
-    group = batch.group;
+    k_dim = batch.layer.k.dim;
+    v_dim = batch.layer.v.dim;
+    group = batch.layer.group();
     rows = block.row_end - block.row_begin;
-    vectors = static_cast<int>(padded_dim(head_dim)) / kLanes;
+    vectors = static_cast<int>(padded_dim(v_dim)) / kLanes;
     heads = block.head_end - block.head_begin;
-    s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, head_dim);
+    s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, k_dim, v_dim);
     for (int i = 0; i < kMaxHeadDim; ++i) s.zeros[i] = 0.0f;
-    const std::int64_t kv_len = batch.table.kv_len(block.request, batch.layout.page_size);
+    const std::int64_t kv_len = batch.table.kv_len(block.request, batch.page_size);
     first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
     positions = block.shared ? batch.carried_positions + block.row_begin : nullptr;
   }
 
   std::int64_t position(int row) const { return positions == nullptr ? first_position + row : positions[row]; }
   std::int64_t first_key(int row) const {
-    const std::int64_t window = batch.params.window_left;
+    const std::int64_t window = batch.options.window_left;
     return window < 0 || position(row) < window ? 0 : position(row) - window;
   }
 
@@ -91,9 +93,9 @@ struct BlockKernel {
 
   void pack_queries() {
     const auto* data = static_cast<const char*>(batch.q.data);
-    const std::int64_t bytes = element_size(batch.layout.dtype);
+    const std::int64_t bytes = element_size(batch.dtype);
     const std::int64_t first_row = batch.table.qo_indptr[block.request] + block.row_begin;
-    const int vectors_of_q = rows * group, fours = head_dim / kStep / 4;
+    const int vectors_of_q = rows * group, fours = k_dim / kStep / 4;
     float vector[kMaxHeadDim];
     for (int h = 0; h < heads; ++h) {
       const std::int64_t first_head = static_cast<std::int64_t>(block.head_begin + h) * group;
@@ -102,9 +104,9 @@ struct BlockKernel {
         const std::int64_t query_head = first_head + i % group;
         const char* from = data + (row * batch.q.row_stride + query_head * batch.q.head_stride) * bytes;
         if constexpr (kPairs) {
-          __builtin_memcpy(vector, from, static_cast<std::size_t>(head_dim) * 2);
+          __builtin_memcpy(vector, from, static_cast<std::size_t>(k_dim) * 2);
         } else {
-          widen(batch.layout.dtype, from, vector, head_dim);
+          widen(batch.dtype, from, vector, k_dim);
         }
         float* to = s.q + (static_cast<std::int64_t>(h) * fours * vectors_of_q + i) * 4;
         for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
@@ -113,16 +115,17 @@ struct BlockKernel {
   }
 
   // Bytes from the block's first head to the one at hand.
-  std::int64_t head_offset() const { return head * batch.layout.head_stride * Format::kBytes; }
+  std::int64_t key_offset() const { return head * batch.layer.k.head_stride; }
+  std::int64_t value_offset() const { return head * batch.layer.v.head_stride; }
 
   // Whether to read the head's keys and values where they lie: once, and in a format that products take as it is.
   bool in_place(int vectors_of_q) const { return Format::kNative && vectors_of_q <= kBlockRows; }
 
   // kLanes keys from `first` on, for score_block.
-  KeyRows<Format> key_rows(int first) const { return {tiles.here().keys + first, head_offset()}; }
+  KeyRows<Format> key_rows(int first) const { return {tiles.here().keys + first, key_offset()}; }
   KeyColumns pack_keys(int first) {
     const KeyRows<Format> from = key_rows(first);
-    const int depth = head_dim / kStep;
+    const int depth = k_dim / kStep;
     const auto pack = [&](int half, int d, int n) __attribute__((always_inline)) {
       F column[2][kLanes / 4];
       KeyRows<Format>::load_into(column, from, half, d, n);
@@ -141,7 +144,7 @@ struct BlockKernel {
   }
 
   void pack_values() {
-    const std::int64_t stride = vectors * kLanes, offset = head_offset();
+    const std::int64_t stride = vectors * kLanes, offset = value_offset();
     const Addresses& here = tiles.here();
     for (int key = 0; key < here.count; key += kStep) {
       const bool alone = key + 1 == here.count;
@@ -159,7 +162,7 @@ struct BlockKernel {
       constexpr int kWidth = width_.value, kUnits = kWidth * kLanes / kStep;
       F column[kWidth];
       const ValueRows<Format> values{rows_, v * kLanes * Format::kBytes};
-      ValueRows<Format>::load_into(column, values, 0, min_int(head_dim / kStep - v * kLanes / kStep, kUnits));
+      ValueRows<Format>::load_into(column, values, 0, min_int(v_dim / kStep - v * kLanes / kStep, kUnits));
       for (int i = 0; i < kWidth; ++i) store(to + (v + i) * kLanes, column[i]);
     };
     int v = 0;
@@ -170,7 +173,7 @@ struct BlockKernel {
   // Scores of query vectors [begin, end) and kLanes keys from `first` on.
   template <class Keys>
   void score(const Keys& keys, int begin, int end, int first) {
-    const int depth = head_dim / kStep;
+    const int depth = k_dim / kStep;
     for (int i = begin; i < end;) {
       const int n = balanced(end - i, kBlockRows);
       const float* const q = s.q + base() * depth + 4 * i;
@@ -247,12 +250,12 @@ struct BlockKernel {
   }
 
   __attribute__((always_inline)) void scale_logits(const float* scores, F (&x)[kTileVectors]) const {
-    const float cap = batch.params.logits_soft_cap;
+    const float cap = batch.options.logits_soft_cap;
     if (cap > 0.0f) {
-      const F inner = set1(batch.params.sm_scale / cap), outer = set1(cap * kLog2E);
+      const F inner = set1(batch.options.sm_scale / cap), outer = set1(cap * kLog2E);
       for (int v = 0; v < kTileVectors; ++v) x[v] = mul(tanh(mul(load(scores + v * kLanes), inner)), outer);
     } else {
-      const F scale = set1(batch.params.sm_scale * kLog2E);
+      const F scale = set1(batch.options.sm_scale * kLog2E);
 #pragma GCC unroll 16
       for (int v = 0; v < kTileVectors; ++v) x[v] = mul(load(scores + v * kLanes), scale);
     }
@@ -283,7 +286,7 @@ struct BlockKernel {
     const std::int64_t stride = vectors * kLanes;
     if (values_in_place) {
       if constexpr (Format::kNative) {
-        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, head_offset()}, begin, end - begin);
+        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, value_offset()}, begin, end - begin);
       }
     } else {
       weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
@@ -292,7 +295,7 @@ struct BlockKernel {
 
   // Of a pair of keys only one.
   void accumulate_half(int i, int n, int key, bool second) {
-    const char* const row = tiles.here().values[key] + head_offset();
+    const char* const row = tiles.here().values[key] + value_offset();
     pack_value(second ? zeros() : row, second ? row : zeros(), s.single);
     weigh(i, n, ValueColumns{s.single, 0}, key / 2, 1);
   }
@@ -317,7 +320,7 @@ struct BlockKernel {
       constexpr int kWide = vectors_at_once(rows_.value);
       const auto block = [&](int v, auto width_) __attribute__((always_inline)) {
         const int unit = v * kLanes / kStep;
-        weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, advanced(values, unit), head_dim / kStep - unit,
+        weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, advanced(values, unit), v_dim / kStep - unit,
                                                    acc + v * kLanes, stride, depth, ticking());
       };
       int v = 0;
@@ -396,7 +399,7 @@ struct BlockKernel {
   // About how often a tile of `count` keys ticks for n query vectors a head: see score_block, softmax and weigh_block.
   void expect_ticks(int n, int count) {
     const int blocks = (n + kBlockRows - 1) / kBlockRows, wide = vectors_at_once(balanced(n, kBlockRows));
-    const int score_ticks = 2 * ((count + kLanes - 1) / kLanes) * ((head_dim / kStep + kLanes - 1) / kLanes);
+    const int score_ticks = 2 * ((count + kLanes - 1) / kLanes) * ((k_dim / kStep + kLanes - 1) / kLanes);
     const int weigh_ticks = (vectors + wide - 1) / wide * (count / (kStep * kTickSteps));
     tiles.expect_ticks(heads * (blocks * (score_ticks + weigh_ticks) + 2 * n));
   }
@@ -405,7 +408,7 @@ struct BlockKernel {
 
   // The first row from `from` on that sees the tile, or that does not; `end` if there is none.
   int next_row(int from, int end, std::int64_t tile, bool sees) const {
-    if (batch.params.window_left < 0) return sees ? from : end;
+    if (batch.options.window_left < 0) return sees ? from : end;
     while (from < end && left_behind(from, tile) == sees) ++from;
     return from;
   }
@@ -432,7 +435,7 @@ struct BlockKernel {
 
   // The end of the keys that the rows see, and the tile of the first.
   std::int64_t end_of_keys() const {
-    return block.shared ? batch.table.kv_len(block.request, batch.layout.page_size) : position(rows - 1) + 1;
+    return block.shared ? batch.table.kv_len(block.request, batch.page_size) : position(rows - 1) + 1;
   }
   std::int64_t first_tile() const {
     std::int64_t first = first_key(0);
@@ -468,7 +471,7 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
     if (leaves_open && end == span.key_end) {
       copy_state(s.chunk, span.open_out);
     } else {
-      merge(heads, static_cast<std::int64_t>(rows) * group, head_dim, s.chunk, state);
+      merge(heads, static_cast<std::int64_t>(rows) * group, v_dim, s.chunk, state);
     }
   }
 }
@@ -476,13 +479,13 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
 static void attend(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch) {
 #if defined(RADIXKV_SIMD_PAIRS)
   using BF16 = FormatPairs;
-  if (batch.layout.dtype == DType::bf16 && batch.layout.kv_dtype == DType::f8) {
+  if (batch.dtype == DType::bf16 && batch.layer.k.dtype == DType::f8) {
     return BlockKernel<FormatF8Pairs>(batch, block, scratch).attend(span, state);
   }
 #else
   using BF16 = FormatBF16;
 #endif
-  switch (batch.layout.kv_dtype) {
+  switch (batch.layer.k.dtype) {
     case DType::f32:
       return BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
     case DType::bf16:

@@ -98,10 +98,11 @@ RADIXKV_INLINE std::uint8_t float_to_f8(float x) {
   return static_cast<std::uint8_t>(sign | (size > 0x7f800000u ? 0x7fu : number));
 }
 
-static void quantize(DType dtype, const void* from, void* to, int n, float scale) {
+// A row in 8 bits: x / scale.
+static void store_row(DType dtype, const void* x, const Cache& to, char* row) {
   float values[kMaxHeadDim];
-  widen(dtype, from, values, n);
-  for (int i = 0; i < n; ++i) static_cast<std::uint8_t*>(to)[i] = float_to_f8(values[i] / scale);
+  widen(dtype, x, values, to.dim);
+  for (int i = 0; i < to.dim; ++i) reinterpret_cast<std::uint8_t*>(row)[i] = float_to_f8(values[i] / to.scale);
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

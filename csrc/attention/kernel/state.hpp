@@ -7,8 +7,8 @@
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-static void merge_head(std::int64_t rows, std::int64_t head_dim, const RowState& later, const RowState& state) {
-  const std::int64_t stride = padded_dim(head_dim);
+static void merge_head(std::int64_t rows, std::int64_t v_dim, const RowState& later, const RowState& state) {
+  const std::int64_t stride = padded_dim(v_dim);
   for (std::int64_t i = 0; i < rows; ++i) {
     if (later.sum[i] == 0.0f) continue;
     const float* from = later.acc + i * stride;
@@ -29,46 +29,46 @@ static void merge_head(std::int64_t rows, std::int64_t head_dim, const RowState&
   }
 }
 
-static void merge(std::int64_t heads, std::int64_t vectors, std::int64_t head_dim, const RowState& later,
+static void merge(std::int64_t heads, std::int64_t vectors, std::int64_t v_dim, const RowState& later,
                   const RowState& state) {
   for (std::int64_t h = 0; h < heads; ++h) {
-    merge_head(vectors, head_dim, state_from(later, h * later.head_stride, head_dim),
-               state_from(state, h * state.head_stride, head_dim));
+    merge_head(vectors, v_dim, state_from(later, h * later.head_stride, v_dim),
+               state_from(state, h * state.head_stride, v_dim));
   }
 }
 
 template <class Format, class Op>
 static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
-  const int head_dim = batch.layout.head_dim, group = batch.group;
-  const std::int64_t stride = padded_dim(head_dim);
-  const std::int64_t out_heads = static_cast<std::int64_t>(batch.layout.num_kv_heads) * group;
+  const int v_dim = batch.layer.v.dim, group = batch.layer.group();
+  const std::int64_t stride = padded_dim(v_dim);
+  const std::int64_t out_heads = batch.layer.num_qo_heads;
   const std::int64_t first_row = batch.table.qo_indptr[block.request];
-  const F scale = set1(batch.params.v_scale);
+  const F scale = set1(batch.layer.v.scale);
   for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
     std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
     for (int row = block.row_begin; row < block.row_end; ++row) {
       for (int g = 0; g < group; ++g, ++i) {
         const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
-        char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * head_dim * Format::kBytes;
+        char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * v_dim * Format::kBytes;
         const F sum = set1(state.sum[i]);
         const float* const acc = state.acc + i * stride;
         const auto put = [&](F x, int d) __attribute__((always_inline)) {
-          Format::store(to + d * Format::kBytes, mul(div(x, sum), scale), min_int(head_dim - d, kLanes));
+          Format::store(to + d * Format::kBytes, mul(div(x, sum), scale), min_int(v_dim - d, kLanes));
         };
         int d = 0;
-        for (; d + kLanes < head_dim; d += 2 * kLanes) {
+        for (; d + kLanes < v_dim; d += 2 * kLanes) {
           F a = load(acc + d), b = load(acc + d + kLanes);
           Op::in_order(a, b);
           put(a, d), put(b, d + kLanes);
         }
-        if (d < head_dim) put(load(acc + d), d);
+        if (d < v_dim) put(load(acc + d), d);
       }
     }
   }
 }
 
 static void finish(const Batch& batch, const Block& block, const RowState& state) {
-  switch (batch.layout.dtype) {
+  switch (batch.dtype) {
     case DType::f32:
       return finish_rows<FormatF32, Fma>(batch, block, state);
     case DType::bf16:

@@ -23,10 +23,13 @@ struct Addresses {
 // of the block, as runs of memory: slots and pages that follow each other are one.
 class Tiles {
  public:
-  Tiles(const Batch& batch, const Block& block, std::int64_t bytes) : batch_(batch), block_(block), bytes_(bytes) {
-    const KvLayout& layout = batch.layout;
-    row_bytes_ = (block.head_end - block.head_begin) * layout.head_dim * bytes;
-    fetches_ = layout.head_stride == layout.head_dim;  // else a row is many runs; such layouts go without
+  Tiles(const Batch& batch, const Block& block, std::int64_t bytes)
+      : batch_(batch), block_(block), caches_{&batch.layer.k, &batch.layer.v} {
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t head = caches_[i]->dim * bytes;
+      row_bytes_[i] = (block.head_end - block.head_begin) * head;
+      fetches_ &= caches_[i]->head_stride == head;  // else a row is many runs; such layouts go without
+    }
   }
 
   const Addresses& here() const { return tiles_[turn_]; }
@@ -64,69 +67,75 @@ class Tiles {
   };
 
   void resolve(std::int64_t begin, std::int64_t end, Addresses& to) {
-    const KvLayout& layout = batch_.layout;
     const std::int32_t* pages = batch_.table.kv_indices + batch_.table.kv_indptr[block_.request];
-    const std::int64_t first_head = block_.head_begin * layout.head_stride, stride = layout.slot_stride * bytes_;
-    std::int64_t page = begin / layout.page_size;
-    std::int64_t slot = begin % layout.page_size;
+    const std::int32_t page_size = batch_.page_size;
+    std::int64_t page = begin / page_size;
+    std::int64_t slot = begin % page_size;
     to.count = static_cast<int>(max_int64(0, min_int64(end - begin, kTileKeys)));
-    num_runs_ = run_ = num_lines_ = due_ = 0;
-    of_values_ = false;
+    num_runs_[0] = num_runs_[1] = run_ = num_lines_ = due_ = of_ = 0;
     at_ = end_ = nullptr;
     for (int i = 0; i < to.count;) {
-      const int slots = min_int(to.count - i, static_cast<int>(layout.page_size - slot));
-      std::int64_t at = (pages[page] * layout.page_stride + slot * layout.slot_stride + first_head) * bytes_;
-      if (fetches_) expect_slots(at, slots, stride);
-      for (const int stop = i + slots; i < stop; ++i, at += stride) {
-        to.keys[i] = static_cast<const char*>(batch_.k_cache) + at;
-        to.values[i] = static_cast<const char*>(batch_.v_cache) + at;
-      }
+      const int slots = min_int(to.count - i, static_cast<int>(page_size - slot));
+      locate(0, pages[page], slot, slots, to.keys + i);
+      locate(1, pages[page], slot, slots, to.values + i);
+      i += slots;
       ++page;
       slot = 0;
     }
-    for (int i = 0; i < num_runs_; ++i)
-      num_lines_ += 2 * static_cast<int>((runs_[i].end - runs_[i].begin + kLine - 1) / kLine);
+    for (int of = 0; of < 2; ++of) {
+      for (int i = 0; i < num_runs_[of]; ++i)
+        num_lines_ += static_cast<int>((runs_[of][i].end - runs_[of][i].begin + kLine - 1) / kLine);
+    }
     if (to.count == 0) return;
     for (int i = to.count; i % kLanes != 0; ++i) to.keys[i] = to.keys[to.count - 1];
   }
 
-  void expect_slots(std::int64_t at, int slots, std::int64_t stride) {
-    const bool together = stride == row_bytes_;
+  // The addresses of some slots of a page, of keys (0) or values (1).
+  void locate(int of, std::int32_t page, std::int64_t slot, int slots, const char** to) {
+    const Cache& cache = *caches_[of];
+    const std::int64_t at = page * cache.page_stride + slot * cache.slot_stride + block_.head_begin * cache.head_stride;
+    for (int i = 0; i < slots; ++i) to[i] = cache.data + at + i * cache.slot_stride;
+    if (fetches_) expect_slots(of, at, slots, cache.slot_stride);
+  }
+
+  void expect_slots(int of, std::int64_t at, int slots, std::int64_t stride) {
+    const bool together = stride == row_bytes_[of];
+    int& runs = num_runs_[of];
     for (int i = 0; i < (together ? 1 : slots); ++i, at += stride) {
-      const std::int64_t end = at + (together ? slots : 1) * row_bytes_;
-      if (num_runs_ > 0 && runs_[num_runs_ - 1].end == at) {
-        runs_[num_runs_ - 1].end = end;
+      const std::int64_t end = at + (together ? slots : 1) * row_bytes_[of];
+      if (runs > 0 && runs_[of][runs - 1].end == at) {
+        runs_[of][runs - 1].end = end;
       } else {
-        runs_[num_runs_++] = {at, end};
+        runs_[of][runs++] = {at, end};
       }
     }
   }
 
   __attribute__((always_inline)) bool next_run() {
-    if (run_ == num_runs_) {
-      if (of_values_) return false;
-      of_values_ = true;
+    if (run_ == num_runs_[of_]) {
+      if (of_ == 1) return false;
+      of_ = 1;
       run_ = 0;
     }
-    if (num_runs_ == 0) return false;
-    const char* const cache = static_cast<const char*>(of_values_ ? batch_.v_cache : batch_.k_cache);
-    at_ = cache + runs_[run_].begin;
-    end_ = cache + runs_[run_++].end;
+    if (num_runs_[of_] == 0) return false;
+    const Run& run = runs_[of_][run_++];
+    at_ = caches_[of_]->data + run.begin;
+    end_ = caches_[of_]->data + run.end;
     return true;
   }
 
   const Batch& batch_;
   const Block& block_;
-  std::int64_t bytes_;      // of an element
-  std::int64_t row_bytes_;  // of one key, all heads of the block
-  bool fetches_;
+  const Cache* caches_[2];     // of keys and of values
+  std::int64_t row_bytes_[2];  // of one key, all heads of the block
+  bool fetches_ = true;
   int turn_ = 0;
-  // What is still to be fetched of the next tile: [at_, end_), then runs from run_ on, then the same of the values.
+  // What is still to be fetched of the next tile: [at_, end_), then the runs of of_ from run_ on; of the keys first.
   const char* at_ = nullptr;
   const char* end_ = nullptr;
-  Run runs_[kTileKeys];
-  int num_runs_ = 0, run_ = 0, num_lines_ = 0;
-  bool of_values_ = false;
+  Run runs_[2][kTileKeys];
+  int num_runs_[2] = {0, 0};
+  int run_ = 0, of_ = 0, num_lines_ = 0;
   int pace_ = 0, due_ = 0;  // what to fetch at each tick, and now, in parts of a line
   Addresses tiles_[2];
 };
