@@ -87,7 +87,6 @@ inline RowState state_from(const RowState& state, std::int64_t vector, std::int6
 struct Batch {
   const LayerKV& layer;
   DType dtype;  // of q and out
-  std::int32_t page_size;
   PageTableView table;
   Options options;
   Rows q;

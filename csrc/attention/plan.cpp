@@ -1,47 +1,60 @@
-// The schedule of one step: which blocks there are, which are split into chunks, and how they run on the threads.
 #include "attention/plan.hpp"
 
 #include <algorithm>
-#include <cstdint>
 #include <mutex>
-#include <numeric>
 #include <string>
 
 #include "base/error.hpp"
-#include "step/table_check.hpp"
 
 namespace radixkv::attention {
 namespace {
 
-constexpr std::int64_t kBlockVectorsTarget = 96;  // query vectors per block: enough to pay for packing a tile
-constexpr std::int32_t kFewRows = 4;              // new rows of a request up to which it is bound by memory
-constexpr double kSerialCost = 2.0e6;             // multiply-adds: below this, waking a thread costs more than it gives
-constexpr double kKeyCost = 4.0;                  // loading and packing a key, in query vectors' worth of work
-constexpr std::int32_t kSharedVectorsTarget = 256;  // query vectors per block of a shared segment, over all heads
-constexpr std::int32_t kSharedVectorsLimit = 256;   // and of one head: beyond it K and V are read again
-constexpr std::int64_t kAppendRows = 256;           // rows per item of a parallel append
+constexpr std::int64_t kAppendRows = 256;  // rows per item of a parallel append
+
+void check_cache(const std::string& who, const Cache& cache, DType dtype) {
+  if (cache.dim < 8 || cache.dim > kMaxHeadDim || cache.dim % 8 != 0) {
+    invalid(who + " is " + str(cache.dim) + ": it must be a multiple of 8 from 8 to " + str(kMaxHeadDim));
+  }
+  if (cache.dtype != dtype && cache.dtype != DType::f8) {
+    invalid(who + " is stored neither in the dtype of k and v nor as float8_e4m3fn");
+  }
+}
+
+void check_layer(std::size_t index, const LayerKV& layer, DType dtype) {
+  const std::string who = "layer " + str(index) + ": ";
+  if (layer.num_kv_heads < 1 || layer.num_qo_heads < 1 || layer.num_qo_heads % layer.num_kv_heads != 0) {
+    invalid(who + "num_qo_heads is " + str(layer.num_qo_heads) + " and num_kv_heads is " + str(layer.num_kv_heads) +
+            ": both must be positive and the first a multiple of the second");
+  }
+  check_cache(who + "k_dim", layer.k, dtype);
+  check_cache(who + "v_dim", layer.v, dtype);
+  if (layer.k.dtype != layer.v.dtype) invalid(who + "K and V must be stored in the same format");
+}
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(std::int32_t num_qo_heads, const KvLayout& layout, int num_threads, const char* isa)
-    : num_qo_heads_(num_qo_heads), group_(0), layout_(layout), kernel_(kernel(isa)), pool_(num_threads) {
-  if (layout.head_dim < 8 || layout.head_dim > kMaxHeadDim || layout.head_dim % 8 != 0) {
-    invalid("head_dim is " + str(layout.head_dim) + ": it must be a multiple of 8 from 8 to " + str(kMaxHeadDim));
-  }
-  if (layout.num_kv_heads < 1 || num_qo_heads < 1 || num_qo_heads % layout.num_kv_heads != 0) {
-    invalid("num_qo_heads is " + str(num_qo_heads) + " and num_kv_heads is " + str(layout.num_kv_heads) +
-            ": both must be positive and the first a multiple of the second");
-  }
-  if (layout.kv_dtype != layout.dtype && layout.kv_dtype != DType::f8) {
-    invalid("kv_dtype is neither dtype nor float8_e4m3fn");
-  }
-  if (layout.page_size < 1) invalid("page_size is " + str(layout.page_size) + ": it must be at least 1");
-  if (layout.num_pages < 1) invalid("num_pages is " + str(layout.num_pages) + ": it must be at least 1");
-  if (static_cast<std::int64_t>(layout.num_pages) * layout.page_size > INT32_MAX) {
-    invalid("num_pages * page_size is " + str(static_cast<std::int64_t>(layout.num_pages) * layout.page_size) +
+AttentionPlan::AttentionPlan(std::vector<LayerKV> layers, DType dtype, std::int32_t num_pages, std::int32_t page_size,
+                             int num_threads, const char* isa)
+    : layers_(std::move(layers)),
+      dtype_(dtype),
+      num_pages_(num_pages),
+      page_size_(page_size),
+      kernel_(kernel(isa)),
+      pool_(num_threads) {
+  if (page_size < 1) invalid("page_size is " + str(page_size) + ": it must be at least 1");
+  if (num_pages < 1) invalid("num_pages is " + str(num_pages) + ": it must be at least 1");
+  if (static_cast<std::int64_t>(num_pages) * page_size > INT32_MAX) {
+    invalid("num_pages * page_size is " + str(static_cast<std::int64_t>(num_pages) * page_size) +
             ": slots are int32, keep it below 2**31");
   }
-  group_ = num_qo_heads / layout.num_kv_heads;
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    check_layer(i, layers_[i], dtype);
+    const LayerShape shape(layers_[i]);
+    const auto same = [&](const Schedule& schedule) { return schedule.shape == shape; };
+    const auto found = std::find_if(schedules_.begin(), schedules_.end(), same);
+    schedule_of_layer_.push_back(static_cast<std::size_t>(found - schedules_.begin()));
+    if (found == schedules_.end()) schedules_.emplace_back(shape);
+  }
   scratch_.resize(static_cast<std::size_t>(pool_.num_threads()));
 }
 
@@ -49,31 +62,34 @@ void AttentionPlan::set_num_threads(int num_threads) {
   const std::lock_guard lock(mutex_);
   pool_.set_num_threads(num_threads);
   scratch_.resize(static_cast<std::size_t>(num_threads));
-  schedule();
+  plan_again();
 }
 
-void AttentionPlan::plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots) {
-  const std::int32_t batch_size = table.batch_size;
-  check_table(table, layout_.page_size, layout_.num_pages);
-  check_range("slots", slots, num_slots, static_cast<std::int64_t>(layout_.num_pages) * layout_.page_size);
-  if (table.qo_indptr[batch_size] != num_slots) {
-    invalid("slots has " + str(num_slots) + " entries for " + str(table.qo_indptr[batch_size]) +
-            " rows: give one slot for each row");
+void AttentionPlan::plan(const StepTable& table) {
+  if (table.num_pages != num_pages_ || table.page_size != page_size_) {
+    invalid("the page table is of " + str(table.num_pages) + " pages of " + str(table.page_size) +
+            " tokens: this attention is for " + str(num_pages_) + " of " + str(page_size_));
   }
-  plan_checked(table, slots, num_slots);
+  const std::lock_guard lock(mutex_);
+  finder_.find(table);
+  table_ = table;
+  plan_again();
 }
 
-void AttentionPlan::plan_checked(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots) {
-  const std::lock_guard lock(mutex_);
-  slots_.assign(slots, slots + num_slots);
-  if (cascade_.use_count() > 1) cascade_ = std::make_shared<Cascade>();  // somebody keeps the last one
-  cascade_->derive(table, layout_.page_size, costs_);
-  schedule();
+void AttentionPlan::plan_again() {
+  carried_rows_.find(table_.view(), *finder_.found());
+  for (Schedule& schedule : schedules_) schedule.made = false;
 }
 
-std::shared_ptr<const Cascade> AttentionPlan::cascade() {
+Schedule& AttentionPlan::schedule_of(std::size_t layer) {
+  Schedule& schedule = schedules_[schedule_of_layer_[layer]];
+  if (!schedule.made) schedule.make(table_.view(), *finder_.found(), carried_rows_, pool_.num_threads());
+  return schedule;
+}
+
+std::pair<StepTable, std::shared_ptr<const Cascade>> AttentionPlan::planned() {
   const std::lock_guard lock(mutex_);
-  return cascade_;
+  return {table_, finder_.found()};
 }
 
 void AttentionPlan::set_costs(const CascadeCosts& costs) {
@@ -81,166 +97,57 @@ void AttentionPlan::set_costs(const CascadeCosts& costs) {
     invalid("granularity is " + str(costs.granularity) + ": it must be a multiple of " + str(kTileKeys));
   }
   const std::lock_guard lock(mutex_);
-  costs_ = costs;
+  finder_.costs = costs;
 }
 
-std::int64_t AttentionPlan::block_vectors(const Block& block) const {
-  return static_cast<std::int64_t>(block.head_end - block.head_begin) * (block.row_end - block.row_begin) * group_;
-}
-
-// Numbers the rows of requests that have a used segment, in the order in which the users of a segment are neighbours.
-void AttentionPlan::carry_rows() {
-  const PageTableView table = view();
-  carried_rows_.clear();
-  carried_positions_.clear();
-  carried_of_request_.assign(static_cast<std::size_t>(table.batch_size), -1);
-  for (const std::int32_t b : cascade_->order) {
-    if (cascade_->shared_pages[b] == 0) continue;
-    carried_of_request_[b] = static_cast<std::int32_t>(carried_rows_.size());
-    const std::int32_t rows = table.num_rows(b);
-    for (std::int32_t r = 0; r < rows; ++r) {
-      carried_rows_.push_back(table.qo_indptr[b] + r);
-      carried_positions_.push_back(kv_len(b) - rows + r);
-    }
-  }
-}
-
-// The rows of all users against the keys of their segment.
-void AttentionPlan::add_segment(const Segment& segment, std::vector<Item>& items) const {
-  const std::int32_t first_user = cascade_->order[segment.user_begin];
-  const std::int32_t last_user = cascade_->order[segment.user_end - 1];
-  const std::int32_t begin = carried_of_request_[first_user];
-  const std::int32_t end = carried_of_request_[last_user] + view().num_rows(last_user);
-  const std::int32_t heads = layout_.num_kv_heads;
-  const std::int32_t step = std::clamp(kSharedVectorsTarget / (group_ * (end - begin)), 1, heads);
-  const std::int32_t rows_per_block = std::max(1, kSharedVectorsLimit / group_);
-  const std::int64_t key_begin = cascade_->token_begin(segment), key_end = cascade_->token_end(segment);
-  for (std::int32_t row = begin; row < end; row += rows_per_block) {
-    for (std::int32_t head = 0; head < heads; head += step) {
-      const Block block{first_user, head, std::min(heads, head + step), row, std::min(end, row + rows_per_block), true};
-      const double per_key = static_cast<double>(block_vectors(block)) + kKeyCost * (block.head_end - head);
-      const double cost = per_key * static_cast<double>((key_end - key_begin) * layout_.head_dim);
-      items.push_back(Item{block, key_begin, key_end, segment.level, segment.level, row, cost});
-    }
-  }
-}
-
-// Blocks of about kBlockVectorsTarget query vectors. Where a request has few rows, reading K and V is what costs, and a
-// block takes all kv heads so that memory is read in the order of addresses; unless that leaves threads without work.
-void AttentionPlan::add_requests(std::vector<Item>& items) const {
-  const PageTableView table = view();
-  const std::int32_t heads = layout_.num_kv_heads;
-  const auto target = static_cast<std::int32_t>(std::max<std::int64_t>(1, kBlockVectorsTarget / group_));
-  const auto served = [&](std::int32_t b) { return cascade_->token_at(cascade_->shared_pages[b]); };
-  std::int64_t chunks = 0;
-  for (std::int32_t b = 0; b < table.batch_size; ++b) {
-    chunks += table.num_rows(b) * ((kv_len(b) - served(b) + kChunkKeys - 1) / kChunkKeys);
-  }
-  const std::int32_t threads = pool_.num_threads();
-  const std::int32_t widest = chunks >= threads ? heads : std::max(1, heads / threads);
-  for (std::int32_t b = 0; b < table.batch_size; ++b) {
-    const std::int32_t rows = table.num_rows(b);
-    const std::int64_t key_begin = served(b);
-    const bool few = rows <= kFewRows;
-    const std::int32_t step = few ? widest : 1;
-    const std::int32_t rows_per_block = few ? rows : target;
-    for (std::int32_t begin = 0; begin < rows; begin += rows_per_block) {
-      const std::int32_t end = std::min(rows, begin + rows_per_block);
-      const std::int64_t keys = kv_len(b) - rows + end;
-      const std::int64_t key_end = (keys + kChunkKeys - 1) / kChunkKeys * kChunkKeys;
-      const std::int32_t carried = carried_of_request_[b] < 0 ? -1 : carried_of_request_[b] + begin;
-      for (std::int32_t head = 0; head < heads; head += step) {
-        const Block block{b, head, std::min(heads, head + step), begin, end};
-        const double per_key = static_cast<double>(block_vectors(block)) + kKeyCost * (block.head_end - head);
-        const double cost = per_key * static_cast<double>((keys - key_begin) * layout_.head_dim);
-        items.push_back(Item{block, key_begin, key_end, cascade_->levels, cascade_->depths[b], carried, cost});
-      }
-    }
-  }
-}
-
-// The items of every phase, the costly ones first. Nothing of this changes a bit of the result.
-void AttentionPlan::schedule() {
-  carry_rows();
-  std::vector<Item> blocks;
-  for (const Segment& segment : cascade_->segments) {
-    if (segment.verdict == Verdict::used) add_segment(segment, blocks);
-  }
-  add_requests(blocks);
-  std::vector<double> totals(static_cast<std::size_t>(cascade_->levels) + 1, 0.0);
-  max_block_rows_ = 0;
-  for (const Item& item : blocks) {
-    totals[item.phase] += item.cost;
-    max_block_rows_ = std::max(max_block_rows_, block_vectors(item.block));
-  }
-  serial_ = pool_.num_threads() == 1 || std::accumulate(totals.begin(), totals.end(), 0.0) < kSerialCost;
-  items_.clear();
-  splits_.clear();
-  states_floats_ = 0;
-  for (const Item& item : blocks) {
-    const double fair = totals[item.phase] / (4.0 * pool_.num_threads());
-    serial_ ? items_.push_back(item) : add_item(item, fair);
-  }
-  std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) {
-    return a.phase != b.phase ? a.phase < b.phase : a.cost > b.cost;
-  });
-  phase_ends_.assign(totals.size(), 0);
-  for (const Item& item : items_) ++phase_ends_[item.phase];
-  std::partial_sum(phase_ends_.begin(), phase_ends_.end(), phase_ends_.begin());
-  pending_ = std::make_unique<std::atomic<std::int32_t>[]>(splits_.size());
-}
-
-// A block that would keep one thread busy while the others idle is split into its chunks.
-void AttentionPlan::add_item(const Item& item, double fair) {
-  const auto parts =
-      static_cast<std::int32_t>((item.key_end + kChunkKeys - 1) / kChunkKeys - item.key_begin / kChunkKeys);
-  if (item.cost <= fair || parts < 2) return items_.push_back(item);
-  Item part = item;
-  part.split = static_cast<std::int32_t>(splits_.size());
-  splits_.push_back(Split{states_floats_, parts});
-  states_floats_ += parts * state_floats(block_vectors(item.block), layout_.head_dim);
-  for (part.cost = item.cost / parts; part.part < parts; ++part.part, part.key_begin = part.key_end) {
-    part.key_end = std::min(item.key_end, (part.key_begin / kChunkKeys + 1) * kChunkKeys);
-    items_.push_back(part);
-  }
-}
-
-void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
-                           const Scales& scales) {
+void AttentionPlan::append(std::size_t layer, const Rows& k, const Rows& v) {
   const std::lock_guard lock(mutex_);
+  const PageLists::Use use(*table_.lists);
   const std::int64_t rows = num_rows();
   const auto store = [&](std::int64_t item, int) {
     const std::int64_t begin = item * kAppendRows;
     const std::int64_t end = std::min(rows, begin + kAppendRows);
-    append_kv(kernel_, strides, k_cache, v_cache, k, v, scales, slots_.data(), begin, end);
+    append_kv(kernel_, layers_[layer], dtype_, page_size_, k, v, table_.slots.data(), begin, end);
   };
-  const std::int64_t items = (rows + kAppendRows - 1) / kAppendRows;
-  pool_.for_each(items, store);
+  pool_.for_each((rows + kAppendRows - 1) / kAppendRows, store);
 }
 
-void AttentionPlan::run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
-                        const AttentionParams& params) {
-  const std::lock_guard lock(mutex_);
-  const Batch batch{
-      strides, view(), params, group_, k_cache, v_cache, q, out, carried_rows_.data(), carried_positions_.data()};
-  const std::size_t state_bytes =
-      static_cast<std::size_t>(state_floats(max_block_rows_, layout_.head_dim)) * sizeof(float);
-  const std::size_t bytes = state_bytes + kernel_.scratch_bytes(max_block_rows_, layout_.head_dim);
+// Scratch memory as this schedule needs it.
+void AttentionPlan::reserve(const Schedule& schedule) {
+  const std::int64_t vectors = schedule.max_block_vectors, v_dim = schedule.shape.v_dim;
+  const std::size_t bytes = static_cast<std::size_t>(state_floats(vectors, v_dim)) * sizeof(float) +
+                            kernel_.scratch_bytes(vectors, schedule.shape.k_dim, v_dim);
   for (AlignedBuffer& scratch : scratch_) scratch.reserve(bytes);
-  states_.reserve(static_cast<std::size_t>(states_floats_) * sizeof(float));
-  for (std::size_t i = 0; i < splits_.size(); ++i) pending_[i].store(splits_[i].num_parts, std::memory_order_relaxed);
-  if (num_carried() > 0) {
-    auto* const memory =
-        static_cast<float*>(carried_.reserve(3 * static_cast<std::size_t>(carried_floats()) * sizeof(float)));
-    const std::int64_t vectors = num_carried() * num_qo_heads_;
-    std::fill_n(state_at(memory, 1, vectors, layout_.head_dim).sum, vectors, 0.0f);
+  states_.reserve(static_cast<std::size_t>(schedule.states_floats) * sizeof(float));
+  if (schedule.splits.size() > num_pending_) {
+    num_pending_ = schedule.splits.size();
+    pending_ = std::make_unique<std::atomic<std::int32_t>[]>(num_pending_);
   }
+  for (std::size_t i = 0; i < schedule.splits.size(); ++i) {
+    pending_[i].store(schedule.splits[i].num_parts, std::memory_order_relaxed);
+  }
+  if (carried_rows_.count() == 0) return;
+  const auto floats = static_cast<std::size_t>(carried_floats(schedule.shape));
+  auto* const memory = static_cast<float*>(carried_.reserve(3 * floats * sizeof(float)));
+  const std::int64_t all = carried_rows_.count() * schedule.shape.num_qo_heads;
+  std::fill_n(state_at(memory, 1, all, v_dim).sum, all, 0.0f);
+}
+
+void AttentionPlan::run(std::size_t layer, const Rows& q, void* out, const Options& options) {
+  const std::lock_guard lock(mutex_);
+  const PageLists::Use use(*table_.lists);
+  const Schedule& schedule = schedule_of(layer);
+  const LayerKV& kv = layers_[layer];
+  const Options scaled{options.sm_scale * kv.k.scale, options.window_left, options.logits_soft_cap};
+  const Batch batch{
+      kv, dtype_, table_.view(), scaled, q, out, carried_rows_.rows.data(), carried_rows_.positions.data()};
+  reserve(schedule);
   std::int64_t begin = 0;
-  for (const std::int64_t end : phase_ends_) {
+  for (const std::int64_t end : schedule.phase_ends) {
     const auto work = [&](std::int64_t i, int worker) {
-      run_item(batch, items_[static_cast<std::size_t>(begin + i)], worker);
+      run_item(schedule, batch, schedule.items[static_cast<std::size_t>(begin + i)], worker);
     };
-    if (serial_) {
+    if (schedule.serial) {
       for (std::int64_t i = 0; i < end - begin; ++i) work(i, 0);
     } else {
       pool_.for_each(end - begin, work);
@@ -249,49 +156,55 @@ void AttentionPlan::run(const KvLayout& strides, const void* k_cache, const void
   }
 }
 
+std::int64_t AttentionPlan::carried_floats(const LayerShape& shape) const {
+  return state_floats(carried_rows_.count() * shape.num_qo_heads, shape.v_dim);
+}
+
 // The item's part of a state of all carried rows.
-RowState AttentionPlan::carried(Carried which, const Item& item) {
-  float* const memory = static_cast<float*>(carried_.reserve(0)) + static_cast<int>(which) * carried_floats();
-  const RowState all = state_at(memory, layout_.num_kv_heads, num_carried() * group_, layout_.head_dim);
-  const std::int64_t row = item.block.head_begin * num_carried() + item.carried;
-  return state_from(all, row * group_, layout_.head_dim);
+RowState AttentionPlan::carried(const Schedule& schedule, Carried which, const Item& item) {
+  const LayerShape& shape = schedule.shape;
+  float* const memory = static_cast<float*>(carried_.reserve(0)) + static_cast<int>(which) * carried_floats(shape);
+  const RowState all = state_at(memory, shape.num_kv_heads, carried_rows_.count() * shape.group(), shape.v_dim);
+  const std::int64_t row = item.block.head_begin * carried_rows_.count() + item.carried;
+  return state_from(all, row * shape.group(), shape.v_dim);
 }
 
 // Where a part of a split block gathers its state. What precedes a carried block's first part is merged into already.
-RowState AttentionPlan::part_state(const Item& item, std::int32_t part) {
-  if (part == 0 && item.carried >= 0) return carried(Carried::state, item);
-  const std::int64_t heads = item.block.head_end - item.block.head_begin, vectors = block_vectors(item.block);
+RowState AttentionPlan::part_state(const Schedule& schedule, const Item& item, std::int32_t part) {
+  if (part == 0 && item.carried >= 0) return carried(schedule, Carried::state, item);
+  const std::int64_t v_dim = schedule.shape.v_dim;
+  const std::int64_t heads = item.block.head_end - item.block.head_begin, vectors = schedule.block_vectors(item.block);
   float* const memory = static_cast<float*>(states_.reserve(0)) +
-                        splits_[static_cast<std::size_t>(item.split)].state_offset +
-                        part * state_floats(vectors, layout_.head_dim);
-  return state_at(memory, heads, vectors / heads, layout_.head_dim);
+                        schedule.splits[static_cast<std::size_t>(item.split)].state_offset +
+                        part * state_floats(vectors, v_dim);
+  return state_at(memory, heads, vectors / heads, v_dim);
 }
 
-void AttentionPlan::run_item(const Batch& batch, const Item& item, int worker) {
-  const std::int64_t vectors = block_vectors(item.block);
+void AttentionPlan::run_item(const Schedule& schedule, const Batch& batch, const Item& item, int worker) {
+  const std::int64_t v_dim = schedule.shape.v_dim, vectors = schedule.block_vectors(item.block);
   const std::int64_t heads = item.block.head_end - item.block.head_begin;
   auto* scratch = static_cast<float*>(scratch_[static_cast<std::size_t>(worker)].reserve(0));
-  void* kernel_scratch = scratch + state_floats(max_block_rows_, layout_.head_dim);
+  void* kernel_scratch = scratch + state_floats(schedule.max_block_vectors, v_dim);
   const bool carries = item.carried >= 0 && item.part == 0;
   const bool whole_here = item.split < 0 && item.carried < 0;
   const RowState state =
-      whole_here ? state_at(scratch, heads, vectors / heads, layout_.head_dim) : part_state(item, item.part);
+      whole_here ? state_at(scratch, heads, vectors / heads, v_dim) : part_state(schedule, item, item.part);
   if (!carries) std::fill_n(state.sum, vectors, 0.0f);
   Span span{item.key_begin, item.key_end, state, state};
   if (item.carried >= 0) {
     // Every depth reads one of the two and writes the other: the parts of a split may run at the same time.
     const bool odd = item.depth % 2 != 0;
-    span.open_in = carried(odd ? Carried::open_odd : Carried::open_even, item);
-    span.open_out = carried(odd ? Carried::open_even : Carried::open_odd, item);
+    span.open_in = carried(schedule, odd ? Carried::open_odd : Carried::open_even, item);
+    span.open_out = carried(schedule, odd ? Carried::open_even : Carried::open_odd, item);
   }
   kernel_.attend(batch, item.block, span, state, kernel_scratch);
   RowState whole = state;
   if (item.split >= 0) {
-    const std::size_t split = static_cast<std::size_t>(item.split);
+    const auto split = static_cast<std::size_t>(item.split);
     if (pending_[split].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    whole = part_state(item, 0);
-    for (std::int32_t part = 1; part < splits_[split].num_parts; ++part) {
-      kernel_.merge(heads, vectors / heads, layout_.head_dim, part_state(item, part), whole);
+    whole = part_state(schedule, item, 0);
+    for (std::int32_t part = 1; part < schedule.splits[split].num_parts; ++part) {
+      kernel_.merge(heads, vectors / heads, v_dim, part_state(schedule, item, part), whole);
     }
   }
   if (!item.block.shared) kernel_.finish(batch, item.block, whole);

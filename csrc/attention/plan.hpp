@@ -1,12 +1,14 @@
-// One step's attention: the page table checked and copied, the work scheduled, then run once per layer.
+// One step's attention: the page table copied, the work scheduled, then run once per layer.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention/attention.hpp"
+#include "attention/schedule.hpp"
 #include "base/fork_mutex.hpp"
 #include "base/memory.hpp"
 #include "base/thread_pool.hpp"
@@ -14,93 +16,62 @@
 
 namespace radixkv::attention {
 
-// The schedule of one step, made once and run for every layer.
 class AttentionPlan {
  public:
-  // layout's strides are ignored here. Throws Error (InvalidArgument) for a geometry that the kernel does not take.
-  AttentionPlan(std::int32_t num_qo_heads, const KvLayout& layout, int num_threads, const char* isa = nullptr);
+  // The layers' memory, of num_pages pages each, must outlive the plan. dtype: of q, k, v and out. Throws Error
+  // (InvalidArgument) for a layer that the kernel does not take.
+  AttentionPlan(std::vector<LayerKV> layers, DType dtype, std::int32_t num_pages, std::int32_t page_size,
+                int num_threads, const char* isa = nullptr);
 
-  // Copies and checks the page table: indptr monotone from 0, pages == ceil(kv_len / page_size) >= what the new rows
-  // need, 1 <= last page length <= page_size, page ids and slots in range. A table that fails changes nothing.
-  void plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
+  // Copies the table and schedules its step. O(requests + rows) where the batch is that of the last step. The calls
+  // below throw LeaseError once that step has ended. Throws Error (InvalidArgument) for a table of another pool,
+  // LeaseError for one whose step has ended; then nothing has changed.
+  void plan(const StepTable& table);
 
-  // The same for a table that is known to be right: of leases of a cache with as many pages of this size.
-  void plan_checked(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
+  // Writes k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of a layer.
+  void append(std::size_t layer, const Rows& k, const Rows& v);
 
-  // Writes k and v [rows, num_kv_heads, head_dim] into the slots; scales: of 8-bit caches.
-  void append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
-              const Scales& scales);
+  // Attends q [rows, num_qo_heads, k_dim] to a layer; out: [rows, num_qo_heads, v_dim].
+  void run(std::size_t layer, const Rows& q, void* out, const Options& options);
 
-  void run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
-           const AttentionParams& params);
-
-  // What the planned requests share. It stays as it is when the next step is planned.
-  std::shared_ptr<const Cascade> cascade();
+  // The planned table, and what its requests share.
+  std::pair<StepTable, std::shared_ptr<const Cascade>> planned();
 
   // When shared segments are read once for all of their users; takes effect with the next plan. It never changes a bit
   // of the result. Throws Error (InvalidArgument) unless the granularity is a multiple of kTileKeys.
   void set_costs(const CascadeCosts& costs);
 
-  std::int64_t num_rows() const { return static_cast<std::int64_t>(slots_.size()); }
+  std::int64_t num_rows() const { return table_.num_rows(); }
   const char* isa() const { return kernel_.isa; }
   int num_threads() const { return pool_.num_threads(); }
   void set_num_threads(int num_threads);
 
  private:
-  // A block over some keys. Phases run one after the other: first the segments that begin at the root, then those that
-  // continue them, and so on; last what is each request's own.
-  struct Item {
-    Block block;
-    std::int64_t key_begin;
-    std::int64_t key_end;
-    std::int32_t phase;
-    std::int32_t depth;    // used segments before it on its rows' path
-    std::int32_t carried;  // the block's first carried row, or -1
-    double cost;
-    std::int32_t split = -1;  // or it is a part of this one
-    std::int32_t part = 0;
-  };
-  // A block whose chunks are computed independently and merged by whoever finishes last.
-  struct Split {
-    std::int64_t state_offset;  // floats into states_, one state per part
-    std::int32_t num_parts;
-  };
   enum class Carried { state, open_even, open_odd };
 
-  void schedule();
-  void carry_rows();
-  void add_segment(const Segment& segment, std::vector<Item>& items) const;
-  void add_requests(std::vector<Item>& items) const;
-  void add_item(const Item& item, double fair);
-  std::int64_t block_vectors(const Block& block) const;
-  std::int64_t kv_len(std::int32_t b) const { return view().kv_len(b, layout_.page_size); }
-  PageTableView view() const { return cascade_->view(); }
-  std::int64_t num_carried() const { return static_cast<std::int64_t>(carried_rows_.size()); }
-  std::int64_t carried_floats() const { return state_floats(num_carried() * num_qo_heads_, layout_.head_dim); }
-  RowState carried(Carried which, const Item& item);
-  RowState part_state(const Item& item, std::int32_t part);
-  void run_item(const Batch& batch, const Item& item, int worker);
+  void plan_again();
+  Schedule& schedule_of(std::size_t layer);
+  void reserve(const Schedule& schedule);
+  std::int64_t carried_floats(const LayerShape& shape) const;
+  RowState carried(const Schedule& schedule, Carried which, const Item& item);
+  RowState part_state(const Schedule& schedule, const Item& item, std::int32_t part);
+  void run_item(const Schedule& schedule, const Batch& batch, const Item& item, int worker);
 
-  std::int32_t num_qo_heads_;
-  std::int32_t group_;
-  KvLayout layout_;
+  const std::vector<LayerKV> layers_;
+  const DType dtype_;
+  const std::int32_t num_pages_;
+  const std::int32_t page_size_;
   const Kernel& kernel_;
   ThreadPool pool_;
   ForkMutex mutex_;  // one call at a time: the calls share scratch memory
 
-  CascadeCosts costs_;
-  std::shared_ptr<Cascade> cascade_ = std::make_shared<Cascade>();
-  std::vector<std::int32_t> slots_;
-  std::vector<std::int32_t> carried_rows_;        // the rows whose state goes from segment to segment, in cascade order
-  std::vector<std::int64_t> carried_positions_;   // and their positions
-  std::vector<std::int32_t> carried_of_request_;  // first carried row of each request, or -1
-  std::vector<Item> items_;                       // by phase
-  std::vector<std::int64_t> phase_ends_;
-  std::vector<Split> splits_;
+  StepTable table_;
+  CascadeFinder finder_;
+  CarriedRows carried_rows_;
+  std::vector<Schedule> schedules_;  // one for each shape of layers; made when the first of them runs
+  std::vector<std::size_t> schedule_of_layer_;
   std::unique_ptr<std::atomic<std::int32_t>[]> pending_;  // parts of each split not yet done
-  std::int64_t states_floats_ = 0;
-  std::int64_t max_block_rows_ = 0;
-  bool serial_ = true;  // too little work to wake a thread for
+  std::size_t num_pending_ = 0;
   AlignedBuffer states_;
   AlignedBuffer carried_;  // of all carried rows: the state, and that of the open chunk, twice
   std::vector<AlignedBuffer> scratch_;

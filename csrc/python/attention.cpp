@@ -1,8 +1,5 @@
-// radixkv._core's part for attention. Tensors cross as addresses and strides, checked in radixkv/attention/native.py;
-// the arrays of a page table cross as int32 numpy arrays, checked here.
+// radixkv._core's part for attention. Tensors cross as addresses and strides, checked in radixkv/attention/native.py.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,7 +9,6 @@
 
 #include "attention/plan.hpp"
 #include "base/error.hpp"
-#include "python/arrays.hpp"
 #include "python/objects.hpp"
 
 namespace nb = nanobind;
@@ -24,70 +20,68 @@ void bind_attention(nb::module_& m);
 
 namespace {
 
-using attention::AttentionParams;
 using attention::AttentionPlan;
+using attention::Cache;
 using attention::DType;
-using attention::KvLayout;
+using attention::LayerKV;
+using attention::Options;
 using attention::Rows;
-using attention::Scales;
 
 DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
-  invalid("dtype is " + name + ": it must be float32, bfloat16 or float16");
+  if (name == "float8_e4m3fn") return DType::f8;
+  invalid("dtype is " + name + ": it must be float32, bfloat16, float16 or float8_e4m3fn");
 }
 
-DType kv_dtype_named(const std::string& name) { return name == "float8_e4m3fn" ? DType::f8 : dtype_named(name); }
+// Rows of `heads` heads, one after the other.
+Cache cache_at(std::uintptr_t address, const std::string& dtype, std::int32_t heads, std::int32_t dim, float scale,
+               std::int64_t page_bytes) {
+  const std::int64_t head = dim * attention::element_size(dtype_named(dtype));
+  return Cache{reinterpret_cast<char*>(address), dtype_named(dtype), dim, scale, page_bytes, heads * head, head};
+}
 
-// An AttentionPlan and what its layout has beside strides.
+// What of the core is a tuple in Python: what keeps the memory alive is Python's business.
+Rows rows_of(std::uintptr_t address, std::int64_t row_stride, std::int64_t head_stride) {
+  return Rows{reinterpret_cast<const void*>(address), row_stride, head_stride};
+}
+
+// An AttentionPlan, called without the GIL.
 class Plan {
  public:
-  Plan(std::int32_t num_qo_heads, std::int32_t num_kv_heads, std::int32_t head_dim, std::int32_t num_pages,
-       std::int32_t page_size, const std::string& dtype, const std::string& kv_dtype, int num_threads,
-       const std::string& isa)
-      : layout_{dtype_named(dtype), kv_dtype_named(kv_dtype), num_pages, page_size, num_kv_heads, head_dim, 0, 0, 0},
-        plan_(num_qo_heads, layout_, num_threads, isa.c_str()) {}
+  Plan(const std::vector<LayerKV>& layers, const std::string& dtype, std::int32_t num_pages, std::int32_t page_size,
+       int num_threads, const std::string& isa)
+      : plan_(layers, dtype_named(dtype), num_pages, page_size, num_threads, isa.c_str()), num_layers_(layers.size()) {}
 
-  void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
-            const Int32Array& kv_last_page_len, const Int32Array& slots) {
-    const PageTableView view = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
+  void plan(const PyTable& t) {
+    const StepTable& table = t.table();
     const nb::gil_scoped_release release;
-    plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
+    plan_.plan(table);
   }
 
-  // An engine's own table, without a detour over Python's arrays.
-  void plan_table(const PyPageTable& t) {
-    const PageTable& table = t.table;
-    if (table.num_pages() != layout_.num_pages || table.page_size() != layout_.page_size) {
-      invalid("the page table is of " + str(table.num_pages()) + " pages of " + str(table.page_size()) +
-              " tokens: this attention is for " + str(layout_.num_pages) + " of " + str(layout_.page_size));
+  void append(std::size_t layer, std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v,
+              std::int64_t v_row, std::int64_t v_head) {
+    check(layer);
+    const nb::gil_scoped_release release;
+    plan_.append(layer, rows_of(k, k_row, k_head), rows_of(v, v_row, v_head));
+  }
+
+  void run(std::size_t layer, std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t out,
+           float sm_scale, std::int32_t window_left, float logits_soft_cap) {
+    check(layer);
+    const nb::gil_scoped_release release;
+    plan_.run(layer, rows_of(q, q_row, q_head), reinterpret_cast<void*>(out),
+              Options{sm_scale, window_left, logits_soft_cap});
+  }
+
+  PyCascade* cascade() {
+    std::pair<StepTable, std::shared_ptr<const Cascade>> planned;
+    {
+      const nb::gil_scoped_release release;
+      planned = plan_.planned();
     }
-    const nb::gil_scoped_release release;
-    plan_.plan_checked(table.view(), table.slots.data(), static_cast<std::int64_t>(table.slots.size()));
-  }
-
-  void append(std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
-              std::int64_t v_head, std::uintptr_t k_cache, std::uintptr_t v_cache, std::int64_t page_stride,
-              std::int64_t slot_stride, std::int64_t head_stride, float k_scale, float v_scale) {
-    const nb::gil_scoped_release release;
-    plan_.append(strided(page_stride, slot_stride, head_stride), reinterpret_cast<void*>(k_cache),
-                 reinterpret_cast<void*>(v_cache), Rows{reinterpret_cast<const void*>(k), k_row, k_head},
-                 Rows{reinterpret_cast<const void*>(v), v_row, v_head}, Scales{k_scale, v_scale});
-  }
-
-  void run(std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t k_cache, std::uintptr_t v_cache,
-           std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride, std::uintptr_t out,
-           float sm_scale, std::int32_t window_left, float logits_soft_cap, float v_scale) {
-    const nb::gil_scoped_release release;
-    plan_.run(strided(page_stride, slot_stride, head_stride), reinterpret_cast<const void*>(k_cache),
-              reinterpret_cast<const void*>(v_cache), Rows{reinterpret_cast<const void*>(q), q_row, q_head},
-              reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap, v_scale});
-  }
-
-  std::shared_ptr<const Cascade> cascade() {
-    const nb::gil_scoped_release release;
-    return plan_.cascade();
+    return new PyCascade(std::move(planned.first), std::move(planned.second));
   }
   void set_costs(const CascadeCosts& costs) {
     const nb::gil_scoped_release release;
@@ -102,16 +96,12 @@ class Plan {
   }
 
  private:
-  KvLayout strided(std::int64_t page_stride, std::int64_t slot_stride, std::int64_t head_stride) const {
-    KvLayout layout = layout_;
-    layout.page_stride = page_stride;
-    layout.slot_stride = slot_stride;
-    layout.head_stride = head_stride;
-    return layout;
+  void check(std::size_t layer) const {
+    if (layer >= num_layers_) invalid("layer is " + str(layer) + ": there are " + str(num_layers_));
   }
 
-  KvLayout layout_;
   AttentionPlan plan_;
+  std::size_t num_layers_;
 };
 
 }  // namespace
@@ -123,13 +113,24 @@ void bind_attention(nb::module_& m) {
   m.attr("CHUNK_KEYS") = attention::kChunkKeys;
   m.def("isas", &attention::supported_isas, "The instruction sets that this machine supports, best first.");
 
+  nb::class_<LayerKV>(m, "LayerKV", "Where one layer's K and V pages lie; see radixkv.pool.LayerKV.")
+      .def(
+          "__init__",
+          [](LayerKV* self, std::int32_t num_qo_heads, std::int32_t num_kv_heads, std::uintptr_t k,
+             const std::string& k_dtype, std::int32_t k_dim, float k_scale, std::int64_t k_page_bytes, std::uintptr_t v,
+             const std::string& v_dtype, std::int32_t v_dim, float v_scale, std::int64_t v_page_bytes) {
+            new (self)
+                LayerKV{num_qo_heads, num_kv_heads, cache_at(k, k_dtype, num_kv_heads, k_dim, k_scale, k_page_bytes),
+                        cache_at(v, v_dtype, num_kv_heads, v_dim, v_scale, v_page_bytes)};
+          },
+          nb::kw_only(), "num_qo_heads"_a, "num_kv_heads"_a, "k"_a, "k_dtype"_a, "k_dim"_a, "k_scale"_a,
+          "k_page_bytes"_a, "v"_a, "v_dtype"_a, "v_dim"_a, "v_scale"_a, "v_page_bytes"_a);
+
   nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
-      .def(nb::init<std::int32_t, std::int32_t, std::int32_t, std::int32_t, std::int32_t, const std::string&,
-                    const std::string&, int, const std::string&>(),
-           "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a, "kv_dtype"_a,
-           "num_threads"_a, "isa"_a = "")
-      .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
-      .def("plan_table", &Plan::plan_table, "table"_a)
+      .def(nb::init<const std::vector<LayerKV>&, const std::string&, std::int32_t, std::int32_t, int,
+                    const std::string&>(),
+           "layers"_a, "dtype"_a, "num_pages"_a, "page_size"_a, "num_threads"_a, "isa"_a = "")
+      .def("plan", &Plan::plan, "table"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)
       .def_prop_ro("cascade", &Plan::cascade)

@@ -67,8 +67,8 @@ class Tiles {
   };
 
   void resolve(std::int64_t begin, std::int64_t end, Addresses& to) {
-    const std::int32_t* pages = batch_.table.kv_indices + batch_.table.kv_indptr[block_.request];
-    const std::int32_t page_size = batch_.page_size;
+    const std::int32_t* pages = batch_.table.pages[block_.request];
+    const std::int32_t page_size = batch_.table.page_size;
     std::int64_t page = begin / page_size;
     std::int64_t slot = begin % page_size;
     to.count = static_cast<int>(max_int64(0, min_int64(end - begin, kTileKeys)));
