@@ -196,22 +196,47 @@ class CascadeFinder:
     def __init__(self, costs: CascadeCosts) -> None: ...
     def find(self, table: Table) -> Cascade: ...
 
+class LayerKV:
+    def __init__(
+        self,
+        *,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        k: int,
+        k_dtype: str,
+        k_dim: int,
+        k_scale: float,
+        k_page_bytes: int,
+        v: int,
+        v_dtype: str,
+        v_dim: int,
+        v_scale: float,
+        v_page_bytes: int,
+    ) -> None: ...
+
 class AttentionPlan:
     def __init__(
         self,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        layers: Sequence[LayerKV],
+        dtype: str,
         num_pages: int,
         page_size: int,
-        dtype: str,
-        kv_dtype: str,
         num_threads: int,
         isa: str = "",
     ) -> None: ...
     def plan(self, table: Table) -> None: ...
-    def append(self, *addresses_strides_and_scales: float) -> None: ...
-    def run(self, *addresses_and_options: float) -> None: ...
+    def append(self, layer: int, k: int, k_row: int, k_head: int, v: int, v_row: int, v_head: int) -> None: ...
+    def run(
+        self,
+        layer: int,
+        q: int,
+        q_row: int,
+        q_head: int,
+        out: int,
+        sm_scale: float,
+        window_left: int,
+        logits_soft_cap: float,
+    ) -> None: ...
     def set_costs(self, costs: CascadeCosts) -> None: ...
     @property
     def cascade(self) -> Cascade: ...

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from radixkv import _core
-from radixkv.attention import Attention
+from radixkv.attention import backend_for, check_device
 from radixkv.cache import Lease, PrefixCache
-from radixkv.errors import BackendUnavailable, InvalidArgument
-from radixkv.geometry import Geometry
+from radixkv.errors import InvalidArgument
+from radixkv.formats import LayerFormat, layer_formats
 from radixkv.pool import KVPool, pages_for_capacity
+from radixkv.shape import LayerShape, checked_size
 from radixkv.step import Step
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ class Engine:
     """Holds the K and V of cached prefixes and runs attention over them, for one model on one device.
 
     Args:
-        num_layers, num_qo_heads, num_kv_heads, head_dim: of the model.
+        num_layers, num_qo_heads, num_kv_heads, head_dim: of a model whose layers are all alike; or
+        layers: what each layer attends with, where they differ.
         page_size: tokens a page holds.
         num_pages: pages of the pool; or
         capacity: memory of the pool: "4GiB", a number of bytes, or a share (float) of the device's free memory.
-        dtype: of q, k, v and the pool: bfloat16, float16 or (on the CPU) float32.
+        dtype: of q, k and v: bfloat16, float16 or (on the CPU) float32.
         device: "cpu", or "cuda" for FlashInfer's kernels. These are compiled at their first use: the engine runs them
             once when it is made, which can take minutes the first time, and says so on standard error.
-        kv_dtype: what K and V are stored as: dtype, or torch.float8_e4m3fn, which takes half the memory of 16 bits.
-        k_scale, v_scale: with an 8-bit kv_dtype, what a stored value is multiplied with to be K or V; choose them so
-            that the largest K and V are below 448 times their scale.
+        kv_format: how K and V are stored: None for dtype, "fp8" for half the memory of 16 bits, a `LayerFormat` such as
+            ``fp8(k_scale=0.5, v_scale=0.25)``, or a list with one of these for each layer.
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
             `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
 
@@ -48,35 +49,35 @@ class Engine:
     def __init__(
         self,
         *,
-        num_layers: int,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        num_layers: int | None = None,
+        num_qo_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        layers: Sequence[LayerShape] | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
         capacity: str | float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
-        kv_dtype: torch.dtype | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        kv_format: str | LayerFormat | Sequence[str | LayerFormat | None] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
-        self.dtype, self.device = _dtype("dtype", dtype), _device(device)
-        self.kv_dtype = _dtype("kv_dtype", kv_dtype or dtype)
-        self.geometry = Geometry(num_layers, num_qo_heads, num_kv_heads, head_dim, page_size, self.kv_dtype.itemsize)
+        self.dtype, device = _dtype(dtype), _device(device)
+        self.layers = _layers(layers, num_layers, num_qo_heads, num_kv_heads, head_dim)
+        formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), len(self.layers))
         if (num_pages is None) == (capacity is None):
             raise InvalidArgument("give either num_pages or capacity: the size of the pool")
+        check_device(device, cuda_graphs=cuda_graphs)
         if capacity is not None:
-            num_pages = pages_for_capacity(capacity, self.geometry, self.device)
+            page_size = checked_size("page_size", page_size)
+            per_page = sum(f.page_bytes(page_size, s) for s, f in zip(self.layers, formats, strict=True))
+            num_pages = pages_for_capacity(capacity, per_page, device)
         assert num_pages is not None
         self.cache = PrefixCache(num_pages, page_size)
-        num_pages = self.cache.num_pages
-        storage = {"kv_dtype": self.kv_dtype, "k_scale": k_scale, "v_scale": v_scale}
-        self.attention = _attention(self.geometry, num_pages, dtype, self.device, storage, cuda_graphs)
-        self.pool = KVPool(self.geometry, num_pages, self.kv_dtype, self.device)
-        self.device = self.pool.storage.device  # "cuda" has become the device it stood for
-        self.attention.warm_up(self.pool.k[0], self.pool.v[0])
+        self.pool = KVPool(self.layers, formats, self.cache.num_pages, self.cache.page_size, device)
+        self.device = self.pool.device  # "cuda" has become the device it stood for
+        self.attention = backend_for(self.pool.layers, dtype, cuda_graphs=cuda_graphs)
+        self.attention.warm_up()
         self.table = _core.PageTable(self.cache)
         self.graph_windows: dict[int, int] = {}
 
@@ -137,12 +138,29 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Engine({self.geometry}, {self.dtype}, {self.device}, {self.cache!r})"
+        kinds = {(kv.shape, kv.format): None for kv in self.pool.layers}
+        what = ", ".join(f"{shape} as {stored.k.dtype}" for shape, stored in kinds)
+        return f"Engine({len(self.layers)} layers: {what}, {self.dtype}, {self.device}, {self.cache!r})"
 
 
-def _dtype(name: str, dtype: object) -> torch.dtype:
+def _layers(layers: Sequence[LayerShape] | None, *sizes: int | None) -> tuple[LayerShape, ...]:
+    """The shape of each layer; sizes: num_layers, num_qo_heads, num_kv_heads, head_dim of a uniform model."""
+    if layers is not None:
+        if any(size is not None for size in sizes):
+            raise InvalidArgument("give layers, or num_layers, num_qo_heads, num_kv_heads and head_dim: not both")
+        layers = tuple(layers)
+        if not layers or not all(isinstance(layer, LayerShape) for layer in layers):
+            raise InvalidArgument(f"layers is {layers!r}: give a LayerShape for each layer")
+        return layers
+    num_layers, num_qo_heads, num_kv_heads, head_dim = sizes
+    if num_layers is None or num_qo_heads is None or num_kv_heads is None or head_dim is None:
+        raise InvalidArgument("give num_layers, num_qo_heads, num_kv_heads and head_dim; or layers, where they differ")
+    return (LayerShape(num_qo_heads, num_kv_heads, head_dim),) * checked_size("num_layers", num_layers)
+
+
+def _dtype(dtype: object) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
-        raise InvalidArgument(f"{name} is {dtype!r}: give a torch.dtype, such as torch.bfloat16")
+        raise InvalidArgument(f"dtype is {dtype!r}: give a torch.dtype, such as torch.bfloat16")
     return dtype
 
 
@@ -151,32 +169,3 @@ def _device(device: object) -> torch.device:
         return torch.device(device)  # type: ignore[call-overload, no-any-return]
     except (RuntimeError, TypeError) as error:
         raise InvalidArgument(f"device is {device!r}: give 'cpu', 'cuda' or a torch.device") from error
-
-
-def _attention(
-    geometry: Geometry,
-    num_pages: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    storage: dict[str, Any],
-    cuda_graphs: bool,
-) -> Attention:
-    """The backend for this device. `storage`: kv_dtype, k_scale and v_scale."""
-    sizes: dict[str, Any] = {
-        "num_qo_heads": geometry.num_qo_heads,
-        "num_kv_heads": geometry.num_kv_heads,
-        "head_dim": geometry.head_dim,
-        "num_pages": num_pages,
-        "page_size": geometry.page_size,
-    }
-    if device.type == "cpu":
-        from radixkv.attention.native import NativeAttention
-
-        if cuda_graphs:
-            raise BackendUnavailable(f"cuda_graphs on {device}: leave it out there, or use device='cuda'")
-        return NativeAttention(**sizes, dtype=dtype, **storage)
-    if device.type == "cuda":
-        from radixkv.attention.flashinfer import FlashInferAttention
-
-        return FlashInferAttention(**sizes, dtype=dtype, device=device, **storage, cuda_graphs=cuda_graphs)
-    raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu' or device='cuda'")

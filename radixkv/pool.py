@@ -1,8 +1,10 @@
-"""KVPool: the K and V tensors of all pages."""
+"""KVPool: the K and V of all pages, layer by layer."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -10,71 +12,161 @@ import torch
 
 from radixkv import _core
 from radixkv.errors import InvalidArgument
-from radixkv.geometry import Geometry, parse_bytes
+from radixkv.formats import LayerFormat, RowFormat
+from radixkv.shape import LayerShape, parse_bytes
 
-__all__ = ["KVPool", "copy_batched", "pages_for_capacity"]
+__all__ = ["KVPool", "LayerKV", "pages_for_capacity"]
+
+_COPY_BYTES = 1 << 26  # what a batched copy takes of memory meanwhile
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKV:
+    """One layer's memory in the pool. A page of its K, and of its V, is one contiguous run of bytes.
+
+    `k` and `v` are views of the pages as the stored numbers, ``[num_pages, page_size, num_kv_heads, dim]``
+    (FlashInfer's NHD); a page's rows lie one after the other.
+    """
+
+    shape: LayerShape
+    format: LayerFormat
+    page_size: int
+    k_pages: torch.Tensor
+    """uint8 [num_pages, bytes of a page]."""
+    v_pages: torch.Tensor
+    k: torch.Tensor = field(init=False)
+    v: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", self._rows(self.k_pages, self.format.k, self.shape.k_dim))
+        object.__setattr__(self, "v", self._rows(self.v_pages, self.format.v, self.shape.v_dim))
+
+    def _rows(self, pages: torch.Tensor, stored: RowFormat, dim: int) -> torch.Tensor:
+        heads = self.shape.num_kv_heads
+        used = pages[:, : self.page_size * heads * stored.row_bytes(dim)]
+        shape = (len(pages), self.page_size, heads, dim)
+        return used.view(getattr(torch, stored.dtype)).view(shape)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.k_pages)
+
+    @property
+    def core(self) -> _core.LayerKV:
+        """Addresses and sizes for the native kernels; valid as long as the pages are."""
+        shape, k, v = self.shape, self.format.k, self.format.v
+        return _core.LayerKV(
+            num_qo_heads=shape.num_qo_heads, num_kv_heads=shape.num_kv_heads,
+            k=self.k_pages.data_ptr(), k_dtype=k.dtype, k_dim=shape.k_dim, k_scale=k.scale,
+            k_page_bytes=self.k_pages.stride(0),
+            v=self.v_pages.data_ptr(), v_dtype=v.dtype, v_dim=shape.v_dim, v_scale=v.scale,
+            v_page_bytes=self.v_pages.stride(0),
+        )  # fmt: skip
 
 
 class KVPool:
-    """One allocation for the K and V of every layer and page; `k[layer]` and `v[layer]` are strided views of it.
+    """The memory of the K and V of every layer and page: `layers[i]` is layer i's.
 
-    Each view is ``[num_pages, page_size, num_kv_heads, head_dim]`` (FlashInfer's NHD). The memory starts out
-    uninitialized; where the operating system backs it lazily, pages cost memory when they are first written.
+    Layers may differ in shape and format. Pages of equal size lie in one allocation, whatever layer they belong to, so
+    copying a page is one gather and one scatter for each size. The memory starts out uninitialized; where the operating
+    system backs it lazily, pages cost memory when they are first written.
 
     Raises:
         InvalidArgument: the allocation fails; says how many bytes were asked for.
     """
 
-    def __init__(self, geometry: Geometry, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        g = geometry
-        shape = (g.num_layers, 2, num_pages, g.page_size, g.num_kv_heads, g.head_dim)
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        formats: Sequence[LayerFormat],
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+    ) -> None:
+        sizes = [
+            size
+            for s, f in zip(shapes, formats, strict=True)
+            for size in (
+                f.k.page_bytes(page_size, s.num_kv_heads, s.k_dim),
+                f.v.page_bytes(page_size, s.num_kv_heads, s.v_dim),
+            )
+        ]
+        self.bytes_per_page = sum(sizes)
+        """Of all layers, K and V."""
+        self.num_pages = num_pages
         try:
-            self.storage = torch.empty(shape, dtype=dtype, device=device)
+            self._blocks = {
+                size: torch.empty((sizes.count(size), num_pages, size), dtype=torch.uint8, device=device)
+                for size in dict.fromkeys(sizes)
+            }
         except RuntimeError as error:
             raise InvalidArgument(
-                f"cannot allocate {num_pages} pages of {g.bytes_per_page} bytes on {device}: "
+                f"cannot allocate {num_pages} pages of {self.bytes_per_page} bytes on {device}: "
                 "lower num_pages or capacity"
             ) from error
         if device.type == "cpu":
-            _core.prefer_huge_pages(self.storage.data_ptr(), self.storage.nbytes)
-        self.k = [self.storage[layer, 0] for layer in range(g.num_layers)]
-        self.v = [self.storage[layer, 1] for layer in range(g.num_layers)]
+            for block in self._blocks.values():
+                _core.prefer_huge_pages(block.data_ptr(), block.nbytes)
+        unused = {size: iter(block) for size, block in self._blocks.items()}
+        self._pages = [next(unused[size]) for size in sizes]  # K, V, K, V, ...
+        self.layers = [
+            LayerKV(s, f, page_size, k, v)
+            for s, f, k, v in zip(shapes, formats, self._pages[::2], self._pages[1::2], strict=True)
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._pages[0].device
+        return device
 
     @property
     def nbytes(self) -> int:
-        return self.storage.nbytes
+        return self.num_pages * self.bytes_per_page
 
     def copy_pages(self, source: npt.NDArray[np.int32], target: npt.NDArray[np.int32]) -> None:
-        """Copies pages `source` [n] onto pages `target` [n], K and V of all layers. No page is in both.
+        """Copies pages `source` [n] onto pages `target` [n], K and V of all layers. No page is in both."""
+        for block in self._blocks.values() if len(source) else ():
+            if block.is_cpu:  # a copy costs no launch
+                for s, t in zip(source.tolist(), target.tolist(), strict=True):
+                    block[:, t].copy_(block[:, s])
+            else:
+                copy_batched(block, source, target)
 
-        On CUDA a gather and a scatter for every 64 MiB; on the CPU, where a copy costs no launch, page by page.
-        """
-        if self.storage.is_cpu:
-            for s, t in zip(source.tolist(), target.tolist(), strict=True):
-                self.storage[:, :, t].copy_(self.storage[:, :, s])
-        elif len(source):
-            copy_batched(self.storage, source, target)
+    def read_pages(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
+        """uint8 [n, bytes_per_page] on the CPU: for each page its K and V of layer 0, then of layer 1, and so on."""
+        index = torch.from_numpy(pages.astype(np.int64)).to(self.device)
+        return torch.cat([p.index_select(0, index) for p in self._pages], dim=1).cpu()
+
+    def write_pages(self, pages: npt.NDArray[np.int32], data: torch.Tensor) -> None:
+        """Write what `read_pages` gave into pages [n]; data: uint8 [n, bytes_per_page]."""
+        index = torch.from_numpy(pages.astype(np.int64)).to(self.device)
+        parts = torch.split(data.to(self.device), [p.shape[1] for p in self._pages], dim=1)
+        for place, part in zip(self._pages, parts, strict=True):
+            place.index_copy_(0, index, part)
 
 
 def copy_batched(
-    storage: torch.Tensor, source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], most_bytes: int = 1 << 26
+    block: torch.Tensor, source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], most_bytes: int = _COPY_BYTES
 ) -> None:
-    """The same for any device, in two launches for every `most_bytes`, which is what it takes of memory meanwhile."""
-    pages = storage.view(torch.uint8) if storage.itemsize == 1 else storage  # torch indexes no 8-bit floats
-    places = torch.from_numpy(np.stack([source, target]).astype(np.int64)).to(storage.device)
-    for s, t in torch.split(places, max(1, most_bytes * storage.shape[2] // storage.nbytes), dim=1):
-        pages[:, :, t] = pages[:, :, s]
+    """`copy_pages` within [layers, pages, bytes] on any device, in two launches for every `most_bytes`."""
+    places = torch.from_numpy(np.stack([source, target]).astype(np.int64)).to(block.device)
+    for s, t in torch.split(places, max(1, most_bytes * block.shape[1] // block.nbytes), dim=1):
+        block[:, t] = block[:, s]
 
 
-def pages_for_capacity(capacity: str | float, geometry: Geometry, device: torch.device) -> int:
+def pages_for_capacity(capacity: str | float, bytes_per_page: int, device: torch.device) -> int:
     """Pages that fit: "4GiB", a number of bytes (int), or a share of the device's free memory (float in (0, 1])."""
     if isinstance(capacity, str):
-        return geometry.pages_in(parse_bytes(capacity))
-    if isinstance(capacity, int) and not isinstance(capacity, bool) and capacity > 0:
-        return geometry.pages_in(capacity)
-    if isinstance(capacity, float) and 0.0 < capacity <= 1.0:
-        return geometry.pages_in(int(capacity * _free_bytes(device)))
-    raise InvalidArgument(f"capacity must be like '4GiB', a number of bytes or a share in (0, 1]; got {capacity!r}")
+        num_bytes = parse_bytes(capacity)
+    elif isinstance(capacity, int) and not isinstance(capacity, bool) and capacity > 0:
+        num_bytes = capacity
+    elif isinstance(capacity, float) and 0.0 < capacity <= 1.0:
+        num_bytes = int(capacity * _free_bytes(device))
+    else:
+        raise InvalidArgument(f"capacity must be like '4GiB', a number of bytes or a share in (0, 1]; got {capacity!r}")
+    if num_bytes < bytes_per_page:
+        raise InvalidArgument(f"{num_bytes} bytes hold no page: one takes {bytes_per_page} bytes")
+    return num_bytes // bytes_per_page
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from radixkv import _core
+from radixkv.attention import Options
 from radixkv.cache import Lease
 from radixkv.errors import InvalidArgument, LeaseError
 
@@ -46,7 +47,7 @@ class Step(_core.Step):
     graph_key: int | None = None
 
     def __init__(self, engine: Engine, leases: Sequence[Lease]) -> None:
-        super().__init__(engine.table, leases, engine.geometry.num_layers)
+        super().__init__(engine.table, leases, len(engine.layers))
         self._engine = engine
         self._plan: CascadePlan | None = None
 
@@ -56,7 +57,7 @@ class Step(_core.Step):
         engine.pool.copy_pages(table.copy_source, table.copy_target)
         self.input_ids, self.positions, self.last_rows = engine.attention.plan(table)
         self.graph_key = engine.attention.graph_key
-        self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
+        self._rows = len(self.input_ids)
         self._window_limit = table.window_limit
         self._plan = None
 
@@ -84,12 +85,12 @@ class Step(_core.Step):
             raise LeaseError("the step is not open: replay inside `with engine.step(leases) as step`")
         if self.graph_key is None:
             raise InvalidArgument(
-                f"a step of {self.num_leases} leases and {self._shape[0]} rows without a graph_key cannot be "
+                f"a step of {self.num_leases} leases and {self._rows} rows without a graph_key cannot be "
                 "replayed: run its layers, or make the engine with cuda_graphs=True"
             )
         self._check_window(self._engine.graph_windows.get(self.graph_key, 0))
         graph.replay()
-        for layer in range(self._engine.geometry.num_layers):
+        for layer in range(len(self._engine.layers)):
             self._attended(layer)
 
     @property
@@ -122,15 +123,16 @@ class Step(_core.Step):
 
         Args:
             layer: 0 to num_layers - 1; each must be attended once before the step is left.
-            q: [rows, num_qo_heads, head_dim]; k, v: [rows, num_kv_heads, head_dim]; of the engine's dtype, rotary
-                embedding applied, last dimension contiguous (other strides are free: no copy is made).
-            sm_scale: factor on the logits; head_dim ** -0.5 by default.
+            q: [rows, num_qo_heads, k_dim]; k: [rows, num_kv_heads, k_dim]; v: [rows, num_kv_heads, v_dim]; of the
+                engine's dtype, rotary embedding applied, last dimension contiguous (other strides are free: no copy is
+                made).
+            sm_scale: factor on the logits; k_dim ** -0.5 by default.
             window_left: a query sees at most this many keys before its own; -1: all, which no lease that dropped pages
                 allows.
             logits_soft_cap: c > 0 turns a scaled logit x into c * tanh(x / c).
 
         Returns:
-            [rows, num_qo_heads, head_dim], contiguous, of the engine's dtype.
+            [rows, num_qo_heads, v_dim], contiguous, of the engine's dtype.
 
         Raises:
             InvalidArgument: a shape, dtype, stride or window that does not fit. LeaseError: the step is not open.
@@ -138,15 +140,13 @@ class Step(_core.Step):
         if not self.is_open:
             raise LeaseError("the step is not open: attend inside `with engine.step(leases) as step`")
         engine = self._engine
-        if not 0 <= layer < engine.geometry.num_layers:
-            raise InvalidArgument(f"layer {layer}: the engine has layers 0 to {engine.geometry.num_layers - 1}")
+        if not 0 <= layer < len(engine.layers):
+            raise InvalidArgument(f"layer {layer}: the engine has layers 0 to {len(engine.layers) - 1}")
         self._check_window(window_left)
-        k_cache, v_cache = engine.pool.k[layer], engine.pool.v[layer]
-        out = torch.empty(self._shape, dtype=engine.dtype, device=engine.device)
-        engine.attention.append(k, v, k_cache, v_cache)
-        engine.attention.run(
-            q, k_cache, v_cache, out, sm_scale=sm_scale, window_left=window_left, logits_soft_cap=logits_soft_cap
-        )
+        shape = engine.layers[layer]
+        out = torch.empty((self._rows, shape.num_qo_heads, shape.v_dim), dtype=engine.dtype, device=engine.device)
+        engine.attention.append(layer, k, v)
+        engine.attention.run(layer, q, out, Options(sm_scale, window_left, logits_soft_cap))
         self._attended(layer)
         return out
 

@@ -2,15 +2,19 @@
 
 A backend is told about a step once (`plan`) and then serves every layer of it (`append`, then `run`):
 
+    backend = backend_for(pool.layers, dtype)
     backend.plan(table)
     for layer in range(num_layers):
-        backend.append(k, v, pool.k[layer], pool.v[layer])
-        backend.run(q, pool.k[layer], pool.v[layer], out)
+        backend.append(layer, k, v)
+        backend.run(layer, q, out, Options(window_left=1024))
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from radixkv.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +23,20 @@ if TYPE_CHECKING:
 
     from radixkv import _core
     from radixkv.attention.cascade import CascadePlan
+    from radixkv.pool import LayerKV
 
-__all__ = ["Attention", "PageTable", "StepInputs"]
+__all__ = ["Attention", "Options", "PageTable", "StepInputs", "backend_for", "check_device"]
+
+
+class Options(NamedTuple):
+    """What layers of one model may differ in, beside what they store."""
+
+    sm_scale: float | None = None
+    """Factor of q·k; None: k_dim ** -0.5."""
+    window_left: int = -1
+    """How many keys before its own a query sees; -1: all."""
+    logits_soft_cap: float = 0.0
+    """0: none; else scaled logits x become cap * tanh(x / cap)."""
 
 
 class PageTable(NamedTuple):
@@ -55,7 +71,7 @@ class StepInputs(NamedTuple):
 
 
 class Attention(Protocol):
-    """A backend for one geometry (heads, head_dim, pages, dtype). It holds the plan of one step at a time.
+    """A backend over the layers of one pool. It holds the plan of one step at a time.
 
     All tensors lie on the backend's device in its dtype, with a contiguous last dimension; other strides are free
     except where a shape says contiguous. Whatever does not fit raises `InvalidArgument` before anything is written.
@@ -64,8 +80,8 @@ class Attention(Protocol):
     view_unit: int
     """A request's first tokens may be missing from a table in multiples of this, and its bits stay the same."""
 
-    def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """Get ready what would make the first steps slow. The caches must hold nothing yet: they may be written to."""
+    def warm_up(self) -> None:
+        """Get ready what would make the first steps slow. The pool must hold nothing yet: it may be written to."""
 
     def plan(self, table: PageTable | _core.Table) -> StepInputs:
         """Take a table, check it and schedule the work of every later call; returns the step's inputs.
@@ -86,25 +102,37 @@ class Attention(Protocol):
         that every step with this key has; plan() fills it.
         """
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """Write k, v [rows, num_kv_heads, head_dim] into the slots of the caches.
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of the layer's pages."""
 
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim] with equal strides.
-        """
+    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = ...) -> None:
+        """Attend q [rows, num_qo_heads, k_dim] to the layer's pages; out: [rows, num_qo_heads, v_dim], contiguous."""
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        sm_scale: float | None = None,
-        window_left: int = -1,
-        logits_soft_cap: float = 0.0,
-    ) -> None:
-        """Attend q [rows, num_qo_heads, head_dim] to the caches; out: the same shape, contiguous.
 
-        sm_scale: factor of q·k, head_dim**-0.5 by default. window_left: how many keys before its own a query sees, -1
-        for all. logits_soft_cap: 0 for none, else scaled logits x become cap * tanh(x / cap).
-        """
+def check_device(device: torch.device, *, cuda_graphs: bool = False) -> None:
+    """Raise `BackendUnavailable` unless there is a backend for this device; says what to change."""
+    if device.type == "cuda":
+        from radixkv.attention.flashinfer import load
+
+        load(device)
+    elif device.type != "cpu":
+        raise BackendUnavailable(f"no attention backend for device {device}: use device='cpu' or device='cuda'")
+    elif cuda_graphs:
+        raise BackendUnavailable(f"cuda_graphs on {device}: leave it out there, or use device='cuda'")
+
+
+def backend_for(layers: Sequence[LayerKV], dtype: torch.dtype, *, cuda_graphs: bool = False) -> Attention:
+    """The backend for the device on which these layers lie. dtype: of q, k, v and the outputs.
+
+    Raises:
+        BackendUnavailable: none for this device, dtype or these layers, or a package is missing; says what to change.
+    """
+    device = layers[0].k.device
+    check_device(device, cuda_graphs=cuda_graphs)
+    if device.type == "cuda":
+        from radixkv.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention(layers, dtype=dtype, cuda_graphs=cuda_graphs)
+    from radixkv.attention.native import NativeAttention
+
+    return NativeAttention(layers, dtype=dtype)

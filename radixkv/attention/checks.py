@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from radixkv import _core
-from radixkv.attention import PageTable
+from radixkv.attention import Options, PageTable
 from radixkv.errors import InvalidArgument
 
-__all__ = ["check_int32", "check_options", "check_sizes", "core_table"]
+__all__ = ["check_int32", "check_options", "check_rows", "check_threads", "core_table"]
 
 _INT32 = np.dtype(np.int32)
 
@@ -24,21 +25,39 @@ def check_int32(name: str, array: Any) -> None:
         raise InvalidArgument(f"{name} is {kind}: pass a contiguous one-dimensional int32 numpy array")
 
 
-def check_sizes(sizes: dict[str, int]) -> None:
-    """Raise `InvalidArgument` unless every size is an int from 1 to 2**31 - 1."""
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise InvalidArgument(f"{name} is {value!r}: give an integer from 1 to 2**31 - 1")
+def check_threads(num_threads: object) -> None:
+    """Raise unless it is a number of threads."""
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 1024:
+        raise InvalidArgument(f"num_threads is {num_threads!r}: give an integer from 1 to 1024")
 
 
-def check_options(sm_scale: float, window_left: int, logits_soft_cap: float) -> None:
+def check_options(options: Options) -> None:
     """Raise unless run() can be given these."""
+    sm_scale, window_left, logits_soft_cap = options
     if not -1 <= window_left <= 2**31 - 1:
         raise InvalidArgument(f"window_left is {window_left}: use -1 for no window, else 0 or more keys")
     if not logits_soft_cap >= 0.0:
         raise InvalidArgument(f"logits_soft_cap is {logits_soft_cap}: use 0 for none, else a positive cap")
-    if not math.isfinite(sm_scale):
-        raise InvalidArgument(f"sm_scale is {sm_scale}: use a finite factor, or None for head_dim**-0.5")
+    if sm_scale is not None and not math.isfinite(sm_scale):
+        raise InvalidArgument(f"sm_scale is {sm_scale}: use a finite factor, or None for k_dim**-0.5")
+
+
+def check_rows(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise unless a tensor of rows is what a backend takes: q, k, v and out; `out` must be contiguous."""
+    if tuple(tensor.shape) != shape:
+        raise InvalidArgument(
+            f"{name} has shape {tuple(tensor.shape)}: it must be {shape}, one row for each row of the plan"
+        )
+    if tensor.dtype != dtype:
+        raise InvalidArgument(f"{name} is {tensor.dtype}: convert it to {dtype}, the backend's dtype")
+    if tensor.device != device:
+        raise InvalidArgument(f"{name} is on {tensor.device}: move it to {device}, where the pool is")
+    if tensor.stride(-1) != 1:
+        raise InvalidArgument(f"{name} has strides {tensor.stride()}: the last must be 1, pass {name}.contiguous()")
+    if name == "out" and not tensor.is_contiguous():
+        raise InvalidArgument(f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})")
 
 
 def core_table(table: PageTable | _core.Table, num_pages: int, page_size: int) -> _core.Table:

@@ -12,19 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from radixkv.attention import Attention, PageTable
+from radixkv.attention import Attention, Options, PageTable
 from radixkv.attention.cascade import CascadeCosts
-from radixkv.attention.fp8 import FP8, quantize
+from radixkv.attention.fp8 import quantize
 from radixkv.errors import RadixKVError
+from radixkv.formats import fp8, layer_formats
+from radixkv.pool import KVPool, LayerKV
+from radixkv.shape import LayerShape
 
 __all__ = ["TOLERANCE", "Case", "Make", "Result", "cases", "run_case"]
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest error allowed for inputs of unit variance, by dtype; relative where an output is larger than 1."""
 
-Make = Callable[[dict[str, Any]], Attention]
-"""Makes a backend from the arguments that all have in common: kv_dtype and its scales only for 8-bit K and V, cascade
-only for cascade cases."""
+Make = Callable[..., Attention]
+"""Makes a backend from layers and the arguments that all have in common: dtype, and cascade for cascade cases."""
 
 _GROUPS = (1, 2, 4, 7, 8)
 _PAGE_SIZES = (1, 16, 64)
@@ -112,18 +114,10 @@ def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Ge
     page_size, group = int(rng.choice(_PAGE_SIZES)), int(rng.choice(_GROUPS))
     prefixes = _family_prefixes(page_size) if case.kind == "cascade" else [[]] * int(rng.integers(1, 9))
     table, slots, num_pages = _random_table(prefixes, _NEW_ROWS[case.kind], page_size, rng)
-    sizes: dict[str, Any] = {
-        "num_qo_heads": group * _KV_HEADS,
-        "num_kv_heads": _KV_HEADS,
-        "head_dim": case.head_dim,
-        "num_pages": num_pages,
-        "page_size": page_size,
-        "dtype": case.dtype,
-    }
-    if case.fp8:
-        sizes |= {"kv_dtype": FP8, "k_scale": _SCALES[0], "v_scale": _SCALES[1]}
-    if case.kind == "cascade":
-        sizes["cascade"] = _SHARE_ALL
+    [stored] = layer_formats(fp8(*_SCALES) if case.fp8 else None, str(case.dtype).removeprefix("torch."), 1)
+    pool = KVPool([LayerShape(group * _KV_HEADS, _KV_HEADS, case.head_dim)], [stored], num_pages, page_size, device)
+    options = {"cascade": _SHARE_ALL} if case.kind == "cascade" else {}
+    backend = make(pool.layers, dtype=case.dtype, **options)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 
     def randn(*shape: int) -> torch.Tensor:
@@ -132,7 +126,7 @@ def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Ge
     q, kv = randn(len(table.slots), group * _KV_HEADS), randn(2, num_pages, page_size, _KV_HEADS)
     if case.fp8:  # values that 8 bits hold exactly
         kv = torch.stack([quantize(x, s).to(case.dtype) * s for x, s in zip(kv, _SCALES, strict=True)])
-    out = _attend(case, make(sizes), table, slots, q, kv, device)
+    out = _attend(case, backend, pool.layers[0], table, slots, q, kv)
     keys, values = kv.flatten(1, 2)
     worst = 0.0
     for b, mine in enumerate(slots):
@@ -146,11 +140,11 @@ def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Ge
 def _attend(
     case: Case,
     backend: Attention,
+    layer: LayerKV,
     table: PageTable,
     slots: list[np.ndarray],
     q: torch.Tensor,
     kv: torch.Tensor,
-    device: torch.device,
 ) -> torch.Tensor:
     """The backend's rows, float64 on the CPU, over caches kv [2, page, slot, head, dim] of which the new rows' slots
     and those that no request has hold NaN."""
@@ -160,17 +154,16 @@ def _attend(
     caches.flatten(1, 2)[:, new] = torch.nan
     if case.fp8:
         caches = torch.stack([quantize(x, s) for x, s in zip(caches, _SCALES, strict=True)])
-    k_cache, v_cache = caches.to(device)
+    device = layer.k.device
+    for place, values in zip((layer.k, layer.v), caches, strict=True):
+        place.copy_(values)
     k, v = kv.flatten(1, 2)[:, new].to(device)
     out = torch.full(tuple(q.shape), torch.nan, dtype=case.dtype, device=device)
     backend.plan(table)
     if case.kind == "cascade":
         assert backend.cascade.shared, "a cascade was to be tested, but no segment is used"
-    backend.append(k, v, k_cache, v_cache)
-    backend.run(
-        q.to(device), k_cache, v_cache, out,
-        sm_scale=case.sm_scale, window_left=case.window_left, logits_soft_cap=case.logits_soft_cap,
-    )  # fmt: skip
+    backend.append(0, k, v)
+    backend.run(0, q.to(device), out, Options(case.sm_scale, case.window_left, case.logits_soft_cap))
     return out.cpu().double()
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from radixkv.attention import Attention
     from radixkv.attention.parity import Result
+    from radixkv.pool import LayerKV
 
 __all__ = ["COMMAND", "examine"]
 
@@ -56,23 +57,19 @@ def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int 
     except ModuleNotFoundError:
         why = "the page pool needs torch: pip install 'radixkv[engine]'"
         return found | {"attention": {"backend": None, "why": why}, "cases": [], "ok": False}
-    from radixkv.attention import parity
+    from radixkv.attention import check_device, parity
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     attention = {"backend": "native" if where.type == "cpu" else "flashinfer", "why": _why(where, device)}
     found |= {"device": _name(where), "attention": attention}
     names = dtypes or (["float32"] if where.type == "cpu" else []) + ["bfloat16", "float16"]
 
-    def make(sizes: dict[str, Any]) -> Attention:
-        return _backend(where, sizes)
-
     try:
-        sizes = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_pages": 4, "page_size": 16}
-        make(sizes | {"dtype": getattr(torch, names[0])})
+        check_device(where)
     except BackendUnavailable as error:
         return found | {"attention": attention | {"backend": None, "why": str(error)}, "cases": [], "ok": False}
     results = [
-        parity.run_case(case, batches, make, where, seed + i)
+        parity.run_case(case, batches, _backend, where, seed + i)
         for i, case in enumerate(parity.cases([getattr(torch, name) for name in names]))
     ]
     return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
@@ -99,14 +96,14 @@ def _print(found: dict[str, Any]) -> None:
     print(f"\n{passed} of {len(cases)} cases are right" if cases else "\nnothing could be tested")
 
 
-def _backend(device: torch.device, sizes: dict[str, Any]) -> Attention:
-    if device.type == "cpu":
+def _backend(layers: Sequence[LayerKV], dtype: torch.dtype, **options: Any) -> Attention:
+    if layers[0].k.device.type == "cpu":
         from radixkv.attention.native import NativeAttention
 
-        return NativeAttention(**sizes)
+        return NativeAttention(layers, dtype=dtype, **options)
     from radixkv.attention.flashinfer import FlashInferAttention
 
-    return FlashInferAttention(**sizes, device=device)
+    return FlashInferAttention(layers, dtype=dtype, **options)
 
 
 def _why(device: torch.device, asked: str | None) -> str:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from radixkv.hf import Generator, engine_for
 
     engine = engine_for(model, num_pages=args.num_pages, page_size=args.page_size)
-    say(f"loaded in {time.perf_counter() - started:.1f} s: {engine.geometry}, {torch.get_num_threads()} threads")
+    say(f"loaded in {time.perf_counter() - started:.1f} s: {engine!r}, {torch.get_num_threads()} threads")
     with Generator(model, engine) as generator:
         say("a small model: its speed and its memory are the point, not its wit")
         say("\ncache off: every request starts with an empty cache")

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,9 +22,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from radixkv.errors import InvalidArgument
 from radixkv.hf.config import check_config, length_limit, placeholder_tokens, sliding_windows, text_config
+from radixkv.shape import LayerShape
 
 if TYPE_CHECKING:
     from radixkv.engine import Engine
+    from radixkv.formats import LayerFormat
     from radixkv.step import Step
 
 __all__ = [
@@ -197,10 +199,7 @@ def _keeps_logits(forward_of_class: Callable[..., Any]) -> bool:
 class AttentionShape:
     """What a model's attention layers were seen to do, and so what an engine for it must hold."""
 
-    num_layers: int
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     window_left: int
     """How many keys before its own a row sees at most, in any layer; -1: all."""
@@ -209,8 +208,7 @@ class AttentionShape:
         """An engine of this shape; `options` are those of `Engine` that a model does not decide."""
         from radixkv.engine import Engine
 
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "window_left"}
-        return Engine(**sizes, device=device, **options)
+        return Engine(layers=self.layers, dtype=self.dtype, device=device, **options)
 
 
 def engine_for(
@@ -220,16 +218,14 @@ def engine_for(
     capacity: str | float | None = None,
     page_size: int = 16,
     dtype: torch.dtype | None = None,
-    kv_dtype: torch.dtype | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    kv_format: str | LayerFormat | Sequence[str | LayerFormat | None] | None = None,
 ) -> Engine:
-    """An engine with the layers, heads, head dimension, dtype and device of `model`.
+    """An engine with the layers, dtype and device of `model`; layers may differ in heads and dimensions.
 
     `num_pages` or `capacity` ("4GiB", a number of bytes, or a share of the free memory) sizes the pool, as for
     `Engine`. The geometry is observed, not guessed from the configuration: see `probe`, whose errors this raises.
     `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
-    `kv_dtype` and its scales say what they are stored as, as for `Engine`.
+    `kv_format` says what they are stored as, as for `Engine`.
     The model's own attention stays in place; `forward` and `Generator` switch it.
     """
     shape = probe(model)
@@ -242,9 +238,7 @@ def engine_for(
         page_size=page_size,
         num_pages=num_pages,
         capacity=capacity,
-        kv_dtype=kv_dtype,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        kv_format=kv_format,
     )
 
 
@@ -254,8 +248,8 @@ def probe(model: PreTrainedModel) -> AttentionShape:
     The attention implementation is restored afterwards. Raises InvalidArgument for what cannot run on the engine:
     encoder-decoders, models that need more than tokens, models whose attention is not reached through
     `AttentionInterface`, models with recurrent or convolutional state or with positions of their own counting, layers
-    with linear, chunked or sparse attention, attention sinks, K and V of different head dimensions (latent attention),
-    layers of different shapes, and windows that the layers do not tell the engine.
+    with linear, chunked or sparse attention, attention sinks, and windows that the layers do not tell the
+    engine.
     """
     check_config(model)
     name = type(model).__name__
@@ -267,18 +261,14 @@ def probe(model: PreTrainedModel) -> AttentionShape:
             f"{name} has {expected} layers, but the engine's attention was called for layers {seen.layers}: every "
             "layer must attend exactly once, in order"
         )
-    shapes = {(q.shape[1], k.shape[1], k.shape[2], v.shape[2], q.dtype) for q, k, v in seen.rows}
-    if len(shapes) != 1:
-        raise InvalidArgument(f"{name} has layers of different shapes {sorted(map(str, shapes))}: one pool holds one")
-    num_qo_heads, num_kv_heads, k_dim, v_dim, dtype = shapes.pop()
-    if k_dim != v_dim:
-        raise InvalidArgument(
-            f"{name} has keys of {k_dim} and values of {v_dim} dimensions: the pool needs equal head_dim"
-        )
+    dtypes = {q.dtype for q, _, _ in seen.rows}
+    if len(dtypes) != 1:
+        raise InvalidArgument(f"{name} has layers in {sorted(map(str, dtypes))}: an engine computes in one dtype")
+    layers = tuple(LayerShape(q.shape[1], k.shape[1], k.shape[2], v.shape[2]) for q, k, v in seen.rows)
     _check_rows(model, seen, swapped)
     _check_windows(model, seen)
     window_left = -1 if None in seen.windows else max(w for w in seen.windows if w is not None) - 1
-    return AttentionShape(expected, num_qo_heads, num_kv_heads, k_dim, dtype, window_left)
+    return AttentionShape(layers, dtypes.pop(), window_left)
 
 
 class _Probe:

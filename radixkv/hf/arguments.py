@@ -51,16 +51,16 @@ def check_engine(engine: Any, shape: AttentionShape, device: torch.device) -> No
     """Refuse an engine that was made for another model than one of this `shape`."""
     if not isinstance(engine, Engine):
         raise InvalidArgument(f"engine is {shown(engine)}: give an Engine, such as engine_for(model, capacity=0.5)")
-    geometry = engine.geometry
-    pairs = {
-        "num_layers": (geometry.num_layers, shape.num_layers),
-        "num_qo_heads": (geometry.num_qo_heads, shape.num_qo_heads),
-        "num_kv_heads": (geometry.num_kv_heads, shape.num_kv_heads),
-        "head_dim": (geometry.head_dim, shape.head_dim),
+    pairs: dict[str, tuple[object, object]] = {"num_layers": (len(engine.layers), len(shape.layers))}
+    for layer, (ours, its) in enumerate(zip(engine.layers, shape.layers, strict=False)):
+        if ours != its:
+            pairs[f"layer {layer} as"] = (ours, its)
+            break
+    pairs |= {
         "dtype": (engine.dtype, shape.dtype),
         "device": (engine.device, device),
     }
-    different = "; ".join(f"{name} {ours}, the model {its}" for name, (ours, its) in pairs.items() if ours != its)
+    different = "; ".join(f"{name} {own}, the model {its}" for name, (own, its) in pairs.items() if own != its)
     if different:
         raise InvalidArgument(f"the engine has {different}: make it with engine_for(model, ...), or convert the model")
 

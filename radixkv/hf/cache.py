@@ -58,10 +58,11 @@ class EngineCache(Cache):  # type: ignore[misc]
                 "the model is switched to the engine's attention, which generate() does not drive: use "
                 'radixkv.hf.Generator, or call model.set_attn_implementation("eager") first'
             )
-        if engine.kv_dtype != engine.dtype:
+        stored = {kv.format.k.dtype for kv in engine.pool.layers}
+        if stored != {str(engine.dtype).removeprefix("torch.")}:
             raise InvalidArgument(
-                f"the engine stores K and V as {engine.kv_dtype}, which generate() cannot read: use an engine without "
-                "kv_dtype"
+                f"the engine stores K and V as {', '.join(sorted(stored))}, which generate() cannot read: use an "
+                "engine without kv_format"
             )
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise InvalidArgument(
@@ -70,7 +71,7 @@ class EngineCache(Cache):  # type: ignore[misc]
         tokens = input_ids[0].cpu()
         refuse_placeholders(tokens.numpy(), placeholder_tokens(model))
         _check_stored(engine, model)
-        super().__init__(layers=[_Layer(self, index) for index in range(engine.geometry.num_layers)])
+        super().__init__(layers=[_Layer(self, index) for index in range(len(engine.layers))])
         self.engine = engine
         self._model = model
         self._input_ids = input_ids
@@ -129,7 +130,7 @@ class EngineCache(Cache):  # type: ignore[misc]
         size = self.engine.page_size
         pages = torch.from_numpy(lease.pages.astype("int64"))
         position = torch.arange(end)
-        self._slots = (pages[position // size] * size + position % size).to(self.engine.pool.k[0].device)
+        self._slots = (pages[position // size] * size + position % size).to(self.engine.pool.device)
         self._rows = self._slots[start:]
 
     def _copy_shared_pages(self) -> None:
@@ -142,7 +143,8 @@ class EngineCache(Cache):  # type: ignore[misc]
         pages, offsets = self._slots // self.engine.page_size, self._slots % self.engine.page_size
         new = len(self._rows)
         gathered = []
-        for pool, rows in ((self.engine.pool.k[layer], keys), (self.engine.pool.v[layer], values)):
+        kv = self.engine.pool.layers[layer]
+        for pool, rows in ((kv.k, keys), (kv.v, values)):
             pool[pages[-new:], offsets[-new:]] = rows[0].transpose(0, 1)
             gathered.append(pool[pages, offsets].transpose(0, 1).unsqueeze(0))
         if layer == len(self.layers) - 1:
@@ -223,29 +225,28 @@ class _SeenLayer(CacheLayerMixin):  # type: ignore[misc]
 
 def _check_stored(engine: Engine, model: PreTrainedModel) -> None:
     """Run one token through `model` and refuse it if it stores anything else than the engine's pages hold."""
-    name, geometry = type(model).__name__, engine.geometry
-    layers = [_SeenLayer() for _ in range(geometry.num_layers)]
+    name = type(model).__name__
+    layers = [_SeenLayer() for _ in engine.layers]
     zero = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
     try:
         with torch.inference_mode():
             model(input_ids=zero, use_cache=True, **{_name(): Cache(layers=layers)})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(
-            f"{name} wants another cache than one of K and V for each of the engine's {geometry.num_layers} layers: "
+            f"{name} wants another cache than one of K and V for each of the engine's {len(engine.layers)} layers: "
             f"{error}"
         ) from error
-    expected = (geometry.num_kv_heads, geometry.head_dim, geometry.head_dim, engine.dtype)
-    for index, layer in enumerate(layers):
+    for index, (layer, shape) in enumerate(zip(layers, engine.layers, strict=True)):
         if len(layer.stored) != 1:
             raise InvalidArgument(
                 f"{name} stores K and V {len(layer.stored)} times in layer {index} of the engine's "
-                f"{geometry.num_layers}, not once: layers that share K and V, or keep state of another kind, need "
+                f"{len(engine.layers)}, not once: layers that share K and V, or keep state of another kind, need "
                 "transformers' own cache"
             )
-        if layer.stored[0] != expected:
+        if layer.stored[0] != (shape.num_kv_heads, shape.k_dim, shape.v_dim, engine.dtype):
             heads, key_dim, value_dim, dtype = layer.stored[0]
             raise InvalidArgument(
                 f"layer {index} of {name} stores {heads} heads with keys of {key_dim} and values of {value_dim} "
-                f"dimensions in {dtype}; the engine holds {geometry.num_kv_heads} heads of {geometry.head_dim} in "
-                f"{engine.dtype}"
+                f"dimensions in {dtype}; the engine holds {shape.num_kv_heads} heads of {shape.k_dim} and "
+                f"{shape.v_dim} in {engine.dtype}"
             )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from radixkv import _core
-from radixkv.attention import PageTable
+from radixkv.attention import Options, PageTable
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
+from radixkv.formats import fp8, layer_formats
+from radixkv.pool import KVPool, LayerKV
+from radixkv.shape import LayerShape
 
 FORCED_ISA = os.environ.get("RADIXKV_ISA")
 ISAS = [FORCED_ISA] if FORCED_ISA else list(_core.isas())
@@ -36,15 +39,6 @@ class Heads:
     qo: int = 6
     kv: int = 2
     dim: int = 64
-
-
-@dataclass(frozen=True)
-class Options:
-    """What run() takes beside tensors."""
-
-    sm_scale: float | None = None
-    window_left: int = -1
-    logits_soft_cap: float = 0.0
 
 
 PLAIN = Options()
@@ -126,21 +120,9 @@ class Pool:
     backend: NativeAttention = field(init=False)
 
     def __post_init__(self) -> None:
-        # K and V as every layer's are: strided views of one allocation.
-        shape = (self.num_pages, 2, self.page_size, self.heads.kv, self.heads.dim)
-        both = torch.empty(shape, dtype=self.kv_dtype or self.dtype)
-        self.k, self.v = both[:, 0], both[:, 1]
-        self.backend = NativeAttention(
-            num_qo_heads=self.heads.qo,
-            num_kv_heads=self.heads.kv,
-            head_dim=self.heads.dim,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            dtype=self.dtype,
-            num_threads=self.num_threads,
-            isa=self.isa,
-            **storage(self.kv_dtype, self.scales),
-        )
+        layer = layer_kv(self.heads, self.dtype, self.num_pages, self.page_size, self.kv_dtype, self.scales)
+        self.k, self.v = layer.k, layer.v
+        self.backend = NativeAttention([layer], dtype=self.dtype, num_threads=self.num_threads, isa=self.isa)
 
     def load(self, requests: Sequence[Request], rng: np.random.Generator) -> PageTable:
         """Give every request random pages, write its cached tokens, leave NaN everywhere else; returns the table."""
@@ -177,23 +159,26 @@ class Pool:
         q, k, v = (
             packed([getattr(r.sequence, name)[r.length - r.rows : r.length] for r in requests]) for name in "qkv"
         )
-        self.backend.append(k, v, self.k, self.v)
+        self.backend.append(0, k, v)
         out = torch.full(q.shape, torch.nan, dtype=self.dtype)
-        self.backend.run(
-            q,
-            self.k,
-            self.v,
-            out,
-            sm_scale=options.sm_scale,
-            window_left=options.window_left,
-            logits_soft_cap=options.logits_soft_cap,
-        )
+        self.backend.run(0, q, out, options)
         return list(out.split([r.rows for r in requests]))
 
 
-def storage(kv_dtype: torch.dtype | None, scales: tuple[float, float] = SCALES) -> dict[str, Any]:
-    """What a backend is told of how K and V are stored."""
-    return {} if kv_dtype is None else {"kv_dtype": kv_dtype, "k_scale": scales[0], "v_scale": scales[1]}
+def layer_kv(
+    heads: Heads,
+    dtype: torch.dtype,
+    num_pages: int,
+    page_size: int,
+    kv_dtype: torch.dtype | None = None,
+    scales: tuple[float, float] = SCALES,
+    device: str | torch.device = "cpu",
+) -> LayerKV:
+    """One layer of a pool, stored as `dtype` or, if kv_dtype is FP8, in 8 bits with these scales."""
+    kv_format = None if kv_dtype is None else fp8(*scales)
+    formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
+    shape = LayerShape(heads.qo, heads.kv, heads.dim)
+    return KVPool([shape], formats, num_pages, page_size, torch.device(device)).layers[0]
 
 
 def packed(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -12,27 +12,32 @@ computes something with whatever it is given; everything is checked here first.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from radixkv import _core
-from radixkv.attention import PageTable, StepInputs
+from radixkv.attention import Options, PageTable, StepInputs
 from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, core_costs
-from radixkv.attention.checks import check_options, check_sizes, core_table
+from radixkv.attention.checks import check_options, check_rows, core_table
 from radixkv.attention.flashinfer.cascade import CascadeRun, merge, plan_cascade
 from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
 from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_supported, preparing
-from radixkv.attention.flashinfer.plans import Options, Planner, PlanSet, Schedule, StepArrays, Wrapper
-from radixkv.attention.fp8 import FP8, check_storage, quantize
+from radixkv.attention.flashinfer.plans import Planner, PlanSet, Schedule, StepArrays, Wrapper
+from radixkv.attention.fp8 import FP8, quantize
 from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.formats import LayerFormat
+from radixkv.pool import LayerKV
+from radixkv.shape import LayerShape
 
-__all__ = ["FlashInferAttention"]
+__all__ = ["FlashInferAttention", "load"]
 
 _TENSOR_CORE_GROUP = 4  # query heads per key head from which tensor cores decode; CUDA cores take 1, 2 and 3
 _ALIGN_BYTES = 16  # the kernels load rows 16 bytes at a time
+_PLAIN = Options()
 _WINDOWS = (
     "in a layer with a sliding window, a segment is shared if it lies in the window of every row of its users; if a "
     "window cuts it, they read it and what follows one by one"
@@ -52,55 +57,47 @@ class _Step(NamedTuple):
 
 
 class FlashInferAttention:
-    """Attention of `num_qo_heads` query heads over `num_kv_heads` key heads in a pool of pages on a CUDA device.
+    """Attention over the layers of a pool on a CUDA device, which have one shape and one format.
 
-    dtype (bfloat16 or float16) is that of every tensor but the caches, whose dtype is kv_dtype: the same, or
-    float8_e4m3fn, where k_scale and v_scale times what is stored are the values. cascade says when keys that several
-    requests share are read once for all of them (`cascade.OFF`: never). cuda_graphs: decode steps of one number of
-    requests use the same memory every time, so that they can be captured and replayed; they have no cascade.
-    kernels names FlashInfer's kernels: "fa2", or "auto" for FlashInfer's own choice. api is the module to call in place
-    of flashinfer (a stand-in for tests; device may then be any). Raises `InvalidArgument` for sizes that cannot work,
-    `BackendUnavailable` for what FlashInfer or this machine lacks; it says what to change.
+    dtype (bfloat16 or float16) is that of every tensor; what is stored is the same or float8_e4m3fn. cascade says when
+    keys that several requests share are read once for all of them (`cascade.OFF`: never). cuda_graphs: decode steps of
+    one number of requests use the same memory every time, so that they can be captured and replayed; they have no
+    cascade. kernels names FlashInfer's kernels: "fa2", or "auto" for FlashInfer's own choice. api is the module to call
+    in place of flashinfer (a stand-in for tests; the device may then be any). Raises `InvalidArgument` for sizes that
+    cannot work, `BackendUnavailable` for what FlashInfer or this machine lacks; it says what to change.
     """
 
     view_unit = 1
 
     def __init__(
         self,
+        layers: Sequence[LayerKV],
         *,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
         dtype: torch.dtype,
-        device: torch.device,
-        kv_dtype: torch.dtype | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
         cascade: CascadeCosts = FLASHINFER,
         cuda_graphs: bool = False,
         kernels: str = "fa2",
         api: Any = None,
     ) -> None:
-        _check_sizes(num_qo_heads, num_kv_heads, num_pages, page_size)
+        shape, stored = _one_kind(layers)
+        head_dim, page_size, num_pages = shape.k_dim, layers[0].page_size, layers[0].num_pages
         check_supported(dtype, head_dim, kernels)
-        self._kv_dtype = kv_dtype or dtype
-        check_storage(dtype, self._kv_dtype, k_scale, v_scale)
-        self._fp8 = self._kv_dtype == FP8
-        self._scales = {"k_scale": k_scale, "v_scale": v_scale} if self._fp8 else {}
-        self._api = _load(device) if api is None else api
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
+        if num_pages * page_size >= 2**31:
+            raise InvalidArgument(
+                f"num_pages * page_size is {num_pages * page_size}: slots are int32, keep it below 2**31"
+            )
+        self.device = device = layers[0].k.device
+        self._layers = list(layers)
+        self._fp8 = layers[0].k.dtype == FP8
+        self._scales = {"k_scale": stored.k.scale, "v_scale": stored.v.scale} if self._fp8 else {}
+        self._api = load(device) if api is None else api
         self._dtype = dtype
-        self._heads = (num_qo_heads, num_kv_heads, head_dim)
+        self._heads = (shape.num_qo_heads, shape.num_kv_heads, head_dim)
         self._pages = (num_pages, page_size)
-        self._cache_shape = (num_pages, page_size, num_kv_heads, head_dim)
-        self._token_bytes = 2 * num_kv_heads * head_dim * self._kv_dtype.itemsize
+        self._token_bytes = stored.page_bytes(1, shape)
         self._common = head_dim in COMMON_HEAD_DIMS
         self._costs = replace(cascade, granularity=1) if self._common else OFF  # pages are served whole
-        large_group = num_qo_heads // num_kv_heads >= _TENSOR_CORE_GROUP
+        large_group = shape.num_qo_heads // shape.num_kv_heads >= _TENSOR_CORE_GROUP
         self._planner = Planner(
             self._api,
             backend=kernels,
@@ -108,7 +105,7 @@ class FlashInferAttention:
             heads=self._heads,
             page_size=page_size,
             dtype=dtype,
-            kv_dtype=self._kv_dtype,
+            kv_dtype=layers[0].k.dtype,
             tensor_cores=large_group or self._fp8 or not self._common,
         )
         self._graphs = DecodeGraphs(self._planner, device, num_pages) if cuda_graphs else None
@@ -127,10 +124,10 @@ class FlashInferAttention:
         self._q_shape = (rows, num_qo_heads, head_dim)
         self._kv_shape = (rows, num_kv_heads, head_dim)
 
-    def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    def warm_up(self) -> None:
         """Compile and load the kernels of decode, prefill and cascade by running a token and then two.
 
-        Overwrites the first two slots of the caches. Layers with a window or a soft cap need kernels of their own,
+        Overwrites the first two slots of layer 0. Layers with a window or a soft cap need kernels of their own,
         which are compiled when such a layer first runs. Says on standard error what it waits for.
         """
         for rows in range(1, min(2, self._pages[0] * self._pages[1]) + 1):
@@ -139,8 +136,8 @@ class FlashInferAttention:
             self.plan(PageTable(*(np.array(a, dtype=np.int32) for a in steps)))
             q = torch.zeros(self._q_shape, dtype=self._dtype, device=self.device)
             kv = torch.zeros(self._kv_shape, dtype=self._dtype, device=self.device)
-            self.append(kv, kv, k_cache, v_cache)
-            self.run(q, k_cache, v_cache, torch.empty_like(q))
+            self.append(0, kv, kv)
+            self.run(0, q, torch.empty_like(q))
         if self._common:
             states = torch.zeros((2, *self._q_shape), dtype=self._dtype, device=self.device)
             lses = torch.zeros(states.shape[:3], dtype=torch.float32, device=self.device)
@@ -194,9 +191,10 @@ class FlashInferAttention:
         """
         return self._step.rows if self._step is not None and self._step.graphs is not None else None
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""
-        self._check({"k": k, "v": v}, self._kv_shape, k_cache, v_cache)
+        k_cache, v_cache = self._layers[layer].k, self._layers[layer].v
+        self._check({"k": k, "v": v}, self._kv_shape)
         if self._step is None:
             return
         at = self._step.arrays.device
@@ -217,22 +215,14 @@ class FlashInferAttention:
                 kv_indices, at.kv_indptr, at.kv_last_page_len, kv_layout="NHD",
             )  # fmt: skip
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        sm_scale: float | None = None,
-        window_left: int = -1,
-        logits_soft_cap: float = 0.0,
-    ) -> None:
-        """Attend q [rows, num_qo_heads, head_dim] to the caches and write out, contiguous and of the same shape."""
-        self._check({"q": q, "out": out}, self._q_shape, k_cache, v_cache)
+    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = _PLAIN) -> None:
+        """Attend q [rows, num_qo_heads, head_dim] to the layer's pages and write out, contiguous, of the same shape."""
+        kv = self._layers[layer]
+        self._check({"q": q, "out": out}, self._q_shape)
+        check_options(options)
+        sm_scale, window_left, logits_soft_cap = options
         if sm_scale is None:
             sm_scale = self._heads[2] ** -0.5
-        check_options(sm_scale, window_left, logits_soft_cap)
         if sm_scale <= 0:
             raise BackendUnavailable(
                 f"sm_scale is {sm_scale}: FlashInfer's softmax needs a positive factor; negate q, or use device='cpu'"
@@ -247,7 +237,7 @@ class FlashInferAttention:
             planned = self._planned[options] = self._plan_for(options, self._step)
         elif self._step.graphs is None:
             refuse_capture(self.device, "this step must not be captured, as later ones have other memory")
-        planned.run(q, (k_cache, v_cache), out, self._scales)
+        planned.run(q, (kv.k, kv.v), out, self._scales)
 
     def _plan_for(self, options: Options, step: _Step) -> Wrapper | CascadeRun:
         """Plan the step for layers with these options."""
@@ -262,48 +252,35 @@ class FlashInferAttention:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check(
-        self, rows: dict[str, torch.Tensor], shape: tuple[int, ...], k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> None:
-        """Raise unless these tensors fit the plan and the pool."""
+    def _check(self, rows: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+        """Raise unless these tensors fit the plan, and the kernels' loads."""
+        unit = _ALIGN_BYTES // self._dtype.itemsize
         for name, tensor in rows.items():
-            if tensor.shape != shape:
-                _refuse_shape(name, tensor, shape, "one row for each row of the plan")
-            self._check_tensor(name, tensor, self._dtype)
-            if name == "out" and not tensor.is_contiguous():
+            check_rows(name, tensor, shape, self._dtype, self.device)
+            strides = tensor.stride()
+            if tensor.data_ptr() % _ALIGN_BYTES or any(
+                s % unit for s, n in zip(strides[:-1], tensor.shape, strict=False) if n > 1
+            ):
                 raise InvalidArgument(
-                    f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})"
+                    f"{name} has strides {strides} and begins at {tensor.data_ptr():#x}: rows must begin at multiples "
+                    f"of {_ALIGN_BYTES} bytes, pass {name}.contiguous()"
                 )
-        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            if cache.shape != self._cache_shape:
-                _refuse_shape(name, cache, self._cache_shape, "[page, slot, head, dim] of the whole pool")
-            self._check_tensor(name, cache, self._kv_dtype)
-        if k_cache.stride() != v_cache.stride():
-            raise InvalidArgument(
-                f"k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}: they must be equal, "
-                "take both from one pool"
-            )
-
-    def _check_tensor(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        if tensor.dtype != dtype:
-            raise InvalidArgument(f"{name} is {tensor.dtype}: it must be {dtype}, what this backend was made for")
-        if tensor.device != self.device:
-            raise InvalidArgument(f"{name} is on {tensor.device}: move it to {self.device}, the pool's device")
-        strides = tensor.stride()
-        if strides[-1] != 1:
-            raise InvalidArgument(f"{name} has strides {strides}: the last must be 1, pass {name}.contiguous()")
-        unit = _ALIGN_BYTES // dtype.itemsize
-        if tensor.data_ptr() % _ALIGN_BYTES or any(
-            s % unit for s, n in zip(strides[:-1], tensor.shape, strict=False) if n > 1
-        ):
-            raise InvalidArgument(
-                f"{name} has strides {strides} and begins at {tensor.data_ptr():#x}: rows must begin at multiples of "
-                f"{_ALIGN_BYTES} bytes, pass {name}.contiguous()"
-            )
 
 
-def _load(device: torch.device) -> Any:
-    """The module flashinfer, if it can work here."""
+def _one_kind(layers: Sequence[LayerKV]) -> tuple[LayerShape, LayerFormat]:
+    """The shape and format that all layers have, which is what this backend plans for."""
+    kinds = {(kv.shape, kv.format) for kv in layers}
+    shape, stored = layers[0].shape, layers[0].format
+    if len(kinds) > 1 or shape.k_dim != shape.v_dim:
+        raise BackendUnavailable(
+            f"layers of {len(kinds)} kinds, keys of {shape.k_dim} and values of {shape.v_dim} dimensions: on CUDA all "
+            "layers have one shape and format, and K and V the same dimension; use device='cpu' for others"
+        )
+    return shape, stored
+
+
+def load(device: torch.device) -> Any:
+    """The module flashinfer, if it can work on this device. Raises `BackendUnavailable`."""
     if device.type != "cuda":
         raise BackendUnavailable(f"FlashInfer runs on CUDA devices, not on {device}: use device='cuda' or device='cpu'")
     if not torch.cuda.is_available():
@@ -327,19 +304,3 @@ def _load(device: torch.device) -> Any:
     if tuple(int(part) for part in found.split(".")[:2]) < (0, 7):
         raise BackendUnavailable(f"FlashInfer {found} is too old: pip install -U 'radixkv[cuda]' for 0.7 or later")
     return module
-
-
-def _check_sizes(num_qo_heads: int, num_kv_heads: int, num_pages: int, page_size: int) -> None:
-    sizes = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "num_pages": num_pages, "page_size": page_size}
-    check_sizes(sizes)
-    if num_qo_heads % num_kv_heads:
-        raise InvalidArgument(
-            f"num_qo_heads is {num_qo_heads} and num_kv_heads is {num_kv_heads}: the first must be a multiple of the "
-            "second"
-        )
-    if num_pages * page_size >= 2**31:
-        raise InvalidArgument(f"num_pages * page_size is {num_pages * page_size}: slots are int32, keep it below 2**31")
-
-
-def _refuse_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> NoReturn:
-    raise InvalidArgument(f"{name} has shape {tuple(tensor.shape)}: it must be {shape}, {what}")

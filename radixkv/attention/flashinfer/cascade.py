@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from radixkv.attention import Options
 from radixkv.attention.cascade import CascadePlan
 from radixkv.attention.flashinfer.kernels import preparing
-from radixkv.attention.flashinfer.plans import Options, Planner, PlanSet, Schedule, Wrapper
+from radixkv.attention.flashinfer.plans import Planner, PlanSet, Schedule, Wrapper
 
 __all__ = ["CascadeRun", "merge", "plan_cascade"]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from radixkv import _core
-from radixkv.attention.flashinfer.plans import Options, Planner, PlanSet, Schedule, StepArrays, Wrapper
+from radixkv.attention import Options
+from radixkv.attention.flashinfer.plans import Planner, PlanSet, Schedule, StepArrays, Wrapper
 from radixkv.errors import InvalidArgument
 
 __all__ = ["DecodeGraphs", "refuse_capture"]

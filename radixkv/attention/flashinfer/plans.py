@@ -16,21 +16,14 @@ import numpy.typing as npt
 import torch
 
 from radixkv import _core
+from radixkv.attention import Options
 from radixkv.attention.flashinfer.kernels import preparing
 
-__all__ = ["IndexArrays", "Options", "PlanSet", "Planner", "Schedule", "StepArrays", "StepTensors", "Wrapper"]
+__all__ = ["IndexArrays", "PlanSet", "Planner", "Schedule", "StepArrays", "StepTensors", "Wrapper"]
 
 _ALIGN = 4  # entries: every array begins at a multiple of 16 bytes
 _FIRST_FLOAT_BYTES = 1 << 20
 _FIRST_INT_BYTES = 1 << 18
-
-
-class Options(NamedTuple):
-    """What FlashInfer takes when it plans and layers of one model may differ in."""
-
-    sm_scale: float
-    window_left: int
-    logits_soft_cap: float
 
 
 class Schedule(NamedTuple):
