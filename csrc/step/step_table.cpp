@@ -47,7 +47,11 @@ Staging::Staging(const StepTable& table, const StepInputs& inputs) : table_(tabl
   lengths_[last_rows] = 2 * static_cast<std::int64_t>(inputs.last_rows.size());
   lengths_[kv_indices] = std::accumulate(table.page_counts.begin(), table.page_counts.end(), std::int64_t{0});
   begins_[0] = 0;
-  for (int i = 0; i < kArrays; ++i) begins_[i + 1] = begins_[i] + (lengths_[i] + 3) / 4 * 4;
+  for (int i = 0; i < kArrays; ++i) {
+    // Where there are no inputs their room stays, so that the places of what follows are the same.
+    const std::int64_t room = i == input_ids || i == positions ? 2 * rows : i == last_rows ? 2 * batch : lengths_[i];
+    begins_[i + 1] = begins_[i] + (room + 3) / 4 * 4;
+  }
 }
 
 void Staging::write(std::int32_t* to) const {

@@ -161,7 +161,7 @@ def test_append_writes_its_slots_and_no_other(dtype: torch.dtype) -> None:
     pool.backend.plan(table)
     k = torch.randn(601, 2, 64).to(dtype)
     v = torch.randn(2, 601, 64).to(dtype).transpose(0, 1)
-    pool.backend.append(k, v, pool.k, pool.v)
+    pool.backend.append(0, k, v)
     page, slot = table.slots // pool.page_size, table.slots % pool.page_size
     for cache, rows, old in ((pool.k, k, before[0]), (pool.v, v, before[1])):
         assert torch.equal(cache[page, slot], rows)

@@ -14,16 +14,10 @@ from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.native import NativeAttention
 from radixkv.errors import InvalidArgument
-from tests.attention.helpers import Heads, Options, Pool, Request, error, random_sequence
+from radixkv.shape import LayerShape
+from tests.attention.helpers import Heads, Options, layer_kv
 
-GEOMETRY: dict[str, Any] = {
-    "num_qo_heads": 6,
-    "num_kv_heads": 2,
-    "head_dim": 64,
-    "num_pages": 8,
-    "page_size": 4,
-    "dtype": torch.float32,
-}
+HEADS = Heads(6, 2, 64)
 
 
 def int32(*values: int) -> np.ndarray:
@@ -59,38 +53,55 @@ BAD_TABLES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def backend_of(
+    heads: Heads = HEADS,
+    num_pages: int = 8,
+    page_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> NativeAttention:
+    return NativeAttention([layer_kv(heads, torch.float32, num_pages, page_size)], dtype=dtype, **options)
+
+
 def planned() -> NativeAttention:
-    backend = NativeAttention(**GEOMETRY, num_threads=1)
+    backend = backend_of(num_threads=1)
     backend.plan(TABLE)
     return backend
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    cache = torch.zeros(2, 8, 4, 2, 64)
-    return {"q": torch.zeros(6, 6, 64), "k_cache": cache[0], "v_cache": cache[1], "out": torch.zeros(6, 6, 64)}
+    return {"q": torch.zeros(6, 6, 64), "out": torch.zeros(6, 6, 64)}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_dim": 12}, "head_dim is 12: it must be a multiple of 8 from 8 to 256"),
-        ({"head_dim": 264}, "head_dim is 264"),
-        ({"head_dim": 0}, "head_dim is 0"),
-        ({"num_qo_heads": 7}, "num_qo_heads is 7 and num_kv_heads is 2"),
-        ({"num_kv_heads": 4}, "num_qo_heads is 6 and num_kv_heads is 4"),
-        ({"num_pages": 0}, "num_pages is 0"),
-        ({"page_size": -1}, "page_size is -1"),
-        ({"page_size": 2**30}, "slots are int32"),
-        ({"num_pages": 2.0}, "num_pages is 2.0: give an integer"),
+        ({"heads": Heads(6, 2, 12)}, "layer 0: k_dim is 12: it must be a multiple of 8 from 8 to 256"),
+        ({"heads": Heads(6, 2, 264)}, "k_dim is 264"),
         ({"dtype": torch.float64}, "dtype is torch.float64"),
         ({"num_threads": 0}, "num_threads is 0"),
-        ({"num_threads": 5000}, "num_threads is 5000: give 1 to 1024"),
+        ({"num_threads": 5000}, "num_threads is 5000: give an integer from 1 to 1024"),
         ({"isa": "mmx"}, "isa is 'mmx': this machine supports .*portable"),
     ],
 )
-def test_geometry(change: dict[str, Any], message: str) -> None:
+def test_backends_that_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        NativeAttention(**(GEOMETRY | change))
+        backend_of(**change)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((6, 2, 0), "k_dim must be an int from 1"),
+        ((7, 2, 64), "num_qo_heads must be a multiple of num_kv_heads; got 7 and 2"),
+        ((0, 2, 64), "num_qo_heads must be an int from 1"),
+        ((6, 2.0, 64), "num_kv_heads must be an int from 1 .* got 2.0"),
+        ((6, 2, 64, -8), "v_dim must be an int from 1"),
+    ],
+)
+def test_shapes_that_are_refused(sizes: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        LayerShape(*sizes)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_TABLES)
@@ -98,7 +109,7 @@ def test_table(change: dict[str, Any], message: str) -> None:
     backend = planned()
     with pytest.raises(InvalidArgument, match=message):
         backend.plan(TABLE._replace(**change))
-    backend.run(**tensors())  # the earlier plan still stands
+    backend.run(0, **tensors())  # the earlier plan still stands
 
 
 @pytest.mark.parametrize(
@@ -112,21 +123,18 @@ def test_table(change: dict[str, Any], message: str) -> None:
         ({"q": torch.zeros(6, 6, 128)[:, :, ::2]}, r"q has strides .*: the last must be 1, pass q.contiguous\(\)"),
         ({"out": torch.zeros(6, 6, 64).transpose(0, 1)}, "out has strides"),
         ({"out": torch.zeros(7, 6, 64)}, "out has shape"),
-        ({"k_cache": torch.zeros(7, 4, 2, 64)}, "k_cache has shape"),
-        ({"v_cache": torch.zeros(8, 4, 2, 64, dtype=torch.float16)}, "v_cache is torch.float16"),
-        ({"v_cache": torch.zeros(8, 2, 4, 64).transpose(1, 2)}, "they must be equal"),
-        ({"window_left": -2}, "window_left is -2"),
-        ({"window_left": 2**31}, "window_left is 2147483648"),
-        ({"logits_soft_cap": -1.0}, "logits_soft_cap is -1.0"),
-        ({"logits_soft_cap": float("nan")}, "logits_soft_cap is nan"),
-        ({"sm_scale": float("inf")}, "sm_scale is inf"),
+        ({"options": Options(window_left=-2)}, "window_left is -2"),
+        ({"options": Options(window_left=2**31)}, "window_left is 2147483648"),
+        ({"options": Options(logits_soft_cap=-1.0)}, "logits_soft_cap is -1.0"),
+        ({"options": Options(logits_soft_cap=float("nan"))}, "logits_soft_cap is nan"),
+        ({"options": Options(sm_scale=float("inf"))}, "sm_scale is inf"),
     ],
 )
 def test_run(change: dict[str, Any], message: str) -> None:
     arguments = tensors()
     arguments["out"].fill_(7.0)
     with pytest.raises(InvalidArgument, match=message):
-        planned().run(**(arguments | change))
+        planned().run(0, **(arguments | change))
     assert (arguments["out"] == 7.0).all()
 
 
@@ -137,15 +145,17 @@ def test_run(change: dict[str, Any], message: str) -> None:
         ({"v": torch.ones(6, 6, 64)}, "v has shape"),
         ({"v": torch.ones(6, 2, 64, dtype=torch.float64)}, "v is torch.float64"),
         ({"k": torch.ones(6, 2, 128)[:, :, ::2]}, "k has strides"),
-        ({"k_cache": torch.ones(8, 4, 2, 32)}, "k_cache has shape"),
     ],
 )
 def test_append(change: dict[str, Any], message: str) -> None:
-    cache = torch.zeros(2, 8, 4, 2, 64)
-    good = {"k": torch.ones(6, 2, 64), "v": torch.ones(6, 2, 64), "k_cache": cache[0], "v_cache": cache[1]}
+    layer = layer_kv(HEADS, torch.float32, 8, 4)
+    layer.k.zero_(), layer.v.zero_()
+    backend = NativeAttention([layer], dtype=torch.float32)
+    backend.plan(TABLE)
     with pytest.raises(InvalidArgument, match=message):
-        planned().append(**(good | change))
-    assert not cache.any()
+        backend.append(0, **({"k": torch.ones(6, 2, 64), "v": torch.ones(6, 2, 64)} | change))
+    assert not layer.k.any()
+    assert not layer.v.any()
 
 
 def test_threads_setter() -> None:
@@ -157,23 +167,21 @@ def test_threads_setter() -> None:
 
 
 def test_empty_step() -> None:
-    backend = NativeAttention(**GEOMETRY)
+    backend = backend_of()
     backend.plan(PageTable(int32(0), int32(0), int32(), int32(), int32()))
     arguments = tensors() | {"q": torch.zeros(0, 6, 64), "out": torch.zeros(0, 6, 64)}
-    backend.run(**arguments)
+    backend.run(0, **arguments)
 
 
 def test_nothing_is_planned_at_first() -> None:
     with pytest.raises(InvalidArgument, match=r"it must be \(0, 6, 64\)"):
-        NativeAttention(**GEOMETRY).run(**tensors())
+        backend_of().run(0, **tensors())
 
 
-def test_head_major_caches_work() -> None:
-    """Any strides serve, so long as K and V share them: pages may be [kv_heads, page_size, head_dim] in memory."""
-    pool = Pool(Heads(4, 2, 16), num_pages=8, page_size=16)
-    pool.k, pool.v = torch.full((2, 8, 2, 16, 16), torch.nan).transpose(2, 3)
-    request = Request(random_sequence(torch.Generator().manual_seed(0), 100, pool.heads, torch.float32), 100, 30)
-    assert error(pool.attend([request], np.random.default_rng(0)), [request], Options()) < 2e-6
+def test_no_such_layer() -> None:
+    for layer in (1, 5):
+        with pytest.raises((IndexError, InvalidArgument)):
+            planned().run(layer, **tensors())
 
 
 def test_isa_from_the_environment() -> None:

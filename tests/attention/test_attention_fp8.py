@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from radixkv.attention import PageTable
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
 from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.formats import LayerFormat, RowFormat, fp8, layer_formats
 from tests.attention.helpers import (
     PLAIN,
     SCALES,
@@ -22,6 +23,7 @@ from tests.attention.helpers import (
     Tokens,
     as_stored,
     error,
+    layer_kv,
     random_sequence,
 )
 from tests.attention.helpers import one_torch_thread as one_torch_thread
@@ -84,7 +86,7 @@ def test_every_number_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
         pool.backend.plan(one_row())
         pool.k.zero_()
         pool.v.copy_(stored)
-        pool.backend.run(zero, pool.k, pool.v, out)
+        pool.backend.run(0, zero, out)
         want = (stored.float() * scale).to(dtype)
         assert torch.equal(out.flatten().isnan(), want.isnan())
         assert int(want.isnan().sum()) == 2
@@ -107,7 +109,7 @@ def test_every_key_is_read_exactly(isa: str) -> None:
             pool.k.view(torch.uint8)[1, 0, 0, at % 8] = bits[at]
             q, out = torch.zeros(1, 1, 8, dtype=dtype), torch.empty(1, 1, 8, dtype=dtype)
             q[..., at % 8] = 1.0
-            pool.backend.run(q, pool.k, pool.v, out, sm_scale=1.0)
+            pool.backend.run(0, q, out, Options(sm_scale=1.0))
             want = torch.tensor(number, dtype=torch.float64).sigmoid()
             assert (out.double() - want).abs().max() <= TOLERANCE[dtype], number
 
@@ -142,7 +144,7 @@ def test_append_stores_what_quantize_says(isa: str, dtype: torch.dtype) -> None:
         )
         table = pool.load([Request(Tokens(rows, rows, rows), len(rows), len(rows))], np.random.default_rng(0))
         pool.backend.plan(table)
-        pool.backend.append(rows, rows, pool.k, pool.v)
+        pool.backend.append(0, rows, rows)
         page, slot = table.slots // 16, table.slots % 16
         for cache, scale in ((pool.k, k_scale), (pool.v, v_scale)):
             want = quantize(rows, scale).view(torch.uint8)
@@ -153,40 +155,38 @@ def test_append_stores_what_quantize_says(isa: str, dtype: torch.dtype) -> None:
         assert int((pool.k.float().abs() == 448).sum()) > 100
 
 
-GEOMETRY: dict[str, Any] = {
-    "num_qo_heads": 1, "num_kv_heads": 1, "head_dim": 64, "num_pages": 1, "page_size": 1,
-    "dtype": torch.bfloat16, "kv_dtype": FP8,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
+    ("kv_format", "kind", "message"),
     [
         (
-            {"kv_dtype": torch.float8_e5m2},
+            lambda: LayerFormat(RowFormat("float16"), RowFormat("float16")),
             BackendUnavailable,
-            "kv_dtype is torch.float8_e5m2: use torch.bfloat16, .*e4",
+            "kv_format stores K as float16 and V as float16: use bfloat16, .*e4m3fn",
         ),
-        ({"kv_dtype": torch.float16}, BackendUnavailable, "kv_dtype is torch.float16"),
-        ({"k_scale": 0.0}, InvalidArgument, "k_scale is 0.0: use a positive finite factor"),
-        ({"v_scale": float("inf")}, InvalidArgument, "v_scale is inf"),
-        ({"kv_dtype": None, "k_scale": 0.5}, InvalidArgument, "k_scale is 0.5 and kv_dtype torch.bfloat16"),
-        ({"dtype": FP8}, InvalidArgument, "dtype is torch.float8_e4m3fn"),
+        (lambda: LayerFormat(RowFormat("bfloat16"), RowFormat("float8_e4m3fn")), BackendUnavailable, "for both"),
+        (lambda: RowFormat("float8_e5m2"), InvalidArgument, "a row of 'float8_e5m2': rows are stored as float32"),
+        (lambda: fp8(k_scale=0.0), InvalidArgument, "scale is 0.0: use a positive finite factor"),
+        (lambda: fp8(v_scale=float("inf")), InvalidArgument, "scale is inf"),
+        (lambda: RowFormat("bfloat16", 0.5), InvalidArgument, "scale is 0.5: only float8_e4m3fn is stored with one"),
+        (lambda: "int3", InvalidArgument, "kv_format is 'int3': use None, 'fp8' or a LayerFormat"),
+        (lambda: [None], InvalidArgument, "kv_format has 1 formats for 2 layers"),
     ],
 )
-def test_storage_that_is_refused(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_formats_that_are_refused(kv_format: Callable[[], object], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        NativeAttention(**(GEOMETRY | change))
+        layer_formats(kv_format(), "bfloat16", 2)
 
 
 def test_tensors_that_are_refused() -> None:
-    backend = NativeAttention(**GEOMETRY)
+    layer = layer_kv(Heads(1, 1, 64), torch.bfloat16, 1, 1, FP8)
+    backend = NativeAttention([layer], dtype=torch.bfloat16)
+    with pytest.raises(InvalidArgument, match="dtype is torch.float8_e4m3fn"):
+        NativeAttention([layer], dtype=FP8)
+    with pytest.raises(InvalidArgument, match="stored neither in the dtype of k and v nor as float8_e4m3fn"):
+        NativeAttention([layer_kv(Heads(1, 1, 64), torch.bfloat16, 1, 1)], dtype=torch.float16)
     backend.plan(one_row())
     row = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
-    cache = torch.zeros(2, 1, 1, 1, 64).to(FP8)
-    with pytest.raises(InvalidArgument, match="k_cache is torch.bfloat16: convert it to torch.float8_e4m3fn"):
-        backend.append(row, row, cache[0].bfloat16(), cache[1])
     with pytest.raises(InvalidArgument, match="v is torch.float8_e4m3fn: convert it to torch.bfloat16"):
-        backend.append(row, row.to(FP8), *cache)
+        backend.append(0, row, row.to(FP8))
     with pytest.raises(InvalidArgument, match="q is torch.float8_e4m3fn: convert it to torch.bfloat16"):
-        backend.run(row.to(FP8), *cache, row)
+        backend.run(0, row.to(FP8), row)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radixkv.attention.cascade import FLASHINFER, NATIVE, OFF, CascadeCosts, CascadePlan
+from radixkv.attention.cascade import FLASHINFER, NATIVE, CascadeCosts, CascadePlan
 from radixkv.errors import InvalidArgument
 from tests.attention.cascade_helpers import ALL, Forest, ModelSegment, model_choice, random_forest
 

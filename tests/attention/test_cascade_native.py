@@ -12,7 +12,7 @@ from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
 from radixkv.errors import InvalidArgument, LeaseError
 from tests.attention.cascade_helpers import Forest, random_forest
-from tests.attention.helpers import ISAS, SCALES, Heads, Options, fill_nan, storage
+from tests.attention.helpers import ISAS, SCALES, Heads, Options, fill_nan, layer_kv
 from tests.attention.helpers import one_torch_thread as one_torch_thread
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -44,30 +44,19 @@ class Layer:
         fill_nan(self.caches.view(2, -1, heads.kv, heads.dim), (slice(None), slots))
 
     def backend(self, costs: CascadeCosts, threads: int, isa: str | None = None) -> NativeAttention:
-        return NativeAttention(
-            num_qo_heads=self.heads.qo,
-            num_kv_heads=self.heads.kv,
-            head_dim=self.heads.dim,
-            num_pages=self.forest.num_pages,
-            page_size=self.forest.page_size,
-            dtype=self.dtype,
-            num_threads=threads,
-            isa=isa,
-            cascade=costs,
-            **storage(self.kv_dtype),
-        )
+        self.layer = layer_kv(self.heads, self.dtype, self.forest.num_pages, self.forest.page_size, self.kv_dtype)
+        return NativeAttention([self.layer], dtype=self.dtype, num_threads=threads, isa=isa, cascade=costs)
 
     def attend(self, backend: NativeAttention, options: list[Options]) -> list[torch.Tensor]:
-        k, v = self.caches.clone().unbind()
+        """With the backend that was made last."""
+        self.layer.k.copy_(self.caches[0])
+        self.layer.v.copy_(self.caches[1])
         backend.plan(self.table)
-        backend.append(self.k_new, self.v_new, k, v)
+        backend.append(0, self.k_new, self.v_new)
         outs = []
         for o in options:
             outs.append(torch.full_like(self.q, torch.nan))
-            backend.run(
-                self.q, k, v, outs[-1],
-                sm_scale=o.sm_scale, window_left=o.window_left, logits_soft_cap=o.logits_soft_cap,
-            )  # fmt: skip
+            backend.run(0, self.q, outs[-1], o)
         return outs
 
 
@@ -172,9 +161,7 @@ def test_leases_share_published_pages(dtype: torch.dtype) -> None:
         engine = radixkv.Engine(
             num_layers=2, num_qo_heads=6, num_kv_heads=2, head_dim=16, page_size=16, num_pages=600, dtype=dtype
         )
-        engine.attention = NativeAttention(
-            num_qo_heads=6, num_kv_heads=2, head_dim=16, num_pages=600, page_size=16, dtype=dtype, cascade=costs
-        )
+        engine.attention = NativeAttention(engine.pool.layers, dtype=dtype, cascade=costs)
         embedding = torch.randn(100, 6, 16, generator=generator)
         system = rng.integers(0, 100, 700).tolist()
         documents = [rng.integers(0, 100, 300).tolist() for _ in range(2)]
