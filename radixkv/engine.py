@@ -78,7 +78,6 @@ class Engine:
         self.device = self.pool.storage.device  # "cuda" has become the device it stood for
         self.attention.warm_up(self.pool.k[0], self.pool.v[0])
         self.table = _core.PageTable(self.cache)
-        self.graph_inputs: dict[int, list[torch.Tensor]] = {}
         self.graph_windows: dict[int, int] = {}
 
     @property

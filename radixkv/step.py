@@ -30,7 +30,8 @@ class Step(_core.Step):
         LeaseError: another step of the engine is open, or a lease is released, another thread's or in another step.
 
     Attributes (set on entering):
-        input_ids: int64 [rows], the rows' tokens.
+        input_ids: int64 [rows], the rows' tokens. On CUDA this and the next two lie in memory that later steps fill
+            again: clone what you keep.
         positions: int64 [rows], each row's index in its sequence.
         last_rows: int64 [leases], the last row of each lease: its logits predict the lease's next token.
         graph_key: the number of leases, if the step can be captured in a CUDA graph or replayed from one; else None.
@@ -53,25 +54,11 @@ class Step(_core.Step):
         """Makes the pending copies and plans attention; the page table is assembled."""
         engine, table = self._engine, self._engine.table
         engine.pool.copy_pages(table.copy_source, table.copy_target)
-        engine.attention.plan(table)
+        self.input_ids, self.positions, self.last_rows = engine.attention.plan(table)
         self.graph_key = engine.attention.graph_key
-        self.input_ids, self.positions, self.last_rows = self._inputs()
         self._shape = (len(self.input_ids), engine.geometry.num_qo_heads, engine.geometry.head_dim)
         self._window_limit = table.window_limit
         self._plan = None
-
-    def _inputs(self) -> list[torch.Tensor]:
-        """The rows' arrays on the device; those of steps with equal graph_key in the same memory."""
-        engine, table = self._engine, self._engine.table
-        arrays = [torch.from_numpy(a) for a in (table.input_ids, table.positions, table.last_rows)]
-        key = self.graph_key
-        if key is None:
-            return [a.to(engine.device) for a in arrays]
-        if key not in engine.graph_inputs:
-            engine.graph_inputs[key] = [torch.empty_like(a, device=engine.device) for a in arrays]
-        for kept, array in zip(engine.graph_inputs[key], arrays, strict=True):
-            kept.copy_(array)
-        return engine.graph_inputs[key]
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch a forward pass that was captured in a step with the same graph_key, in place of attending.

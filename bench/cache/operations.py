@@ -132,8 +132,9 @@ def page_table(repeats: int, batch: int = 256, length: int = 2048) -> dict[str, 
         step.__enter__()
         step.__exit__(BaseException, None, None)  # as by an exception: the leases stay as they are
 
-    assemble()
+    step.__enter__()
     result = table.kv_indices
+    step.__exit__(BaseException, None, None)
     target = np.empty_like(result)
     return {
         "assemble_us": median_ns(assemble, repeats) / 1e3,

@@ -8,7 +8,6 @@
 #include <string>
 
 #include "base/error.hpp"
-#include "step/table_check.hpp"
 
 namespace radixkv::attention {
 namespace {
@@ -52,28 +51,20 @@ void AttentionPlan::set_num_threads(int num_threads) {
   schedule();
 }
 
-void AttentionPlan::plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots) {
-  const std::int32_t batch_size = table.batch_size;
-  check_table(table, layout_.page_size, layout_.num_pages);
-  check_range("slots", slots, num_slots, static_cast<std::int64_t>(layout_.num_pages) * layout_.page_size);
-  if (table.qo_indptr[batch_size] != num_slots) {
-    invalid("slots has " + str(num_slots) + " entries for " + str(table.qo_indptr[batch_size]) +
-            " rows: give one slot for each row");
+void AttentionPlan::plan(const StepTable& table) {
+  if (table.num_pages != layout_.num_pages || table.page_size != layout_.page_size) {
+    invalid("the page table is of " + str(table.num_pages) + " pages of " + str(table.page_size) +
+            " tokens: this attention is for " + str(layout_.num_pages) + " of " + str(layout_.page_size));
   }
-  plan_checked(table, slots, num_slots);
-}
-
-void AttentionPlan::plan_checked(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots) {
   const std::lock_guard lock(mutex_);
-  slots_.assign(slots, slots + num_slots);
-  if (cascade_.use_count() > 1) cascade_ = std::make_shared<Cascade>();  // somebody keeps the last one
-  cascade_->derive(table, layout_.page_size, costs_);
+  finder_.find(table);
+  table_ = table;
   schedule();
 }
 
-std::shared_ptr<const Cascade> AttentionPlan::cascade() {
+std::pair<StepTable, std::shared_ptr<const Cascade>> AttentionPlan::planned() {
   const std::lock_guard lock(mutex_);
-  return cascade_;
+  return {table_, finder_.found()};
 }
 
 void AttentionPlan::set_costs(const CascadeCosts& costs) {
@@ -81,7 +72,7 @@ void AttentionPlan::set_costs(const CascadeCosts& costs) {
     invalid("granularity is " + str(costs.granularity) + ": it must be a multiple of " + str(kTileKeys));
   }
   const std::lock_guard lock(mutex_);
-  costs_ = costs;
+  finder_.costs = costs;
 }
 
 std::int64_t AttentionPlan::block_vectors(const Block& block) const {
@@ -94,8 +85,8 @@ void AttentionPlan::carry_rows() {
   carried_rows_.clear();
   carried_positions_.clear();
   carried_of_request_.assign(static_cast<std::size_t>(table.batch_size), -1);
-  for (const std::int32_t b : cascade_->order) {
-    if (cascade_->shared_pages[b] == 0) continue;
+  for (const std::int32_t b : cascade().order) {
+    if (cascade().shared_pages[b] == 0) continue;
     carried_of_request_[b] = static_cast<std::int32_t>(carried_rows_.size());
     const std::int32_t rows = table.num_rows(b);
     for (std::int32_t r = 0; r < rows; ++r) {
@@ -107,14 +98,14 @@ void AttentionPlan::carry_rows() {
 
 // The rows of all users against the keys of their segment.
 void AttentionPlan::add_segment(const Segment& segment, std::vector<Item>& items) const {
-  const std::int32_t first_user = cascade_->order[segment.user_begin];
-  const std::int32_t last_user = cascade_->order[segment.user_end - 1];
+  const std::int32_t first_user = cascade().order[segment.user_begin];
+  const std::int32_t last_user = cascade().order[segment.user_end - 1];
   const std::int32_t begin = carried_of_request_[first_user];
   const std::int32_t end = carried_of_request_[last_user] + view().num_rows(last_user);
   const std::int32_t heads = layout_.num_kv_heads;
   const std::int32_t step = std::clamp(kSharedVectorsTarget / (group_ * (end - begin)), 1, heads);
   const std::int32_t rows_per_block = std::max(1, kSharedVectorsLimit / group_);
-  const std::int64_t key_begin = cascade_->token_begin(segment), key_end = cascade_->token_end(segment);
+  const std::int64_t key_begin = segment.token_begin, key_end = segment.token_end;
   for (std::int32_t row = begin; row < end; row += rows_per_block) {
     for (std::int32_t head = 0; head < heads; head += step) {
       const Block block{first_user, head, std::min(heads, head + step), row, std::min(end, row + rows_per_block), true};
@@ -131,7 +122,7 @@ void AttentionPlan::add_requests(std::vector<Item>& items) const {
   const PageTableView table = view();
   const std::int32_t heads = layout_.num_kv_heads;
   const auto target = static_cast<std::int32_t>(std::max<std::int64_t>(1, kBlockVectorsTarget / group_));
-  const auto served = [&](std::int32_t b) { return cascade_->token_at(cascade_->shared_pages[b]); };
+  const auto served = [&](std::int32_t b) { return cascade().token_at(cascade().shared_pages[b]); };
   std::int64_t chunks = 0;
   for (std::int32_t b = 0; b < table.batch_size; ++b) {
     chunks += table.num_rows(b) * ((kv_len(b) - served(b) + kChunkKeys - 1) / kChunkKeys);
@@ -153,7 +144,7 @@ void AttentionPlan::add_requests(std::vector<Item>& items) const {
         const Block block{b, head, std::min(heads, head + step), begin, end};
         const double per_key = static_cast<double>(block_vectors(block)) + kKeyCost * (block.head_end - head);
         const double cost = per_key * static_cast<double>((keys - key_begin) * layout_.head_dim);
-        items.push_back(Item{block, key_begin, key_end, cascade_->levels, cascade_->depths[b], carried, cost});
+        items.push_back(Item{block, key_begin, key_end, cascade().levels, cascade().depths[b], carried, cost});
       }
     }
   }
@@ -163,11 +154,11 @@ void AttentionPlan::add_requests(std::vector<Item>& items) const {
 void AttentionPlan::schedule() {
   carry_rows();
   std::vector<Item> blocks;
-  for (const Segment& segment : cascade_->segments) {
+  for (const Segment& segment : cascade().segments) {
     if (segment.verdict == Verdict::used) add_segment(segment, blocks);
   }
   add_requests(blocks);
-  std::vector<double> totals(static_cast<std::size_t>(cascade_->levels) + 1, 0.0);
+  std::vector<double> totals(static_cast<std::size_t>(cascade().levels) + 1, 0.0);
   max_block_rows_ = 0;
   for (const Item& item : blocks) {
     totals[item.phase] += item.cost;
@@ -208,11 +199,12 @@ void AttentionPlan::add_item(const Item& item, double fair) {
 void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
                            const Scales& scales) {
   const std::lock_guard lock(mutex_);
+  const PageLists::Use use(*table_.lists);
   const std::int64_t rows = num_rows();
   const auto store = [&](std::int64_t item, int) {
     const std::int64_t begin = item * kAppendRows;
     const std::int64_t end = std::min(rows, begin + kAppendRows);
-    append_kv(kernel_, strides, k_cache, v_cache, k, v, scales, slots_.data(), begin, end);
+    append_kv(kernel_, strides, k_cache, v_cache, k, v, scales, table_.slots.data(), begin, end);
   };
   const std::int64_t items = (rows + kAppendRows - 1) / kAppendRows;
   pool_.for_each(items, store);
@@ -221,6 +213,7 @@ void AttentionPlan::append(const KvLayout& strides, void* k_cache, void* v_cache
 void AttentionPlan::run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
                         const AttentionParams& params) {
   const std::lock_guard lock(mutex_);
+  const PageLists::Use use(*table_.lists);
   const Batch batch{
       strides, view(), params, group_, k_cache, v_cache, q, out, carried_rows_.data(), carried_positions_.data()};
   const std::size_t state_bytes =

@@ -1,9 +1,10 @@
-// One step's attention: the page table checked and copied, the work scheduled, then run once per layer.
+// One step's attention: the page table copied, the work scheduled, then run once per layer.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention/attention.hpp"
@@ -20,12 +21,10 @@ class AttentionPlan {
   // layout's strides are ignored here. Throws Error (InvalidArgument) for a geometry that the kernel does not take.
   AttentionPlan(std::int32_t num_qo_heads, const KvLayout& layout, int num_threads, const char* isa = nullptr);
 
-  // Copies and checks the page table: indptr monotone from 0, pages == ceil(kv_len / page_size) >= what the new rows
-  // need, 1 <= last page length <= page_size, page ids and slots in range. A table that fails changes nothing.
-  void plan(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
-
-  // The same for a table that is known to be right: of leases of a cache with as many pages of this size.
-  void plan_checked(const PageTableView& table, const std::int32_t* slots, std::int64_t num_slots);
+  // Copies the table and schedules its step. O(requests + rows) where the batch is that of the last step. The calls
+  // below throw LeaseError once that step has ended. Throws Error (InvalidArgument) for a table of another pool,
+  // LeaseError for one whose step has ended; then nothing has changed.
+  void plan(const StepTable& table);
 
   // Writes k and v [rows, num_kv_heads, head_dim] into the slots; scales: of 8-bit caches.
   void append(const KvLayout& strides, void* k_cache, void* v_cache, const Rows& k, const Rows& v,
@@ -34,14 +33,14 @@ class AttentionPlan {
   void run(const KvLayout& strides, const void* k_cache, const void* v_cache, const Rows& q, void* out,
            const AttentionParams& params);
 
-  // What the planned requests share. It stays as it is when the next step is planned.
-  std::shared_ptr<const Cascade> cascade();
+  // The planned table, and what its requests share.
+  std::pair<StepTable, std::shared_ptr<const Cascade>> planned();
 
   // When shared segments are read once for all of their users; takes effect with the next plan. It never changes a bit
   // of the result. Throws Error (InvalidArgument) unless the granularity is a multiple of kTileKeys.
   void set_costs(const CascadeCosts& costs);
 
-  std::int64_t num_rows() const { return static_cast<std::int64_t>(slots_.size()); }
+  std::int64_t num_rows() const { return table_.num_rows(); }
   const char* isa() const { return kernel_.isa; }
   int num_threads() const { return pool_.num_threads(); }
   void set_num_threads(int num_threads);
@@ -73,8 +72,9 @@ class AttentionPlan {
   void add_requests(std::vector<Item>& items) const;
   void add_item(const Item& item, double fair);
   std::int64_t block_vectors(const Block& block) const;
-  std::int64_t kv_len(std::int32_t b) const { return view().kv_len(b, layout_.page_size); }
-  PageTableView view() const { return cascade_->view(); }
+  std::int64_t kv_len(std::int32_t b) const { return view().kv_len(b); }
+  PageTableView view() const { return table_.view(); }
+  const Cascade& cascade() const { return *finder_.found(); }
   std::int64_t num_carried() const { return static_cast<std::int64_t>(carried_rows_.size()); }
   std::int64_t carried_floats() const { return state_floats(num_carried() * num_qo_heads_, layout_.head_dim); }
   RowState carried(Carried which, const Item& item);
@@ -88,9 +88,8 @@ class AttentionPlan {
   ThreadPool pool_;
   ForkMutex mutex_;  // one call at a time: the calls share scratch memory
 
-  CascadeCosts costs_;
-  std::shared_ptr<Cascade> cascade_ = std::make_shared<Cascade>();
-  std::vector<std::int32_t> slots_;
+  StepTable table_;
+  CascadeFinder finder_;
   std::vector<std::int32_t> carried_rows_;        // the rows whose state goes from segment to segment, in cascade order
   std::vector<std::int64_t> carried_positions_;   // and their positions
   std::vector<std::int32_t> carried_of_request_;  // first carried row of each request, or -1

@@ -7,8 +7,19 @@
 
 namespace radixkv {
 
+namespace {
+std::uint64_t next_id() {
+  static std::atomic<std::uint64_t> last{0};
+  return ++last;
+}
+}  // namespace
+
 Lease::Lease(std::shared_ptr<Cache> cache, std::string_view name)
-    : cache_(std::move(cache)), tree_(cache_->tree_), name_(name), thread_(std::this_thread::get_id()) {}
+    : cache_(std::move(cache)),
+      tree_(cache_->tree_),
+      name_(name),
+      id_(next_id()),
+      thread_(std::this_thread::get_id()) {}
 
 Lease::~Lease() {
   if (released()) return;
@@ -148,6 +159,7 @@ void Lease::extend(const Token* tokens, std::int64_t n) {
   pages_.resize(total);
   take_pages(need, kNone);
   if (tail != kNone && !back) {
+    ++version_;
     copy_open_page(tail, open, static_cast<std::int32_t>(num_tokens_ % tree_.page_size()), false);
     tree_.unlock(tail);
   }
@@ -195,6 +207,7 @@ std::int64_t Lease::drop(std::int64_t num_tokens) {
     pages_[i] = kNone;
   }
   first_page_ = first;
+  ++version_;
   return std::max(0, first - own);
 }
 
@@ -228,6 +241,7 @@ void Lease::publish_written(bool closing) {
 
 // Another request published `child` first: use its pages and free the duplicates.
 void Lease::fold(NodeId child, std::int32_t full) {
+  ++version_;
   const std::int32_t k = tree_.replace_duplicates(child, pages_.data() + num_shared_, full - num_shared_);
   const NodeId node = tree_.upper(child, k);
   tree_.lock(node);

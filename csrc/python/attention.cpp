@@ -1,8 +1,5 @@
-// radixkv._core's part for attention. Tensors cross as addresses and strides, checked in radixkv/attention/native.py;
-// the arrays of a page table cross as int32 numpy arrays, checked here.
+// radixkv._core's part for attention. Tensors cross as addresses and strides, checked in radixkv/attention/native.py.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,7 +9,6 @@
 
 #include "attention/plan.hpp"
 #include "base/error.hpp"
-#include "python/arrays.hpp"
 #include "python/objects.hpp"
 
 namespace nb = nanobind;
@@ -49,22 +45,10 @@ class Plan {
       : layout_{dtype_named(dtype), kv_dtype_named(kv_dtype), num_pages, page_size, num_kv_heads, head_dim, 0, 0, 0},
         plan_(num_qo_heads, layout_, num_threads, isa.c_str()) {}
 
-  void plan(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
-            const Int32Array& kv_last_page_len, const Int32Array& slots) {
-    const PageTableView view = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
+  void plan(const PyTable& t) {
+    const StepTable& table = t.table();
     const nb::gil_scoped_release release;
-    plan_.plan(view, slots.data(), static_cast<std::int64_t>(slots.shape(0)));
-  }
-
-  // An engine's own table, without a detour over Python's arrays.
-  void plan_table(const PyPageTable& t) {
-    const PageTable& table = t.table;
-    if (table.num_pages() != layout_.num_pages || table.page_size() != layout_.page_size) {
-      invalid("the page table is of " + str(table.num_pages()) + " pages of " + str(table.page_size()) +
-              " tokens: this attention is for " + str(layout_.num_pages) + " of " + str(layout_.page_size));
-    }
-    const nb::gil_scoped_release release;
-    plan_.plan_checked(table.view(), table.slots.data(), static_cast<std::int64_t>(table.slots.size()));
+    plan_.plan(table);
   }
 
   void append(std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v, std::int64_t v_row,
@@ -85,9 +69,13 @@ class Plan {
               reinterpret_cast<void*>(out), AttentionParams{sm_scale, window_left, logits_soft_cap, v_scale});
   }
 
-  std::shared_ptr<const Cascade> cascade() {
-    const nb::gil_scoped_release release;
-    return plan_.cascade();
+  PyCascade* cascade() {
+    std::pair<StepTable, std::shared_ptr<const Cascade>> planned;
+    {
+      const nb::gil_scoped_release release;
+      planned = plan_.planned();
+    }
+    return new PyCascade(std::move(planned.first), std::move(planned.second));
   }
   void set_costs(const CascadeCosts& costs) {
     const nb::gil_scoped_release release;
@@ -128,8 +116,7 @@ void bind_attention(nb::module_& m) {
                     const std::string&, int, const std::string&>(),
            "num_qo_heads"_a, "num_kv_heads"_a, "head_dim"_a, "num_pages"_a, "page_size"_a, "dtype"_a, "kv_dtype"_a,
            "num_threads"_a, "isa"_a = "")
-      .def("plan", &Plan::plan, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a)
-      .def("plan_table", &Plan::plan_table, "table"_a)
+      .def("plan", &Plan::plan, "table"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)
       .def_prop_ro("cascade", &Plan::cascade)

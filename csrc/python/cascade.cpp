@@ -2,18 +2,10 @@
 #include "step/cascade.hpp"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/shared_ptr.h>
-
-#include <cstring>
-#include <memory>
-#include <string>
-#include <vector>
 
 #include "base/error.hpp"
-#include "python/arrays.hpp"
 #include "python/numpy.hpp"
-#include "step/table_check.hpp"
+#include "python/objects.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -24,70 +16,57 @@ void bind_cascade(nb::module_& m);
 
 namespace {
 
-constexpr std::size_t kSegmentFields = 8;
-static_assert(sizeof(Segment) == kSegmentFields * sizeof(std::int32_t));
-
-void expect_length(const char* name, std::size_t have, std::size_t want) {
-  if (have == want) return;
-  invalid(std::string(name) + " has " + std::to_string(have) + " entries: it must have " + std::to_string(want));
+void make_costs(CascadeCosts* costs, std::int32_t min_users, std::int32_t min_tokens, double launch_tokens,
+                double merge_tokens, std::int32_t max_levels, std::int32_t max_rows, std::int32_t granularity) {
+  if (granularity < 1) invalid("granularity must be at least 1");
+  new (costs) CascadeCosts{min_users, min_tokens, launch_tokens, merge_tokens, max_levels, max_rows, granularity};
 }
 
-// One row of kSegmentFields numbers for each segment, end to end.
-nb::object segment_fields(const Cascade& cascade) {
-  std::vector<std::int32_t> fields(cascade.segments.size() * kSegmentFields);
-  if (!fields.empty()) std::memcpy(fields.data(), cascade.segments.data(), fields.size() * sizeof(std::int32_t));
-  return to_numpy(fields);
+nb::list segments(const PyCascade& c) {
+  nb::list all;
+  for (const Segment& s : c.cascade->segments) {
+    all.append(nb::make_tuple(s.user_begin, s.user_end, s.page_begin, s.page_end, s.first_page, s.token_begin,
+                              s.token_end, s.parent, s.level, static_cast<std::int32_t>(s.verdict), s.saved, s.spent));
+  }
+  return all;
 }
 
-std::shared_ptr<Cascade> derive(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
-                                const Int32Array& kv_last_page_len, std::int32_t page_size, const CascadeCosts& costs) {
-  if (page_size < 1) invalid("page_size must be at least 1; got " + str(page_size));
-  const PageTableView table = table_view(qo_indptr, kv_indptr, kv_indices, kv_last_page_len);
-  auto cascade = std::make_shared<Cascade>();
-  const nb::gil_scoped_release release;
-  check_table(table, page_size, INT32_MAX);
-  cascade->derive(table, page_size, costs);
-  return cascade;
+std::int64_t tokens_read(const PyCascade& c) {
+  const PageTableView view = c.table.view();
+  std::int64_t tokens = 0;
+  for (std::int32_t b = 0; b < view.batch_size; ++b) tokens += view.kv_len(b);
+  return tokens;
 }
 
 }  // namespace
 
-PageTableView table_view(const Int32Array& qo_indptr, const Int32Array& kv_indptr, const Int32Array& kv_indices,
-                         const Int32Array& kv_last_page_len) {
-  const std::size_t batch_size = kv_last_page_len.shape(0);
-  expect_length("qo_indptr", qo_indptr.shape(0), batch_size + 1);
-  expect_length("kv_indptr", kv_indptr.shape(0), batch_size + 1);
-  const std::int64_t num_pages = kv_indptr.data()[batch_size];
-  expect_length("kv_indices", kv_indices.shape(0), static_cast<std::size_t>(num_pages < 0 ? 0 : num_pages));
-  return PageTableView{static_cast<std::int32_t>(batch_size), qo_indptr.data(), kv_indptr.data(), kv_indices.data(),
-                       kv_last_page_len.data()};
-}
-
 void bind_cascade(nb::module_& m) {
   nb::class_<CascadeCosts>(m, "CascadeCosts")
-      .def(
-          "__init__",
-          [](CascadeCosts* costs, std::int32_t min_users, std::int32_t min_tokens, double launch_tokens,
-             double merge_tokens, std::int32_t max_levels, std::int32_t max_rows, std::int32_t granularity) {
-            if (granularity < 1) invalid("granularity must be at least 1");
-            new (costs)
-                CascadeCosts{min_users, min_tokens, launch_tokens, merge_tokens, max_levels, max_rows, granularity};
-          },
-          "min_users"_a, "min_tokens"_a, "launch_tokens"_a, "merge_tokens"_a, "max_levels"_a, "max_rows"_a,
-          "granularity"_a);
+      .def("__init__", &make_costs, "min_users"_a, "min_tokens"_a, "launch_tokens"_a, "merge_tokens"_a, "max_levels"_a,
+           "max_rows"_a, "granularity"_a);
 
-  nb::class_<Cascade>(m, "Cascade", "A step's page table and the segments that its requests share.")
-      .def_prop_ro("qo_indptr", [](const Cascade& c) { return to_numpy(c.qo_indptr); })
-      .def_prop_ro("kv_indptr", [](const Cascade& c) { return to_numpy(c.kv_indptr); })
-      .def_prop_ro("kv_indices", [](const Cascade& c) { return to_numpy(c.kv_indices); })
-      .def_prop_ro("kv_last_page_len", [](const Cascade& c) { return to_numpy(c.kv_last_page_len); })
-      .def_prop_ro("order", [](const Cascade& c) { return to_numpy(c.order); })
-      .def_prop_ro("segments", &segment_fields)
-      .def_prop_ro("shared_pages", [](const Cascade& c) { return to_numpy(c.shared_pages); })
-      .def_ro("levels", &Cascade::levels)
-      .def_ro("page_size", &Cascade::page_size);
-  m.def("derive_cascade", &derive, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "page_size"_a,
-        "costs"_a);
+  nb::class_<PyCascade>(m, "Cascade", "What the requests of a step share, and its page table.")
+      .def_prop_ro("qo_indptr", [](const PyCascade& c) { return to_numpy(c.table.qo_indptr); })
+      .def_prop_ro("kv_indptr", [](const PyCascade& c) { return to_numpy(c.table.kv_indptr()); })
+      .def_prop_ro(
+          "kv_indices", [](PyCascade& c) { return to_numpy(c.kv_indices()); },
+          "Asked for the first time once the step has ended, it raises LeaseError.")
+      .def_prop_ro("kv_last_page_len", [](const PyCascade& c) { return to_numpy(c.table.kv_last_page_len); })
+      .def_prop_ro("order", [](const PyCascade& c) { return to_numpy(c.cascade->order); })
+      .def_prop_ro("segments", &segments,
+                   "Of each: user_begin, user_end, page_begin, page_end, first_page, token_begin, token_end, parent, "
+                   "level, verdict, saved, spent.")
+      .def_prop_ro("shared_pages", [](const PyCascade& c) { return to_numpy(c.cascade->shared_pages); })
+      .def_prop_ro("levels", [](const PyCascade& c) { return c.cascade->levels; })
+      .def_prop_ro("tokens_saved", [](const PyCascade& c) { return c.cascade->saved; })
+      .def_prop_ro("tokens_read", &tokens_read)
+      .def_prop_ro("page_size", [](const PyCascade& c) { return c.table.page_size; });
+
+  nb::class_<CascadeFinder>(m, "CascadeFinder", "Finds the cascade of one step after another.")
+      .def(nb::init<const CascadeCosts&>(), "costs"_a)
+      .def(
+          "find", [](CascadeFinder& f, const PyTable& t) { return new PyCascade(t.table(), f.find(t.table())); },
+          "table"_a, "Derived again only where the batch is another one than last time.");
 }
 
 }  // namespace radixkv

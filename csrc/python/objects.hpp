@@ -10,8 +10,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <vector>
 
 #include "cache/cache.hpp"
+#include "step/cascade.hpp"
 #include "step/page_table.hpp"
 
 namespace radixkv {
@@ -71,12 +74,53 @@ class PyLease {
   std::unique_ptr<Lease> lease;
 };
 
-class PyPageTable {
+// What attention is planned from: a table of leases, or one of arrays.
+class PyTable {
  public:
-  explicit PyPageTable(CacheRef owner) : owner(std::move(owner)), table(this->owner->cache) {}
+  PyTable() = default;
+  PyTable(const PyTable&) = delete;
+  PyTable& operator=(const PyTable&) = delete;
+  virtual ~PyTable() = default;
+  virtual const StepTable& table() const = 0;
+  virtual const StepInputs& inputs() const = 0;
+};
+
+class PyPageTable final : public PyTable {
+ public:
+  explicit PyPageTable(CacheRef owner) : owner(std::move(owner)), steps(this->owner->cache) {}
+  const StepTable& table() const override { return steps.table(); }
+  const StepInputs& inputs() const override { return steps.inputs(); }
 
   CacheRef owner;
-  PageTable table;
+  PageTable steps;
+};
+
+class PyArrayTable final : public PyTable {
+ public:
+  explicit PyArrayTable(StepTable table) : table_(std::move(table)) {}
+  const StepTable& table() const override { return table_; }
+  const StepInputs& inputs() const override { return none_; }
+
+ private:
+  StepTable table_;
+  StepInputs none_;
+};
+
+// What a step's requests share, and their pages: copied when somebody first asks, which the step must be open for.
+class PyCascade {
+ public:
+  PyCascade(StepTable table, std::shared_ptr<const Cascade> cascade)
+      : table(std::move(table)), cascade(std::move(cascade)) {}
+  const std::vector<std::int32_t>& kv_indices() {
+    if (!kv_indices_) kv_indices_ = table.kv_indices();
+    return *kv_indices_;
+  }
+
+  const StepTable table;
+  const std::shared_ptr<const Cascade> cascade;
+
+ private:
+  std::optional<std::vector<std::int32_t>> kv_indices_;
 };
 
 }  // namespace radixkv

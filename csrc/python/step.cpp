@@ -1,11 +1,15 @@
-// radixkv._core's part for steps: the page table, and a step that is open over some leases.
+// radixkv._core's part for steps: page tables, and a step that is open over some leases.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+
+#include <span>
 
 #include "base/error.hpp"
 #include "python/args.hpp"
 #include "python/numpy.hpp"
 #include "python/objects.hpp"
+#include "step/table_check.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -58,12 +62,12 @@ class PyStep {
         attended_(num_layers, false) {}
   PyStep(const PyStep&) = delete;
   ~PyStep() {
-    if (open_) page_table_->table.let_go();
+    if (open_) page_table_->steps.let_go();
   }
 
   void enter(nb::handle self) {
     if (open_) fail(ErrorKind::LeaseError, "the step is open already: enter it once");
-    page_table_->table.begin(batch(leases_));
+    page_table_->steps.begin(batch(leases_));
     open_ = true;
     attended_.assign(attended_.size(), false);
     try {
@@ -80,7 +84,7 @@ class PyStep {
     for (const bool attended : attended_) done += attended;
     const auto layers = static_cast<std::int64_t>(attended_.size());
     const bool written = normally && done == layers;
-    page_table_->owner->work(0, [&] { page_table_->table.end(written); });
+    page_table_->owner->work(0, [&] { page_table_->steps.end(written); });
     open_ = false;
     if (written || !normally) return;
     fail(ErrorKind::LeaseError, "the step attended " + str(done) + " of " + str(layers) +
@@ -96,7 +100,7 @@ class PyStep {
 
  private:
   void let_go() {
-    page_table_->table.let_go();
+    page_table_->steps.let_go();
     open_ = false;
   }
 
@@ -124,30 +128,80 @@ int traverse_step(PyObject* self, visitproc visit, void* arg) {
 PyType_Slot table_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse_table)}, {0, nullptr}};
 PyType_Slot step_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse_step)}, {0, nullptr}};
 
+using Int32Array = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::span<const std::int32_t> span_of(const Int32Array& array) { return {array.data(), array.shape(0)}; }
+
+void make_array_table(PyArrayTable* self, const Int32Array& qo_indptr, const Int32Array& kv_indptr,
+                      const Int32Array& kv_indices, const Int32Array& kv_last_page_len, const Int32Array& slots,
+                      std::int32_t num_pages, std::int32_t page_size) {
+  const TableArrays arrays{span_of(qo_indptr), span_of(kv_indptr), span_of(kv_indices), span_of(kv_last_page_len),
+                           span_of(slots)};
+  new (self) PyArrayTable(checked_table(arrays, num_pages, page_size));
+}
+
 template <auto Array>
-nb::object array(const PyPageTable& t) {
-  return to_numpy(t.table.*Array);
+nb::object array(const PyTable& t) {
+  return to_numpy(t.table().*Array);
+}
+
+template <auto Array>
+nb::object input(const PyTable& t) {
+  return to_numpy(t.inputs().*Array);
+}
+
+// [begin, end) of each array, in the order of Staging::Array.
+nb::list stage(const PyTable& t, std::uintptr_t address, std::int64_t entries) {
+  const Staging staging(t.table(), t.inputs());
+  if (staging.entries() > entries) {
+    invalid("the arrays of this step take " + str(staging.entries()) + " entries: there is room for " + str(entries));
+  }
+  staging.write(reinterpret_cast<std::int32_t*>(address));
+  nb::list spans;
+  for (int i = 0; i < Staging::kArrays; ++i) spans.append(nb::make_tuple(staging.begin(i), staging.end(i)));
+  return spans;
+}
+
+void bind_tables(nb::module_& m) {
+  nb::class_<PyTable>(m, "Table", "The page table of one step; each array is a copy.")
+      .def_prop_ro("num_pages", [](const PyTable& t) { return t.table().num_pages; })
+      .def_prop_ro("page_size", [](const PyTable& t) { return t.table().page_size; })
+      .def_prop_ro("num_requests", [](const PyTable& t) { return t.table().batch_size(); })
+      .def_prop_ro("num_rows", [](const PyTable& t) { return t.table().num_rows(); })
+      .def_prop_ro("qo_indptr", &array<&StepTable::qo_indptr>)
+      .def_prop_ro("kv_indptr", [](const PyTable& t) { return to_numpy(t.table().kv_indptr()); })
+      .def_prop_ro(
+          "kv_indices", [](const PyTable& t) { return to_numpy(t.table().kv_indices()); },
+          "O(pages); raises LeaseError once the step has ended.")
+      .def_prop_ro("kv_last_page_len", &array<&StepTable::kv_last_page_len>)
+      .def_prop_ro("slots", &array<&StepTable::slots>)
+      .def_prop_ro("input_ids", &input<&StepInputs::input_ids>)
+      .def_prop_ro("positions", &input<&StepInputs::positions>)
+      .def_prop_ro("last_rows", &input<&StepInputs::last_rows>)
+      .def_prop_ro(
+          "staged_entries", [](const PyTable& t) { return Staging(t.table(), t.inputs()).entries(); },
+          "Entries of 4 bytes that stage() writes.")
+      .def("stage", &stage, "address"_a, "entries"_a,
+           "Write all arrays end to end into this memory; returns where each begins and ends, in entries of 4 bytes.");
+
+  nb::class_<PyArrayTable, PyTable>(m, "ArrayTable", "A table of arrays, checked and copied. It has no inputs.")
+      .def("__init__", &make_array_table, "qo_indptr"_a, "kv_indptr"_a, "kv_indices"_a, "kv_last_page_len"_a, "slots"_a,
+           "num_pages"_a, "page_size"_a);
+
+  nb::class_<PyPageTable, PyTable>(m, "PageTable", nb::type_slots(table_slots),
+                                   "Opens steps over leases of one cache; the table of the last one.")
+      .def(
+          "__init__", [](PyPageTable* self, PyCache& cache) { new (self) PyPageTable(CacheRef(nb::find(cache))); },
+          "cache"_a)
+      .def_prop_ro("window_limit", [](const PyPageTable& t) { return t.steps.window_limit(); })
+      .def_prop_ro("copy_source", [](const PyPageTable& t) { return to_numpy(t.steps.copy_source()); })
+      .def_prop_ro("copy_target", [](const PyPageTable& t) { return to_numpy(t.steps.copy_target()); });
 }
 
 }  // namespace
 
 void bind_step(nb::module_& m) {
-  nb::class_<PyPageTable>(m, "PageTable", nb::type_slots(table_slots),
-                          "The arrays of one step over a batch of leases of one cache; each property is a copy.")
-      .def(
-          "__init__", [](PyPageTable* self, PyCache& cache) { new (self) PyPageTable(CacheRef(nb::find(cache))); },
-          "cache"_a)
-      .def_prop_ro("window_limit", [](const PyPageTable& t) { return t.table.window_limit; })
-      .def_prop_ro("qo_indptr", &array<&PageTable::qo_indptr>)
-      .def_prop_ro("kv_indptr", &array<&PageTable::kv_indptr>)
-      .def_prop_ro("kv_indices", &array<&PageTable::kv_indices>)
-      .def_prop_ro("kv_last_page_len", &array<&PageTable::kv_last_page_len>)
-      .def_prop_ro("slots", &array<&PageTable::slots>)
-      .def_prop_ro("copy_source", &array<&PageTable::copy_source>)
-      .def_prop_ro("copy_target", &array<&PageTable::copy_target>)
-      .def_prop_ro("input_ids", &array<&PageTable::input_ids>)
-      .def_prop_ro("positions", &array<&PageTable::positions>)
-      .def_prop_ro("last_rows", &array<&PageTable::last_rows>);
+  bind_tables(m);
 
   nb::class_<PyStep>(m, "Step", nb::type_slots(step_slots), kStepDoc)
       .def(

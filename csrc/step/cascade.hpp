@@ -9,9 +9,10 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "step/table_view.hpp"
+#include "step/step_table.hpp"
 
 namespace radixkv {
 
@@ -26,6 +27,7 @@ struct CascadeCosts {
   std::int32_t max_levels = 0;    // used segments on one path; 0: any number
   std::int32_t max_rows = 0;      // requests with more new rows share nothing; 0: no limit
   std::int32_t granularity = 64;  // tokens that a backend skips or shares at once
+  bool operator==(const CascadeCosts&) const = default;
 };
 
 enum class Verdict : std::int32_t { used, few_users, too_short, does_not_pay, too_deep };
@@ -33,51 +35,55 @@ enum class Verdict : std::int32_t { used, few_users, too_short, does_not_pay, to
 struct Segment {
   std::int32_t page_begin;  // where the pages of its users begin to be its own
   std::int32_t page_end;
-  std::int32_t first_page;  // first page that it serves: the end of the nearest used segment above it
   std::int32_t user_begin;  // users: order[user_begin..user_end)
   std::int32_t user_end;
-  std::int32_t parent;  // index of the segment that it continues, or -1; a parent comes before its children
-  std::int32_t level;   // used segments above it
-  Verdict verdict;
+  std::int32_t parent;          // index of the segment that it continues, or -1; a parent comes before its children
+  std::int32_t first_page = 0;  // first page that it serves: the end of the nearest used segment above it
+  std::int32_t level = 0;       // used segments above it
+  Verdict verdict = Verdict::used;
+  std::int64_t token_begin = 0;  // what it serves, multiples of the granularity
+  std::int64_t token_end = 0;
+  std::int64_t saved = 0;  // tokens that need not be read again, if it is used
+  double spent = 0.0;      // and what that costs
 };
 
-// The page table of one step, copied, and its shared segments.
-class Cascade {
- public:
-  // Takes a checked table. O(total pages + requests * log(requests) * depth of branching); where no two requests begin
-  // with the same page, O(requests * log(requests)) beside the copy.
-  void derive(const PageTableView& table, std::int32_t page_size, const CascadeCosts& costs);
-
-  PageTableView view() const;
-  std::int32_t batch_size() const { return static_cast<std::int32_t>(kv_last_page_len.size()); }
-  // The tokens [first, second) that a segment serves, both multiples of the granularity.
-  std::int64_t token_begin(const Segment& s) const { return token_at(s.first_page); }
-  std::int64_t token_end(const Segment& s) const { return token_at(s.page_end); }
-  std::int64_t token_at(std::int64_t page) const { return page * page_size / costs.granularity * costs.granularity; }
-
-  std::vector<std::int32_t> qo_indptr{0}, kv_indptr{0}, kv_indices, kv_last_page_len;
+// The shared segments of one step.
+struct Cascade {
+  CascadeCosts costs;
+  std::int32_t page_size = 1;
   std::vector<std::int32_t> order;  // a permutation of the requests
   std::vector<Segment> segments;
   std::vector<std::int32_t> shared_pages;  // for each request: its first pages that used segments serve
   std::vector<std::int32_t> depths;        // and how many those segments are
   std::int32_t levels = 0;                 // used segments on the longest path; 0: nothing is shared
-  std::int32_t page_size = 1;
+  std::int64_t saved = 0;                  // tokens, by all used segments
+
+  // A page's first token, rounded down to the granularity.
+  std::int64_t token_at(std::int64_t page) const { return page * page_size / costs.granularity * costs.granularity; }
+};
+
+// Takes a checked table. O(requests * log(requests) * depth of branching + pages that are shared).
+Cascade derive_cascade(const PageTableView& table, const CascadeCosts& costs);
+
+// Finds the cascade of one step after another. It is derived again only where the batch is another one: pages that a
+// lease takes are its own, so as long as nobody comes, goes, computes another number of rows or has one of its pages
+// replaced by another, nobody shares more than before, nor less. Then finding it is O(requests).
+class CascadeFinder {
+ public:
+  explicit CascadeFinder(const CascadeCosts& costs = {}) : costs(costs) {}
+
+  // Throws LeaseError if the table's step has ended.
+  const std::shared_ptr<const Cascade>& find(const StepTable& table);
+  const std::shared_ptr<const Cascade>& found() const { return found_; }
+
   CascadeCosts costs;
 
  private:
-  struct Range {
-    std::int32_t begin, end;  // in order
-    std::int32_t depth;       // pages that these requests are known to share
-    std::int32_t parent;
-  };
+  bool is_last(const StepTable& table) const;
 
-  std::int32_t page_at(std::int32_t request, std::int32_t depth) const;
-  void group(const Range& range, std::vector<Range>& groups);
-  void extend(const Range& range, std::vector<Range>& ranges);
-  void judge();
-  Verdict verdict(const Segment& segment) const;
-
-  std::vector<std::int32_t> limits_;  // for each request: how many of its first pages may be shared
+  std::shared_ptr<const Cascade> found_ = std::make_shared<Cascade>();
+  std::vector<PageListId> list_ids_;     // of the step that it was found for
+  std::vector<std::int32_t> qo_indptr_;  // and its rows
 };
 
 }  // namespace radixkv

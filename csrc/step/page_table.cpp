@@ -10,6 +10,12 @@ namespace {
 [[noreturn]] void refuse(std::size_t i, const std::string& why) { invalid("lease " + str(i) + " " + why); }
 }  // namespace
 
+PageTable::PageTable(std::shared_ptr<Cache> cache) : cache_(std::move(cache)) {
+  table_.num_pages = cache_->num_pages();
+  table_.page_size = cache_->page_size();
+  table_.lists->close();  // no step is open
+}
+
 void PageTable::begin(const std::vector<Lease*>& leases) {
   if (open_.exchange(true)) {
     fail(ErrorKind::LeaseError, "another step of this engine is open: leave it first");
@@ -51,64 +57,68 @@ void PageTable::end(bool written) {
   }
   if (written) {
     const Cache::Guard guard(cache_->mutex_);
-    for (std::size_t i = 0; i < leases_.size(); ++i) leases_[i]->note_written(qo_indptr[i + 1] - qo_indptr[i]);
+    for (std::size_t i = 0; i < leases_.size(); ++i)
+      leases_[i]->note_written(table_.view().num_rows(static_cast<std::int32_t>(i)));
   }
   let_go();
 }
 
 void PageTable::let_go() noexcept {
+  table_.lists->close();
   for (Lease* lease : leases_) lease->in_step_.store(false);
   leases_.clear();
   open_.store(false);
 }
 
 void PageTable::assemble() {
-  for (auto* v : {&kv_indices, &kv_last_page_len, &slots, &copy_source, &copy_target}) v->clear();
-  for (auto* v : {&input_ids, &positions, &last_rows}) v->clear();
-  qo_indptr.assign(1, 0);
-  kv_indptr.assign(1, 0);
-  window_limit = -1;
-  const std::int32_t page_size = cache_->page_size();
+  table_.lists = std::make_shared<PageLists>();
+  table_.qo_indptr.assign(1, 0);
+  for (auto* v : {&table_.page_counts, &table_.kv_last_page_len, &table_.slots, &copy_source_, &copy_target_}) {
+    v->clear();
+  }
+  for (auto* v : {&inputs_.input_ids, &inputs_.positions, &inputs_.last_rows}) v->clear();
+  table_.pages.clear();
+  table_.list_ids.clear();
+  window_limit_ = -1;
   // Page lists and tokens lie anywhere in memory: fetched some leases ahead, they are there when it is their turn.
   for (std::size_t i = 0; i < leases_.size(); ++i) {
     if (i + 8 < leases_.size()) prefetch(&leases_[i + 8]->pages_.back(), 4);
-    if (i + 4 < leases_.size()) {
-      const Lease& next = *leases_[i + 4];
-      prefetch(next.tree_.tokens(next.pages_.back()), 64);
-      prefetch(next.pages_.data() + next.first_page_, (next.pages_.size() - next.first_page_) * sizeof(PageId));
-    }
-    add(*leases_[i], page_size);
+    if (i + 4 < leases_.size()) prefetch(leases_[i + 4]->tree_.tokens(leases_[i + 4]->pages_.back()), 64);
+    add(*leases_[i]);
   }
 }
 
-void PageTable::add(const Lease& lease, std::int32_t page_size) {
-  kv_indices.insert(kv_indices.end(), lease.pages_.begin() + lease.first_page_, lease.pages_.end());
-  kv_indptr.push_back(static_cast<std::int32_t>(kv_indices.size()));
-  kv_last_page_len.push_back(static_cast<std::int32_t>((lease.num_tokens_ - 1) % page_size + 1));
-  add_rows(lease, page_size);
-  qo_indptr.push_back(static_cast<std::int32_t>(slots.size()));
-  last_rows.push_back(static_cast<std::int64_t>(slots.size()) - 1);
+void PageTable::add(const Lease& lease) {
+  const std::int32_t page_size = table_.page_size;
+  table_.pages.push_back(lease.pages_.data() + lease.first_page_);
+  table_.page_counts.push_back(static_cast<std::int32_t>(lease.pages_.size()) - lease.first_page_);
+  table_.list_ids.push_back(PageListId{lease.id_, lease.version_});
+  table_.kv_last_page_len.push_back(static_cast<std::int32_t>((lease.num_tokens_ - 1) % page_size + 1));
+  add_rows(lease);
+  table_.qo_indptr.push_back(static_cast<std::int32_t>(table_.slots.size()));
+  inputs_.last_rows.push_back(table_.num_rows() - 1);
   if (lease.first_page_ > 0) {  // the lease's first row looks back the furthest
     const std::int64_t limit = lease.num_written_ - static_cast<std::int64_t>(lease.first_page_) * page_size;
-    window_limit = window_limit < 0 ? limit : std::min(window_limit, limit);
+    window_limit_ = window_limit_ < 0 ? limit : std::min(window_limit_, limit);
   }
   if (lease.source_ != kNone) {
-    copy_source.push_back(lease.copy_.source);
-    copy_target.push_back(lease.copy_.target);
+    copy_source_.push_back(lease.copy_.source);
+    copy_target_.push_back(lease.copy_.target);
   }
 }
 
 // Page by page: a page's rows have neighbouring slots, and its tokens lie at the page's own place.
-void PageTable::add_rows(const Lease& lease, std::int32_t page_size) {
+void PageTable::add_rows(const Lease& lease) {
+  const std::int32_t page_size = table_.page_size;
   for (std::int64_t at = lease.num_written_; at < lease.num_tokens_;) {
     const PageId page = lease.pages_[at / page_size];
     const auto offset = static_cast<std::int32_t>(at % page_size);
     const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(page_size, offset + lease.num_tokens_ - at));
     const Token* const tokens = lease.tree_.tokens(page);
     for (std::int32_t i = offset; i < end; ++i, ++at) {
-      input_ids.push_back(tokens[i]);
-      positions.push_back(at);
-      slots.push_back(page * page_size + i);
+      inputs_.input_ids.push_back(tokens[i]);
+      inputs_.positions.push_back(at);
+      table_.slots.push_back(page * page_size + i);
     }
   }
 }

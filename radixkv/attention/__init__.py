@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from radixkv import _core
     from radixkv.attention.cascade import CascadePlan
 
-__all__ = ["Attention", "PageTable"]
+__all__ = ["Attention", "PageTable", "StepInputs"]
 
 
 class PageTable(NamedTuple):
@@ -42,12 +42,16 @@ class PageTable(NamedTuple):
     slots: npt.NDArray[np.int32]
     """[qo_indptr[B]]: page * page_size + offset, where each row's K and V go."""
 
-    @classmethod
-    def of(cls, table: PageTable | _core.PageTable) -> PageTable:
-        """The arrays of an engine's table, copied out of the core."""
-        if isinstance(table, cls):
-            return table
-        return cls(table.qo_indptr, table.kv_indptr, table.kv_indices, table.kv_last_page_len, table.slots)
+
+class StepInputs(NamedTuple):
+    """What a model's forward pass takes, int64 and on the backend's device; empty for a table of arrays."""
+
+    input_ids: torch.Tensor
+    """[rows]: the rows' tokens."""
+    positions: torch.Tensor
+    """[rows]: each row's index in its sequence."""
+    last_rows: torch.Tensor
+    """[B]: the last row of each request."""
 
 
 class Attention(Protocol):
@@ -63,8 +67,12 @@ class Attention(Protocol):
     def warm_up(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Get ready what would make the first steps slow. The caches must hold nothing yet: they may be written to."""
 
-    def plan(self, table: PageTable | _core.PageTable) -> None:
-        """Take a copy of the table, check it and schedule the work of every later call."""
+    def plan(self, table: PageTable | _core.Table) -> StepInputs:
+        """Take a table, check it and schedule the work of every later call; returns the step's inputs.
+
+        An engine's own table is copied but for the pages, which are read where its leases keep them: O(requests + rows)
+        on the CPU. Once its step has ended the CPU backend refuses to append and run (`LeaseError`).
+        """
 
     @property
     def cascade(self) -> CascadePlan:

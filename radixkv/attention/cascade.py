@@ -25,9 +25,11 @@ import numpy.typing as npt
 
 from radixkv import _core
 from radixkv.attention import PageTable
+from radixkv.attention.checks import core_table
 
-__all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment", "may_share"]
+__all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment", "core_costs"]
 
+_ANY_POOL = 2**31 - 1  # pages: a table that is not for a pool of a known size
 _VERDICTS = ("used", "too few users", "too short", "does not pay", "too many levels")
 
 
@@ -69,18 +71,9 @@ OFF = CascadeCosts(min_users=2**31 - 1)
 """No cascade: every request reads its own."""
 
 
-def may_share(table: PageTable, page_size: int, costs: CascadeCosts) -> bool:
-    """Whether deriving a plan can find a segment to use; a few microseconds for each hundred requests.
-
-    The users of a segment of min_tokens tokens or more have the page in common that holds the last of these.
-    """
-    depth = max(0, -(-costs.min_tokens // page_size) - 1)
-    users = max(2, costs.min_users)
-    begins = table.kv_indptr[:-1][np.diff(table.kv_indptr) > depth]
-    if len(begins) < users:
-        return False
-    pages = np.sort(table.kv_indices[begins + depth])
-    return bool((pages[users - 1 :] == pages[: len(pages) - users + 1]).any())
+def core_costs(costs: CascadeCosts) -> _core.CascadeCosts:
+    """The same for the core."""
+    return _core.CascadeCosts(*astuple(costs))
 
 
 class Segment(NamedTuple):
@@ -104,10 +97,10 @@ class Segment(NamedTuple):
     reason: str
     """Why it is or is not used."""
 
-    @property
-    def tokens_saved(self) -> int:
-        """Tokens whose K and V need not be read again, if it is used."""
-        return (len(self.users) - 1) * (self.token_end - self.token_begin)
+    tokens_saved: int
+    """Tokens whose K and V need not be read again, if it is used."""
+    price: float
+    """What that costs, in tokens' worth of reading."""
 
 
 class Level(NamedTuple):
@@ -124,6 +117,7 @@ class CascadePlan:
     """The shared segments of one step and which of them are used. It does not change with later steps."""
 
     core: _core.Cascade
+    """Its pages are copied when they are first asked for, which the step must be open for: see `keep`."""
     token_bytes: int = 0
     """Bytes of one token's K and V in one layer, for `explain`."""
     costs: CascadeCosts = field(default=NATIVE)
@@ -140,8 +134,13 @@ class CascadePlan:
         remark: str = "",
     ) -> CascadePlan:
         """Raises `InvalidArgument` for a table that a backend would refuse."""
-        core = _core.derive_cascade(*table[:4], page_size, _core.CascadeCosts(*astuple(costs)))
-        return cls(core, token_bytes, costs, remark)
+        finder = _core.CascadeFinder(core_costs(costs))
+        return cls(finder.find(core_table(table, _ANY_POOL, page_size)), token_bytes, costs, remark)
+
+    def keep(self) -> CascadePlan:
+        """This plan, with its pages copied. Raises `LeaseError` if the step has ended."""
+        _ = self._kv_indices
+        return self
 
     @cached_property
     def order(self) -> npt.NDArray[np.int32]:
@@ -156,23 +155,25 @@ class CascadePlan:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """Every shared segment, used or not; parents come before their children."""
-        page_size, step = self.core.page_size, self.costs.granularity
         found = []
-        fields = self.core.segments.reshape(-1, 8).tolist()
-        for begin, end, first, user_begin, user_end, parent, level, verdict in fields:
+        for (
+            user_begin,
+            user_end,
+            begin,
+            end,
+            first,
+            first_token,
+            last_token,
+            parent,
+            level,
+            verdict,
+            *sums,
+        ) in self.core.segments:
+            users = tuple(self.order[user_begin:user_end].tolist())
+            above = None if parent < 0 else parent
+            reason = _VERDICTS[verdict]
             found.append(
-                Segment(
-                    users=tuple(self.order[user_begin:user_end].tolist()),
-                    page_begin=begin,
-                    page_end=end,
-                    first_page=first,
-                    token_begin=first * page_size // step * step,
-                    token_end=end * page_size // step * step,
-                    parent=None if parent < 0 else parent,
-                    level=level,
-                    used=verdict == 0,
-                    reason=_VERDICTS[verdict],
-                )
+                Segment(users, begin, end, first, first_token, last_token, above, level, verdict == 0, reason, *sums)
             )
         return tuple(found)
 
@@ -184,12 +185,12 @@ class CascadePlan:
     @property
     def tokens_saved(self) -> int:
         """Tokens whose K and V are not read again, of all used segments."""
-        return sum(s.tokens_saved for s in self.segments if s.used)
+        return self.core.tokens_saved
 
     @property
     def tokens_read(self) -> int:
         """Tokens whose K and V a layer reads when every request reads its own."""
-        return int(self._lengths.sum())
+        return self.core.tokens_read
 
     def levels(self, window_left: int = -1) -> list[Level]:
         """One level for each depth of used segments, and a last one with what is left to every request.
@@ -316,15 +317,13 @@ class CascadePlan:
         costs, tokens = self.costs, s.token_end - s.token_begin
         if costs.min_users == OFF.min_users:
             return "not used, cascade is off"
-        rows = sum(int(self._row_counts[b]) for b in s.users)
-        spent = costs.launch_tokens + costs.merge_tokens * rows
         if s.used:
             saves = f"saves reading {s.tokens_saved} tokens{bytes_saved}"
-            return f"used at level {s.level}, {saves} for the price of {spent:g}"
+            return f"used at level {s.level}, {saves} for the price of {s.price:g}"
         details = {
             _VERDICTS[1]: f"{len(s.users)}, at least {costs.min_users} wanted",
             _VERDICTS[2]: f"{tokens} tokens in units of {costs.granularity}, at least {costs.min_tokens} wanted",
-            _VERDICTS[3]: f"would save {s.tokens_saved} tokens for the price of {spent:g}",
+            _VERDICTS[3]: f"would save {s.tokens_saved} tokens for the price of {s.price:g}",
             _VERDICTS[4]: f"at most {costs.max_levels}",
         }
         return f"not used, {s.reason}: {details[s.reason]}"

@@ -7,15 +7,14 @@ the batch and the number of threads (see csrc/attention/attention.hpp).
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
 from typing import NoReturn
 
 import torch
 
 from radixkv import _core
-from radixkv.attention import PageTable
-from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan
-from radixkv.attention.checks import check_int32, check_options, check_sizes
+from radixkv.attention import PageTable, StepInputs
+from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan, core_costs
+from radixkv.attention.checks import check_options, check_sizes, core_table
 from radixkv.attention.fp8 import FP8, check_storage
 from radixkv.errors import InvalidArgument
 
@@ -72,7 +71,7 @@ class NativeAttention:
         }
         check_sizes(sizes)
         self._plan = _core.AttentionPlan(**sizes, dtype=_NAMES[dtype], kv_dtype=_NAMES[self._kv_dtype], isa=isa or "")
-        self._plan.set_costs(_core.CascadeCosts(*astuple(cascade)))
+        self._plan.set_costs(core_costs(cascade))
         self._costs = cascade
         self._token_bytes = 2 * num_kv_heads * head_dim * self._kv_dtype.itemsize
         self._dtype = dtype
@@ -108,22 +107,22 @@ class NativeAttention:
 
     @property
     def cascade(self) -> CascadePlan:
-        """What the planned requests share and what is made of it. It stays valid when the next step is planned."""
-        return CascadePlan(self._plan.cascade, self._token_bytes, self._costs)
+        """What the planned requests share and what is made of it; it stays valid when the step has ended.
+
+        Raises `LeaseError` if it has ended already, and its pages are no longer known.
+        """
+        return CascadePlan(self._plan.cascade, self._token_bytes, self._costs).keep()
 
     @property
     def graph_key(self) -> None:
         """None: there are no CUDA graphs here."""
 
-    def plan(self, table: PageTable | _core.PageTable) -> None:
-        """Copy and check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
-        if isinstance(table, _core.PageTable):
-            self._plan.plan_table(table)
-        else:
-            for name, array in zip(PageTable._fields, table, strict=True):
-                check_int32(name, array)
-            self._plan.plan(*table)
+    def plan(self, table: PageTable | _core.Table) -> StepInputs:
+        """Check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
+        table = core_table(table, *self._cache_shape[:2])
+        self._plan.plan(table)
         self._set_rows(self._plan.num_rows)
+        return StepInputs(*map(torch.from_numpy, (table.input_ids, table.positions, table.last_rows)))
 
     def append(self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows, in 8 bits as `quantize` does."""

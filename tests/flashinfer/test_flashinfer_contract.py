@@ -187,14 +187,15 @@ def test_a_stale_plan_is_noticed_after_a_cascade(target: str) -> None:
 
 @each_target
 def test_where_index_arrays_lie(target: str) -> None:
-    """Pinned on the host, so that copies do not wait, and on the device; all int32."""
+    """Pinned on the host, so that copies do not wait, and on the device; int32, but for the inputs."""
     attention = backend(target, **SIZES)
     attention.plan(TABLE)
     assert attention._step is not None
+    assert [a.dtype for a in attention._step.arrays.host] == [torch.int32] * 6 + [torch.int64] * 3 + [torch.int32]
     for host, device in zip(attention._step.arrays.host, attention._step.arrays.device, strict=True):
         assert host.device == torch.device("cpu")
         assert device.device == attention.device
-        assert host.dtype == device.dtype == torch.int32
+        assert host.dtype == device.dtype
         assert host.tolist() == device.tolist()
         assert target == "twin" or host.is_pinned()
 

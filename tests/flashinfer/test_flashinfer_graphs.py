@@ -183,7 +183,7 @@ def test_the_memory_of_steps_of_one_size_is_the_same(target: str) -> None:
         assert attention._step is not None
         arrays = attention._step.arrays
         assert [a.tolist() for a in arrays.device] == [a.tolist() for a in arrays.host]
-        assert arrays.device[-1].tolist() == table.kv_indices.tolist()
+        assert arrays.device.kv_indices.tolist() == table.kv_indices.tolist()
         places.setdefault(attention.graph_key, set()).add(tuple(a.data_ptr() for a in arrays.device))
     assert {key: len(found) for key, found in places.items()} == {2: 1, 3: 1}
 

@@ -75,7 +75,7 @@ struct BlockKernel {
     heads = block.head_end - block.head_begin;
     s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, head_dim);
     for (int i = 0; i < kMaxHeadDim; ++i) s.zeros[i] = 0.0f;
-    const std::int64_t kv_len = batch.table.kv_len(block.request, batch.layout.page_size);
+    const std::int64_t kv_len = batch.table.kv_len(block.request);
     first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
     positions = block.shared ? batch.carried_positions + block.row_begin : nullptr;
   }
@@ -431,9 +431,7 @@ struct BlockKernel {
   }
 
   // The end of the keys that the rows see, and the tile of the first.
-  std::int64_t end_of_keys() const {
-    return block.shared ? batch.table.kv_len(block.request, batch.layout.page_size) : position(rows - 1) + 1;
-  }
+  std::int64_t end_of_keys() const { return block.shared ? batch.table.kv_len(block.request) : position(rows - 1) + 1; }
   std::int64_t first_tile() const {
     std::int64_t first = first_key(0);
     for (int row = 1; block.shared && row < rows; ++row) first = min_int64(first, first_key(row));

@@ -65,7 +65,7 @@ class Tiles {
 
   void resolve(std::int64_t begin, std::int64_t end, Addresses& to) {
     const KvLayout& layout = batch_.layout;
-    const std::int32_t* pages = batch_.table.kv_indices + batch_.table.kv_indptr[block_.request];
+    const std::int32_t* pages = batch_.table.pages[block_.request];
     const std::int64_t first_head = block_.head_begin * layout.head_stride, stride = layout.slot_stride * bytes_;
     std::int64_t page = begin / layout.page_size;
     std::int64_t slot = begin % layout.page_size;

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from radixkv import _core
-from radixkv.attention import PageTable
-from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, may_share
-from radixkv.attention.checks import check_options, check_sizes, check_table
+from radixkv.attention import PageTable, StepInputs
+from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, core_costs
+from radixkv.attention.checks import check_options, check_sizes, core_table
 from radixkv.attention.flashinfer.cascade import CascadeRun, merge, plan_cascade
 from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
 from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_supported, preparing
-from radixkv.attention.flashinfer.plans import IndexArrays, Options, Planner, PlanSet, Schedule, Wrapper
+from radixkv.attention.flashinfer.plans import Options, Planner, PlanSet, Schedule, StepArrays, Wrapper
 from radixkv.attention.fp8 import FP8, check_storage, quantize
 from radixkv.errors import BackendUnavailable, InvalidArgument
 
@@ -47,7 +47,7 @@ class _Step(NamedTuple):
     rows: int
     decode: bool
     graphs: DecodeGraphs | None  # whose memory the step uses, if it can be replayed
-    arrays: IndexArrays  # qo_indptr, kv_indptr, kv_last_page_len, slots, request and position of each row, kv_indices
+    arrays: StepArrays
     schedule: Schedule
 
 
@@ -115,7 +115,10 @@ class FlashInferAttention:
         self._sets = (PlanSet(device), PlanSet(device))
         self._turn = 0
         self._step: _Step | None = None
-        self._cascade: CascadePlan | None = None
+        self._finders = [(costs, _core.CascadeFinder(core_costs(costs))) for costs in (self._costs, OFF)]
+        self._cascade = CascadePlan.derive(
+            PageTable(*(np.zeros(n, dtype=np.int32) for n in (1, 1, 0, 0, 0))), page_size
+        )
         self._planned: dict[Options, Wrapper | CascadeRun] = {}
         self._set_rows(0)
 
@@ -145,51 +148,43 @@ class FlashInferAttention:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def plan(self, table: PageTable | _core.PageTable) -> None:
-        """Copy and check `table`. A table that raises `InvalidArgument` changes nothing."""
-        table = PageTable.of(table)
-        places = check_table(table, *self._pages)
-        rows = len(places.request)
-        decode = rows == len(table.kv_last_page_len)
+    def plan(self, table: PageTable | _core.Table) -> StepInputs:
+        """Copy and check `table`. A table that raises `InvalidArgument` changes nothing.
+
+        The inputs lie in memory that the step after the next one fills again; with a graph_key, the next one.
+        """
+        table = core_table(table, *self._pages)
+        rows = table.num_rows
+        decode = rows == table.num_requests
         graphs = self._graphs if self._graphs is not None and decode and rows and self._graphs.fits(table) else None
         if graphs is None:
             self._turn ^= 1
         plans = self._sets[self._turn] if graphs is None else graphs.plans
-        qo_indptr, kv_indptr, kv_indices, last_page_len, slots = table
         plans.begin()
-        arrays = plans.copy([qo_indptr, kv_indptr, last_page_len, slots, *places, kv_indices])
-        schedule = Schedule(arrays.host[0], arrays.host[1], arrays.device[-1], arrays.host[2])
+        arrays = plans.copy_step(table)
+        host, device = arrays.host, arrays.device
+        schedule = Schedule(host.qo_indptr, host.kv_indptr, device.kv_indices, host.kv_last_page_len)
         self._step = _Step(rows, decode, graphs, arrays, schedule) if rows else None
-        self._cascade = None
+        costs, finder = self._finders[graphs is not None]
+        self._cascade = CascadePlan(finder.find(table), self._token_bytes, costs)
         self._planned = {}
         if graphs is not None:
             self._planned.update(graphs.plan(rows, schedule))
-        elif may_share(table, self._pages[1], self._costs):
-            self._cascade = self._derive(table)
         self._set_rows(rows)
+        return StepInputs(device.input_ids, device.positions, device.last_rows)
 
     @property
     def cascade(self) -> CascadePlan:
-        """What the planned requests share, which of it is read once for all of them, and why."""
-        if self._cascade is None:
-            if self._step is None:
-                table = PageTable(*(np.zeros(n, dtype=np.int32) for n in (1, 1, 0, 0, 0)))
-            else:
-                qo_indptr, kv_indptr, last_page_len, slots, _, _, kv_indices = (
-                    a.numpy() for a in self._step.arrays.host
-                )
-                table = PageTable(qo_indptr, kv_indptr, kv_indices, last_page_len, slots)
-            self._cascade = self._derive(table)
-        return self._cascade
+        """What the planned requests share, which of it is read once for all of them, and why.
 
-    def _derive(self, table: PageTable) -> CascadePlan:
-        graphs = self._step is not None and self._step.graphs is not None
-        plan = CascadePlan.derive(table, self._pages[1], OFF if graphs else self._costs, self._token_bytes)
+        Raises `LeaseError` if the step has ended, unless its pages were asked for before.
+        """
+        plan = self._cascade.keep()
         if plan.shared:
             return replace(plan, remark=_WINDOWS)
         if not plan.segments:
             return plan
-        return replace(plan, remark=_GRAPHS if graphs else "" if self._common else _NO_MERGE)
+        return replace(plan, remark=_GRAPHS if self.graph_key is not None else "" if self._common else _NO_MERGE)
 
     @property
     def graph_key(self) -> int | None:
@@ -204,13 +199,13 @@ class FlashInferAttention:
         self._check({"k": k, "v": v}, self._kv_shape, k_cache, v_cache)
         if self._step is None:
             return
-        _, kv_indptr, last_page_len, slots, request, position, kv_indices = self._step.arrays.device
-        if self._step.graphs is not None:
-            kv_indices = self._step.arrays.tail  # a replay reads as many as its own step has
+        at = self._step.arrays.device
+        # A replay reads as many of kv_indices as its own step has.
+        kv_indices = at.kv_indices if self._step.graphs is None else self._step.arrays.tail
         if self._fp8:
             k, v = quantize(k, self._scales["k_scale"]), quantize(v, self._scales["v_scale"])
         if not self._common:
-            page, offset = slots // self._pages[1], slots % self._pages[1]
+            page, offset = at.slots // self._pages[1], at.slots % self._pages[1]
             for cache, rows in ((k_cache, k), (v_cache, v)):
                 if self._fp8:  # as bytes: torch does not index every kind of 8-bit float
                     cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
@@ -218,8 +213,9 @@ class FlashInferAttention:
             return
         with preparing(f"append {self._planner.suffix}"):
             self._api.append_paged_kv_cache(
-                k, v, request, position, (k_cache, v_cache), kv_indices, kv_indptr, last_page_len, kv_layout="NHD"
-            )
+                k, v, at.request, at.position, (k_cache, v_cache),
+                kv_indices, at.kv_indptr, at.kv_last_page_len, kv_layout="NHD",
+            )  # fmt: skip
 
     def run(
         self,
@@ -260,7 +256,7 @@ class FlashInferAttention:
             return step.graphs.add(step.rows, step.arrays, step.schedule, options)
         plans = self._sets[self._turn]
         run = None
-        if self._cascade is not None and self._cascade.shared:
+        if self._cascade.shared:
             run = plan_cascade(self._planner, plans, self._cascade, options)
         return run or self._planner.take(plans, step.decode, step.schedule, options)
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from radixkv.attention import PageTable
-from radixkv.attention.flashinfer.plans import IndexArrays, Options, Planner, PlanSet, Schedule, Wrapper
+from radixkv import _core
+from radixkv.attention.flashinfer.plans import Options, Planner, PlanSet, Schedule, StepArrays, Wrapper
 from radixkv.errors import InvalidArgument
 
 __all__ = ["DecodeGraphs", "refuse_capture"]
 
 _ENTRIES_PER_PAGE = 4  # of the pool: how often requests of one step may share its pages, on average
 _LEAST_ENTRIES = 1 << 16
-_ROW_ARRAYS = 6  # arrays of a step beside kv_indices, each with a place per request and a few more
 
 
 class DecodeGraphs:
@@ -28,9 +27,9 @@ class DecodeGraphs:
         self._planner = planner
         self._wrappers: dict[int, dict[Options, Wrapper]] = {}
 
-    def fits(self, table: PageTable) -> bool:
+    def fits(self, table: _core.Table) -> bool:
         """Whether the memory holds this step."""
-        return _ROW_ARRAYS * (len(table.kv_last_page_len) + 8) + len(table.kv_indices) <= self.plans.entries
+        return table.staged_entries <= self.plans.entries
 
     def plan(self, batch: int, schedule: Schedule) -> dict[Options, Wrapper]:
         """Plan again what earlier steps of as many requests used; what it returns grows with `add`."""
@@ -40,10 +39,10 @@ class DecodeGraphs:
         self.plans.copies_queued()
         return wrappers
 
-    def add(self, batch: int, arrays: IndexArrays, schedule: Schedule, options: Options) -> Wrapper:
+    def add(self, batch: int, arrays: StepArrays, schedule: Schedule, options: Options) -> Wrapper:
         """A wrapper for options that no step of as many requests had, planned for this step."""
-        _, kv_indptr, last = arrays.device[:3]
-        wrapper = self._planner.new_graph_wrapper(kv_indptr, arrays.tail, last)
+        device = arrays.device
+        wrapper = self._planner.new_graph_wrapper(device.kv_indptr, arrays.tail, device.kv_last_page_len)
         self._planner.plan(wrapper, schedule, options)
         self.plans.copies_queued()
         wrapper.fixed = True

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from radixkv import _core
 from radixkv.attention.flashinfer.kernels import preparing
 
-__all__ = ["IndexArrays", "Options", "PlanSet", "Planner", "Schedule", "Wrapper"]
+__all__ = ["IndexArrays", "Options", "PlanSet", "Planner", "Schedule", "StepArrays", "StepTensors", "Wrapper"]
 
 _ALIGN = 4  # entries: every array begins at a multiple of 16 bytes
 _FIRST_FLOAT_BYTES = 1 << 20
@@ -67,8 +68,44 @@ class IndexArrays(NamedTuple):
     host: list[torch.Tensor]
     """In pinned memory."""
     device: list[torch.Tensor]
+
+
+class StepTensors(NamedTuple):
+    """A step's arrays in the order in which `_core.Table.stage` writes them; int32, but for the three inputs."""
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_last_page_len: torch.Tensor
+    slots: torch.Tensor
+    request: torch.Tensor
+    """[rows]: the request that each row belongs to."""
+    position: torch.Tensor
+    """[rows]: its index among the request's keys."""
+    input_ids: torch.Tensor
+    """int64, as the next two are: see `StepInputs`."""
+    positions: torch.Tensor
+    last_rows: torch.Tensor
+    kv_indices: torch.Tensor
+
+    @classmethod
+    def of(cls, memory: torch.Tensor, spans: list[slice]) -> StepTensors:
+        """The arrays that lie so in this memory."""
+        arrays = cls(*(memory[span] for span in spans))
+        return arrays._replace(
+            input_ids=arrays.input_ids.view(torch.int64),
+            positions=arrays.positions.view(torch.int64),
+            last_rows=arrays.last_rows.view(torch.int64),
+        )
+
+
+class StepArrays(NamedTuple):
+    """A step's arrays twice."""
+
+    host: StepTensors
+    """In pinned memory."""
+    device: StepTensors
     tail: torch.Tensor
-    """The device's memory from the last array's first entry on, beyond its end."""
+    """The device's memory from the first of kv_indices on, beyond their end."""
 
 
 @dataclass
@@ -100,24 +137,41 @@ class PlanSet:
         self.taken = {False: 0, True: 0}
         self._used = 0
 
+    def copy_step(self, table: _core.Table) -> StepArrays:
+        """Have a step's arrays written to pinned memory, and copy them from there to the device as `copy` does."""
+        entries = table.staged_entries
+        begin = self._reserve(entries)
+        spans = [
+            slice(begin + first, begin + last)
+            for first, last in table.stage(self._host.data_ptr() + 4 * begin, entries)
+        ]
+        self._send(begin, entries)
+        tail = self._on_device[spans[-1].start :]
+        return StepArrays(StepTensors.of(self._host, spans), StepTensors.of(self._on_device, spans), tail)
+
     def copy(self, arrays: Sequence[npt.NDArray[np.int32]]) -> IndexArrays:
         """Copy these arrays to pinned memory and from there, in one copy and without waiting, to the device."""
-        ends = self._used + np.cumsum([0, *(-(-len(a) // _ALIGN) * _ALIGN for a in arrays)])
-        if ends[-1] > len(self._host):  # arrays that were handed out keep the memory they lie in
-            ends -= self._used
-            self._allocate(max(int(ends[-1]), 2 * len(self._host), 1024))
-        begins = ends.tolist()
+        ends = np.cumsum([0, *(-(-len(a) // _ALIGN) * _ALIGN for a in arrays)])
+        entries = int(ends[-1])
+        begins = (self._reserve(entries) + ends).tolist()
         staging = self._host.numpy()
         for begin, array in zip(begins, arrays, strict=False):
             staging[begin : begin + len(array)] = array
-        whole = slice(begins[0], begins[-1])
-        self._on_device[whole].copy_(self._host[whole], non_blocking=True)
-        self._used = begins[-1]
-        self.copies_queued()
+        self._send(begins[0], entries)
         spans = [slice(begin, begin + len(array)) for begin, array in zip(begins, arrays, strict=False)]
-        return IndexArrays(
-            [self._host[s] for s in spans], [self._on_device[s] for s in spans], self._on_device[begins[-2] :]
-        )
+        return IndexArrays([self._host[s] for s in spans], [self._on_device[s] for s in spans])
+
+    def _reserve(self, entries: int) -> int:
+        """Where the next entries go. Arrays that were handed out keep the memory they lie in."""
+        if self._used + entries > len(self._host):
+            self._allocate(max(entries, 2 * len(self._host), 1024))
+        return self._used
+
+    def _send(self, begin: int, entries: int) -> None:
+        whole = slice(begin, begin + entries)
+        self._on_device[whole].copy_(self._host[whole], non_blocking=True)
+        self._used = begin + entries
+        self.copies_queued()
 
     def copies_queued(self) -> None:
         """Note that copies from this set's memory were queued: the next begin() waits for them."""
