@@ -161,6 +161,8 @@ def _layers(layers: Sequence[LayerShape] | None, *sizes: int | None) -> tuple[La
 def _dtype(dtype: object) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise InvalidArgument(f"dtype is {dtype!r}: give a torch.dtype, such as torch.bfloat16")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise InvalidArgument(f"dtype is {dtype}: use torch.bfloat16, torch.float16 or torch.float32")
     return dtype
 
 

@@ -25,7 +25,9 @@ LAYERS = [
     {"traces", "observe"},
     {"cache", "journal"},
     {"_core"},
-    {"geometry", "errors"},
+    {"formats"},
+    {"shape"},
+    {"errors"},
 ]
 
 

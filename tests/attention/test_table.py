@@ -17,10 +17,10 @@ import radixkv
 from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan, core_costs
-from radixkv.attention.native import NativeAttention
 from radixkv.errors import InvalidArgument, LeaseError
 from tests.attention.cascade_helpers import ALL
-from tests.attention.test_attention_errors import GEOMETRY, TABLE, int32
+from tests.attention.helpers import Heads
+from tests.attention.test_attention_errors import TABLE, backend_of, int32
 
 ENDED = "the step of this page table has ended.*plan a table of an open step"
 
@@ -34,8 +34,8 @@ def attend(engine: radixkv.Engine, rows: int) -> torch.Tensor:
     """Append and run with the backend itself, past what Step checks."""
     kv, q = torch.ones(rows, 1, 8), torch.ones(rows, 2, 8)
     out = torch.full_like(q, torch.nan)
-    engine.attention.append(kv, kv, engine.pool.k[0], engine.pool.v[0])
-    engine.attention.run(q, engine.pool.k[0], engine.pool.v[0], out)
+    engine.attention.append(0, kv, kv)
+    engine.attention.run(0, q, out)
     return out
 
 
@@ -65,12 +65,13 @@ def test_nothing_is_attended_once_the_step_has_ended(end: str) -> None:
     lease.release()
     del lease
     gc.collect()
-    before = engine.pool.storage.clone()
+    everything = np.arange(64, dtype=np.int32)
+    before = engine.pool.read_pages(everything)
     with pytest.raises(LeaseError, match=ENDED):
         attend(engine, 5)
     with pytest.raises(LeaseError, match=ENDED):
-        engine.attention.run(torch.ones(5, 2, 8), engine.pool.k[0], engine.pool.v[0], torch.ones(5, 2, 8))
-    assert torch.equal(engine.pool.storage.nan_to_num(), before.nan_to_num())
+        engine.attention.run(0, torch.ones(5, 2, 8), torch.ones(5, 2, 8))
+    assert torch.equal(engine.pool.read_pages(everything), before)
     engine.attention.num_threads = 2  # schedules again: lengths alone
     for ask in (lambda: engine.attention.cascade, lambda: engine.table.kv_indices):
         with pytest.raises(LeaseError, match=ENDED):
@@ -82,7 +83,7 @@ def test_nothing_is_attended_once_the_step_has_ended(end: str) -> None:
 def test_the_next_step_of_a_table_does_not_revive_the_last_plan() -> None:
     """Another backend planned a step of this table; its leases are gone, and the table is in use again."""
     engine = small_engine()
-    other = NativeAttention(**{**GEOMETRY, "num_qo_heads": 2, "num_kv_heads": 1, "head_dim": 8, "num_pages": 64})
+    other = backend_of(Heads(2, 1, 8), num_pages=64)
     lease = engine.acquire([1, 2, 3])
     with pytest.raises(KeyError), engine.step([lease]):
         other.plan(engine.table)
@@ -92,7 +93,7 @@ def test_the_next_step_of_a_table_does_not_revive_the_last_plan() -> None:
     with engine.step([engine.acquire([7, 8, 9])]) as step:
         kv = torch.ones(3, 1, 8)
         with pytest.raises(LeaseError, match=ENDED):
-            other.append(kv, kv, engine.pool.k[0], engine.pool.v[0])
+            other.append(0, kv, kv)
         step.attend(0, torch.ones(3, 2, 8), kv, kv)
 
 
@@ -144,7 +145,7 @@ def test_a_plan_that_was_asked_for_stays_valid() -> None:
 
 def test_a_table_is_of_the_pool_it_is_planned_for() -> None:
     engine = small_engine(num_pages=32)
-    other = NativeAttention(**{**GEOMETRY, "num_qo_heads": 2, "num_kv_heads": 1, "head_dim": 8})
+    other = backend_of(Heads(2, 1, 8))
     with pytest.raises(KeyError), engine.step([engine.acquire([1])]):
         with pytest.raises(InvalidArgument, match="the page table is of 32 pages of 4 tokens: .* 8 of 4"):
             other.plan(engine.table)
@@ -152,7 +153,7 @@ def test_a_table_is_of_the_pool_it_is_planned_for() -> None:
 
 
 def test_the_slots_of_a_table_of_arrays_are_those_of_its_pages() -> None:
-    backend = NativeAttention(**GEOMETRY)
+    backend = backend_of()
     with pytest.raises(InvalidArgument, match=r"slots\[0\] is 3: request 0 .* belongs into slot 4"):
         backend.plan(TABLE._replace(slots=int32(3, 5, 0, 1, 2, 3)))
 
@@ -164,7 +165,7 @@ def test_a_steps_inputs_come_with_the_plan() -> None:
         assert [a.tolist() for a in inputs] == [[9, 8, 7, 6], [0, 1, 2, 0], [2, 3]]
         assert [a.tolist() for a in (step.input_ids, step.positions, step.last_rows)] == [a.tolist() for a in inputs]
         raise KeyError
-    assert [len(a) for a in NativeAttention(**GEOMETRY).plan(TABLE)] == [0, 0, 0]
+    assert [len(a) for a in backend_of().plan(TABLE)] == [0, 0, 0]
 
 
 # --- the cascade of one step after another ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from radixkv.attention import PageTable, parity
+from radixkv.attention import Options, PageTable, parity
 from radixkv.attention.cascade import OFF
 from radixkv.attention.native import NativeAttention
 from radixkv.cli import main
@@ -59,24 +59,22 @@ def test_the_build_of_torch_is_named(capsys: pytest.CaptureFixture[str], monkeyp
     assert "2.13.0+cu130" in capsys.readouterr().out
 
 
+PLAIN = Options()
+
+
 class Wrong(NativeAttention):
     """Sees one key too few where there is a window, writes NaN where there is a soft cap, fails with a scale."""
 
-    def run(self, *tensors: torch.Tensor, **options: Any) -> None:
-        if options["sm_scale"] is not None:
+    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = PLAIN) -> None:
+        if options.sm_scale is not None:
             raise RuntimeError("no kernel image is available")
-        if options["window_left"] > 0:
-            options["window_left"] -= 1
-        super().run(*tensors, **options)
-        if options["logits_soft_cap"] > 0:
-            tensors[3][-1, 0, 0] = torch.nan
+        super().run(layer, q, out, options._replace(window_left=options.window_left - (options.window_left > 0)))
+        if options.logits_soft_cap > 0:
+            out[-1, 0, 0] = torch.nan
 
 
 def test_a_wrong_backend_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(device: torch.device, sizes: dict[str, Any]) -> Wrong:
-        return Wrong(**sizes)
-
-    monkeypatch.setattr("radixkv.cli.doctor._backend", make)
+    monkeypatch.setattr("radixkv.cli.doctor._backend", Wrong)
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
     assert (status, found["ok"]) == (1, False)
     rows = {c["case"]: c for c in found["cases"]}
@@ -105,13 +103,13 @@ def test_a_cascade_that_is_not_one_fails(capsys: pytest.CaptureFixture[str], mon
             super().plan(table._replace(kv_indices=pages))
 
     def failed(make: Callable[..., NativeAttention]) -> dict[str, str | None]:
-        monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, sizes: make(**sizes))
+        monkeypatch.setattr("radixkv.cli.doctor._backend", make)
         status, found = doctor(capsys, "--device", "cpu", "--dtype", "float32")
         assert status == 1
         return {c["case"]: c["problem"] for c in found["cases"] if not c["ok"]}
 
     cascades = {name for name in named(*OPTIONS) if name.startswith("cascade")}
-    without = failed(lambda cascade=None, **sizes: NativeAttention(**sizes, cascade=OFF))
+    without = failed(lambda layers, dtype, cascade=None: NativeAttention(layers, dtype=dtype, cascade=OFF))
     assert without == dict.fromkeys(cascades, "AssertionError: a cascade was to be tested, but no segment is used")
     narrow = {f"cascade, {o}" for o in OPTIONS if "window" in o and "wide" not in o}  # do not see the first pages
     assert failed(Misreading) == dict.fromkeys(cascades - narrow)
@@ -133,10 +131,10 @@ def test_kernels_that_cannot_be_compiled_are_named(
     """A backend that can be made but not used: each case says why."""
 
     class Unusable(NativeAttention):
-        def append(self, *tensors: torch.Tensor) -> None:
+        def append(self, layer: int, *tensors: torch.Tensor) -> None:
             raise BackendUnavailable("install the CUDA toolkit")
 
-    monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, sizes: Unusable(**sizes))
+    monkeypatch.setattr("radixkv.cli.doctor._backend", Unusable)
     status, found = doctor(capsys, "--device", "cpu", "--dtype", "float16")
     assert status == 1
     assert {c["problem"] for c in found["cases"]} == {"BackendUnavailable: install the CUDA toolkit"}

@@ -8,14 +8,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import radixkv  # noqa: E402
-from radixkv.geometry import Geometry, parse_bytes  # noqa: E402
-from radixkv.pool import copy_batched  # noqa: E402
+from radixkv.formats import LayerFormat, RowFormat, fp8, layer_formats  # noqa: E402
+from radixkv.pool import KVPool, copy_batched  # noqa: E402
+from radixkv.shape import LayerShape, parse_bytes  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 3, 4, 2, 16, 50
 torch.manual_seed(0)
 EMBEDDING = torch.randn(VOCAB, HEADS, DIM)
 WEIGHT = torch.randn(LAYERS, 3, HEADS, DIM)
-FP8_STORAGE = {"kv_dtype": torch.float8_e4m3fn, "k_scale": 0.1, "v_scale": 0.3}
+FP8_STORAGE = {"kv_format": fp8(k_scale=0.1, v_scale=0.3)}
 
 
 def make_engine(num_pages=64, page_size=4, dtype=torch.float32, **options):
@@ -113,8 +114,8 @@ def test_a_hit_never_changes_the_answer(dtype, storage):
 
 def test_8_bits_halve_the_pool_and_stay_near_the_oracle():
     engine, plain = (make_engine(dtype=torch.bfloat16, **options) for options in (FP8_STORAGE, {}))
-    assert engine.pool.nbytes * 2 == plain.pool.nbytes == 64 * plain.geometry.bytes_per_page
-    assert engine.pool.storage.dtype == torch.float8_e4m3fn
+    assert engine.pool.nbytes * 2 == plain.pool.nbytes == 64 * plain.pool.bytes_per_page
+    assert {kv.k.dtype for kv in engine.pool.layers} == {torch.float8_e4m3fn}
     assert make_engine(num_pages=None, capacity="1MiB", **FP8_STORAGE).num_pages == 4 * (2**20 // 3072) + 1
     tokens = random_tokens(np.random.default_rng(0), 30)
     rows = []
@@ -212,7 +213,9 @@ def test_bad_engines():
         ({"page_size": 0}, "page_size must be"),
         ({"dtype": torch.int8}, "dtype"),
         ({"dtype": "float32"}, "dtype is 'float32': give a torch.dtype"),
-        ({"kv_dtype": "int8"}, "kv_dtype is 'int8': give a torch.dtype"),
+        ({"kv_format": "int3"}, "kv_format is 'int3': use None, 'fp8' or a LayerFormat"),
+        ({"kv_format": ["fp8"]}, "kv_format has 1 formats for 3 layers"),
+        ({"layers": [LayerShape(4, 2, 16)]}, "give layers, or num_layers, num_qo_heads, num_kv_heads and head_dim"),
         ({"device": "gpu"}, "device is 'gpu': give 'cpu'"),
         ({"device": None}, "device is None: give 'cpu'"),
     ):
@@ -222,12 +225,14 @@ def test_bad_engines():
         radixkv.Engine(num_layers=1, num_qo_heads=5, num_kv_heads=2, head_dim=16, num_pages=4)
     with pytest.raises(radixkv.BackendUnavailable, match="device"):
         make_engine(device="meta")
-    for kv_dtype in (torch.float8_e5m2, torch.bfloat16):
-        with pytest.raises(radixkv.BackendUnavailable, match=f"kv_dtype is {kv_dtype}: use torch.float32, .*e4m3fn"):
-            make_engine(kv_dtype=kv_dtype)
-    for scales in ({"k_scale": 0.5}, {"v_scale": 2.0}, {"kv_dtype": torch.float8_e4m3fn, "v_scale": -1.0}):
-        with pytest.raises(radixkv.InvalidArgument, match="_scale is"):
-            make_engine(**scales)
+    for layers in ([], [(4, 2, 16)]):
+        with pytest.raises(radixkv.InvalidArgument, match="give a LayerShape for each layer"):
+            radixkv.Engine(layers=layers, num_pages=4)
+    with pytest.raises(radixkv.InvalidArgument, match="or layers, where they differ"):
+        radixkv.Engine(num_layers=3, num_pages=4)
+    half = RowFormat("bfloat16")
+    with pytest.raises(radixkv.BackendUnavailable, match="stores K as bfloat16 and V as bfloat16: use float32"):
+        make_engine(kv_format=LayerFormat(half, half))
     with pytest.raises(radixkv.BackendUnavailable, match="CUDA device|float32"):
         make_engine(device="cuda")
 
@@ -240,30 +245,114 @@ def test_capacity_in_bytes_and_as_a_share():
 
 
 def test_known_sizes_of_a_token():
-    llama_3_8b = Geometry(32, 32, 8, 128, 16, 2)
-    smollm2 = Geometry(30, 9, 3, 64, 16, 2)
-    assert (llama_3_8b.bytes_per_token, smollm2.bytes_per_token) == (131_072, 23_040)
-    assert llama_3_8b.bytes_per_page * 256 == 512 * 2**20
+    bf16 = layer_formats(None, "bfloat16", 1)[0]
+    assert 32 * bf16.page_bytes(1, LayerShape(32, 8, 128)) == 131_072  # Llama-3 8B
+    assert 30 * bf16.page_bytes(1, LayerShape(9, 3, 64)) == 23_040  # SmolLM2
+    assert fp8().page_bytes(16, LayerShape(9, 3, 64)) == 16 * 3 * 2 * 64
+    assert fp8().page_bytes(1, LayerShape(1, 1, 8)) == 2 * 16, "pages begin at multiples of 16 bytes"
 
 
-def test_the_pool_is_one_allocation_of_strided_views():
-    pool = make_engine().pool
-    assert pool.k[0].shape == (64, 4, KV_HEADS, DIM)
-    assert {t.untyped_storage().data_ptr() for t in (*pool.k, *pool.v)} == {pool.storage.untyped_storage().data_ptr()}
+# Layers that differ in everything: heads, dimensions of K and V, format.
+SHAPES = [LayerShape(4, 2, 16), LayerShape(8, 1, 24, 8), LayerShape(6, 3, 64, 32), LayerShape(4, 2, 16)]
+FORMATS = [None, fp8(0.5, 0.25), None, fp8(0.1, 0.2)]
 
 
-@pytest.mark.parametrize("storage", [{}, FP8_STORAGE], ids=["", "fp8"])
-@pytest.mark.parametrize("most_bytes", [1, 7000, 1 << 20])
-def test_pages_are_copied_alike_one_by_one_and_in_batches(storage, most_bytes):
-    pools = [make_engine(num_pages=12, dtype=torch.bfloat16, **storage).pool for _ in range(2)]
-    content = torch.randint(0, 256, pools[0].storage.view(torch.uint8).shape, dtype=torch.uint8)
-    for pool in pools:
-        pool.storage.view(torch.uint8).copy_(content)
+def test_a_page_of_a_layer_is_one_run_of_bytes():
+    engine = radixkv.Engine(layers=SHAPES, kv_format=FORMATS, num_pages=12, page_size=5, dtype=torch.float16)
+    pool, runs = engine.pool, []
+    for kv, shape in zip(pool.layers, SHAPES, strict=True):
+        assert kv.shape == shape
+        for pages, rows, dim in ((kv.k_pages, kv.k, shape.k_dim), (kv.v_pages, kv.v, shape.v_dim)):
+            assert rows.shape == (12, 5, shape.num_kv_heads, dim)
+            assert pages.is_contiguous()
+            assert rows.data_ptr() == pages.data_ptr()
+            assert rows[3].is_contiguous()
+            assert 0 <= pages.shape[1] - rows[3].nbytes < 16
+            runs.append((pages.data_ptr(), pages.data_ptr() + pages.nbytes))
+    assert all(end <= begin for (_, end), (begin, _) in zip(sorted(runs), sorted(runs)[1:], strict=False))
+    assert pool.nbytes == sum(end - begin for begin, end in runs) == 12 * pool.bytes_per_page
+
+
+def filled():
+    """A pool of random bytes."""
+    pool = KVPool(SHAPES, layer_formats(FORMATS, "bfloat16", 4), 12, 4, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for kv in pool.layers:
+        for pages in (kv.k_pages, kv.v_pages):
+            pages.copy_(torch.randint(0, 256, pages.shape, dtype=torch.uint8, generator=generator))
+    return pool
+
+
+@pytest.mark.parametrize("most_bytes", [1, 700, 1 << 20])
+def test_pages_are_copied_alike_one_by_one_and_in_batches(most_bytes):
+    before, one, batched = filled(), filled(), filled()
     source, target = np.array([3, 3, 0, 7, 5], np.int32), np.array([1, 4, 2, 11, 6], np.int32)
-    pools[0].copy_pages(source, target)
-    copy_batched(pools[1].storage, source, target, most_bytes)
-    assert torch.equal(*(pool.storage.view(torch.uint8) for pool in pools))
-    assert torch.equal(pools[0].storage.view(torch.uint8)[:, :, target], content[:, :, source])
+    one.copy_pages(source, target)
+    for block in batched._blocks.values():
+        copy_batched(block, source, target, most_bytes)
+    everything = np.arange(12, dtype=np.int32)
+    want = before.read_pages(everything)
+    want[target] = want[source]
+    assert torch.equal(one.read_pages(everything), want)
+    assert torch.equal(batched.read_pages(everything), want)
+
+
+def test_pages_are_read_and_written_as_bytes():
+    pool, other = filled(), filled()
+    data = pool.read_pages(np.array([4, 9], np.int32))
+    assert data.shape == (2, pool.bytes_per_page)
+    assert torch.equal(data[0, : pool.layers[0].k_pages.shape[1]], pool.layers[0].k_pages[4])
+    other.write_pages(np.array([1, 0], np.int32), data)
+    for ours, theirs in zip(pool.layers, other.layers, strict=True):
+        assert torch.equal(theirs.k_pages[1], ours.k_pages[4])
+        assert torch.equal(theirs.v_pages[0], ours.v_pages[9])
+        assert torch.equal(theirs.v_pages[2:], ours.v_pages[2:])
+
+
+def mixed_forward(step, dtype):
+    """A model whose layers differ, over random q, k and v that follow from token, position and layer."""
+    rows = []
+    for layer, shape in enumerate(SHAPES):
+        seeds = (step.input_ids * 1000 + step.positions).tolist()
+        x = [torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(s * 10 + layer)) for s in seeds]
+        x = torch.stack(x).to(dtype)
+        q = x[:, 0, : shape.num_qo_heads, : shape.k_dim]
+        k = x[:, 1, : shape.num_kv_heads, : shape.k_dim]
+        v = x[:, 1, -shape.num_kv_heads :, -shape.v_dim :]
+        out = step.attend(layer, q, k, v)
+        assert out.shape == (len(seeds), shape.num_qo_heads, shape.v_dim)
+        rows.append((q, k, v, out))
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_differ_match_the_oracle_and_hit_as_they_miss(dtype):
+    rng = np.random.default_rng(2)
+    tokens = random_tokens(rng, 150)
+
+    def answer(engine, num_cached):
+        with engine.acquire(tokens) as lease:
+            assert lease.num_cached == num_cached
+            with engine.step([lease]) as step:
+                return mixed_forward(step, dtype)
+
+    def engine():
+        return radixkv.Engine(layers=SHAPES, kv_format=FORMATS, num_pages=60, page_size=7, dtype=dtype)
+
+    warm, cold = engine(), engine()
+    with warm.acquire(tokens[:90]) as lease, warm.step([lease]) as step:
+        mixed_forward(step, dtype)
+    hit, miss = answer(warm, 90), answer(cold, 0)
+    for shape, stored, (*_, ours), (q, k, v, out) in zip(SHAPES, FORMATS, hit, miss, strict=True):
+        assert torch.equal(ours, out[90:])
+        if stored is not None:
+            continue  # the tests of 8 bits compare these with an oracle
+        group = shape.num_qo_heads // shape.num_kv_heads
+        k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
+        logits = torch.einsum("nhd,mhd->hnm", q.double(), k) * shape.k_dim**-0.5
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), float("-inf"))
+        expected = torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v)
+        assert (out.double() - expected).abs().max() < {4: 1e-5, 2: 2e-2}[dtype.itemsize]
 
 
 def test_a_table_of_another_pool_is_refused():

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from radixkv import InvalidArgument, InvalidTokens
+from radixkv.formats import fp8
 from radixkv.hf import Generator, attach, engine_for, forward
 from radixkv.hf.adapter import current_step, length_limit, probe, running
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
+from radixkv.shape import LayerShape
 from tests.hf.helpers import (
     ARCHITECTURES,
     IMAGE,
@@ -66,7 +68,7 @@ def test_logits_of_a_ragged_batch_equal_the_stock_forward():
 
 def test_k_and_v_in_8_bits():
     model = tiny()
-    engine = engine_for(model, num_pages=64, page_size=4, kv_dtype=torch.float8_e4m3fn, k_scale=0.5, v_scale=0.25)
+    engine = engine_for(model, num_pages=64, page_size=4, kv_format=fp8(k_scale=0.5, v_scale=0.25))
     assert engine.pool.nbytes * 4 == engine_for(model, num_pages=64, page_size=4).pool.nbytes
     (prompt,) = random_prompts(30)
     with Generator(model, engine) as generator:
@@ -98,11 +100,27 @@ def test_sliding_window_is_counted_as_transformers_counts_it():
 def test_probe_reads_the_geometry_and_restores_the_attention():
     model = tiny()
     shape = probe(model)
-    assert (shape.num_layers, shape.num_qo_heads, shape.num_kv_heads, shape.head_dim) == (3, 4, 2, 16)
+    assert shape.layers == (LayerShape(4, 2, 16),) * 3
     assert shape.dtype == torch.float32
     assert model.config._attn_implementation == "eager"
     engine = engine_for(model.to(torch.bfloat16), num_pages=8)
     assert engine.dtype == torch.bfloat16
+
+
+def test_layers_that_differ_are_observed_and_answer_as_stock_does():
+    """Keys of 24 and values of 16 dimensions; and local and global layers of different heads."""
+    latent = build("DeepseekV3Config", "DeepseekV3ForCausalLM", LATENT)
+    engine = engine_for(latent, num_pages=32, page_size=4)
+    assert set(engine.layers) == {LayerShape(4, 4, 24, 16)}
+    prompts = random_prompts(21, 9)
+    with Generator(latent, engine) as generator:
+        for _ in ("cold", "warm"):
+            requests = [generator.submit(prompt, max_new_tokens=6) for prompt in prompts]
+            generator.run()
+            for request, prompt in zip(requests, prompts, strict=True):
+                assert request.tokens == stock_tokens(latent, prompt, 6)
+    assert requests[0].stats.cached_tokens > 0
+    assert_drains(engine)
 
 
 def test_another_dtype_is_refused():
@@ -184,6 +202,7 @@ class TestModelsThatReadImages:
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 LATENT = {
+    "head_dim": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -210,7 +229,6 @@ UNSUPPORTED = {
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
     ),
     "recurrent": ("MambaConfig", "MambaForCausalLM", "linear_attention|state between tokens", SMALL),
-    "latent attention": ("DeepseekV3Config", "DeepseekV3ForCausalLM", "keys of 24 and values of 16", LATENT),
     "attention sinks": ("GptOssConfig", "GptOssForCausalLM", "s_aux", SMALL | EXPERTS | {"num_local_experts": 2}),
     "linear attention": (
         "Qwen3NextConfig",

@@ -167,7 +167,7 @@ def test_a_generate_that_passes_everything_again_is_refused():
 def test_an_engine_of_another_dtype_or_depth_is_refused():
     sizes = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8}
     model = tiny()
-    with pytest.raises(InvalidArgument, match=r"in torch.float32; the engine holds 2 heads of 16 in torch.bfloat16"):
+    with pytest.raises(InvalidArgument, match=r"float32; the engine holds 2 heads of 16 and 16 in torch.bfloat16"):
         EngineCache(Engine(num_layers=3, dtype=torch.bfloat16, **sizes), model, torch.tensor([[1, 2]]))
     with pytest.raises(InvalidArgument, match="0 times in layer 3"):
         EngineCache(Engine(num_layers=4, dtype=torch.float32, **sizes), model, torch.tensor([[1, 2]]))
@@ -236,10 +236,9 @@ def test_batches_and_switched_models_are_refused():
     assert_drains(engine)
 
 
-def test_pages_of_8_bits_are_refused(monkeypatch):
+def test_pages_of_8_bits_are_refused():
     """generate() would get the stored values without their scale."""
     model = tiny("llama")
-    with engine_for(model, num_pages=8) as engine:
-        monkeypatch.setattr(engine, "kv_dtype", torch.float8_e4m3fn)
-        with pytest.raises(InvalidArgument, match="stores K and V as torch.float8_e4m3fn"):
-            EngineCache(engine, model, torch.tensor([[1, 2]]))
+    engine = engine_for(model, num_pages=8, kv_format="fp8")
+    with pytest.raises(InvalidArgument, match="stores K and V as float8_e4m3fn"):
+        EngineCache(engine, model, torch.tensor([[1, 2]]))

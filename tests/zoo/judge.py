@@ -25,9 +25,7 @@ REASONS = {
     "state between tokens": r"layers of type .*(linear_attention|conv|hybrid|mamba)|keeps recurrent",
     "sparse attention": r"layers of type .*(indexed|compressed|reference|sparse)",
     "attention in chunks": r"layers of type chunked_attention|attends in chunks",
-    "latent attention": r"has keys of \d+ and values of \d+ dimensions",
     "attention sinks": r"passes '(s_aux|sinks)'",
-    "layers of different shapes": r"has layers of different shapes",
     "more or fewer than one attention a layer": r"every layer must attend exactly once",
     "own attention code": r"does not look its attention up",
     "encoder-decoder": r"is an encoder-decoder model",
@@ -36,7 +34,7 @@ REASONS = {
     "positions or state by place in the batch": r"computes other rows when their order changes",
     "window not told to attention": r"tells its attention",
     "needs more than tokens": r"cannot run on tokens alone|has no single vocabulary",
-    "head dimension": r"head_dim is \d+",
+    "head dimension": r"[kv]_dim is \d+",
 }
 
 CACHE_REASONS = {
