@@ -11,6 +11,8 @@ namespace radixkv::attention {
 extern const Kernel kernel_portable;
 #if defined(__x86_64__)
 extern const Kernel kernel_avx2, kernel_avx512, kernel_avx512bf16;
+#elif defined(__aarch64__)
+extern const Kernel kernel_neon;
 #endif
 
 namespace {
@@ -25,6 +27,8 @@ std::vector<const Kernel*> supported_kernels() {
   if (avx512 && __builtin_cpu_supports("avx512bf16")) kernels.push_back(&kernel_avx512bf16);
   if (avx512) kernels.push_back(&kernel_avx512);
   if (avx2) kernels.push_back(&kernel_avx2);
+#elif defined(__aarch64__)
+  kernels.push_back(&kernel_neon);  // every one of them has it
 #endif
   kernels.push_back(&kernel_portable);
   return kernels;

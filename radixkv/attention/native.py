@@ -64,7 +64,7 @@ class NativeAttention:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable"."""
+        """The instruction set in use: "avx512bf16", "avx512", "avx2", "neon" or "portable"."""
         return str(self._plan.isa)
 
     @property

@@ -2,19 +2,11 @@
 // head_dim is a multiple of 8, so n is always kLanes.
 #pragma once
 
-#include <cmath>
 #include <cstring>
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-#if defined(__aarch64__)
-using F = float32x4_t;
-#else
 using F = float __attribute__((vector_size(16)));
-#endif
 constexpr int kLanes = 4;
 constexpr int kBlockRows = 4;
 
@@ -117,13 +109,7 @@ RADIXKV_INLINE F select_less(F a, F b, F x, F y) {
   return result;
 }
 RADIXKV_INLINE F max(F a, F b) { return select_less(b, a, a, b); }
-RADIXKV_INLINE F fma(F a, F b, F c) {
-#if defined(__aarch64__)
-  return vfmaq_f32(c, a, b);
-#else
-  return a * b + c;
-#endif
-}
+RADIXKV_INLINE F fma(F a, F b, F c) { return a * b + c; }
 RADIXKV_INLINE F round(F x) {  // |x| < 2^22: adding 1.5 * 2^23 leaves no bit for the fraction
   const F magic = set1(12582912.0f);
   return (x + magic) - magic;

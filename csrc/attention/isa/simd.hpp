@@ -32,6 +32,8 @@
 #include "attention/isa/avx512.hpp"
 #elif defined(RADIXKV_SIMD_AVX2)
 #include "attention/isa/avx2.hpp"
+#elif defined(RADIXKV_SIMD_NEON)
+#include "attention/isa/neon.hpp"
 #else
 #include "attention/isa/portable.hpp"
 #endif
