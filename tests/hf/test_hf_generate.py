@@ -10,7 +10,7 @@ import radixkv.hf.generator
 from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
 from radixkv.hf.sampling import sample
-from radixkv.scheduling import scheduler
+from radixkv.scheduling import space
 from tests.hf.helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
 COUNT = 16
@@ -26,7 +26,7 @@ def single_threaded():
 @pytest.fixture(autouse=True)
 def no_headroom(monkeypatch):
     """Preemptions are frequent without it; with it, answers as short as these here are never preempted."""
-    monkeypatch.setattr(scheduler, "HEADROOM", 0)
+    monkeypatch.setattr(space, "HEADROOM", 0)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(make, model, prompts, 
 
 
 def test_an_order_decides_who_comes_first(make, prompts, expected):
-    generator = make(max_running=1, order=lambda request: len(request.prompt))
+    generator = make(max_running=1, policy=lambda request: len(request.prompt))
     ended = []
     requests = [
         generator.submit(prompt, max_new_tokens=COUNT, on_token=lambda r, _: ended.append(r.id) if r.done else None)
@@ -346,7 +346,7 @@ def test_pages_held_outside_stop_the_loop_with_an_error_and_nothing_is_lost(make
 def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected, monkeypatch, seed):
     """Random submissions, forks, cancellations, failures and chunk sizes over a pool that is far too small."""
     chance = random.Random(seed)
-    monkeypatch.setattr(scheduler, "HEADROOM", chance.choice([0, 0, 8, 64]))
+    monkeypatch.setattr(space, "HEADROOM", chance.choice([0, 0, 8, 64]))
     generator = make(num_pages=chance.choice([14, 16, 20]), max_step_tokens=chance.choice([6, 20, 400]), max_running=6)
     failing = False
 
