@@ -1,6 +1,5 @@
 """The generation loop: the same tokens whatever is cached, batched, preempted, forked, cancelled or broken."""
 
-import contextlib
 import random
 
 import pytest
@@ -274,7 +273,7 @@ def test_prompts_may_be_arrays_and_tensors(make, prompts, expected):
 
 
 @pytest.mark.parametrize("call", [1, 2, 5])
-def test_an_exception_in_the_model_releases_without_commit_and_loses_nothing(make, model, prompts, expected, call):
+def test_an_exception_in_the_model_that_does_not_come_again_is_survived(make, model, prompts, expected, call):
     generator = make()
     requests = [generator.submit(prompt, max_new_tokens=COUNT) for prompt in prompts]
     calls = 0
@@ -286,17 +285,12 @@ def test_an_exception_in_the_model_releases_without_commit_and_loses_nothing(mak
             raise ValueError("in the middle of a layer")
 
     hook = model.model.layers[1].register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(ValueError, match="in the middle of a layer"):
-            generator.run()
-    finally:
-        hook.remove()
+    with hook:
+        generator.run()
     generator.engine.cache.check()
-    assert generator.engine.cache.stats().num_leases == 0
-    if call == 1:
-        assert generator.engine.cache.match(prompts[0]) == 0
-    generator.run()
+    assert calls > call
     assert [request.tokens for request in requests] == expected
+    assert sum(request.stats.preemptions for request in requests) == 0
 
 
 @pytest.mark.parametrize("call", [1, 2, 5])
@@ -368,8 +362,7 @@ def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected
                 generator.cancel(chance.choice(submitted)[0])
             elif action < 0.4:
                 failing = True
-                with contextlib.suppress(ValueError):
-                    generator.step()
+                generator.step()
                 failing = False
             else:
                 generator.step()
@@ -380,4 +373,4 @@ def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected
     for request, number in submitted:
         assert request.done
         assert request.tokens == expected[number][: len(request.tokens)]
-        assert request.status == "cancelled" or len(request.tokens) == request.max_new_tokens
+        assert request.status in ("cancelled", "error") or len(request.tokens) == request.max_new_tokens

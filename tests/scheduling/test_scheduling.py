@@ -455,7 +455,7 @@ def test_priority_overtakes_a_hundred_requests_a_step_and_no_more():
     urgent, low = submitted(scheduler, Request([1, 2], 1, priority=1), Request([3, 4], 1, priority=-1))
     assert (scheduler.waiting.index(urgent), scheduler.waiting.index(low)) == (151, 251)
     later = submitted(scheduler, *(Request([5, 6], 1) for _ in range(120)))
-    assert scheduler.waiting.index(low) == 251 + 100
+    assert scheduler.waiting.index(low) == 251 + 99
     assert scheduler.waiting[-20:] == later[-20:]
 
 
