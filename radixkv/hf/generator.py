@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class EngineBusy(LeaseError):
-    """Another step of the engine is open."""
+    """Another step of the engine is open: nobody's request is at fault."""
 
 
 class Generator:
@@ -360,6 +360,8 @@ class Generator:
             for alone in self._scheduler.apart():
                 try:
                     logits = self._compute(alone)
+                except EngineBusy:
+                    raise
                 except Exception as own:
                     self._fail(cast("Request", alone.requests[0]), own, "the model", commit=False)
                 else:
