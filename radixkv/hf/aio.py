@@ -276,7 +276,7 @@ class _Thread(threading.Thread):
 
     def _loop(self) -> None:
         while True:
-            busy = self.generator.unfinished
+            busy = self.generator.unfinished or not self._calls.empty()  # what was asked for before the end is done
             if self._closed and (not busy or time.monotonic() >= self._until):
                 return
             try:
