@@ -6,11 +6,13 @@ A message gives the numbers and a remedy. Anything that fails leaves the cache a
 __all__ = [
     "BackendUnavailable",
     "InvalidArgument",
+    "InvalidLogits",
     "InvalidTokens",
     "LeaseError",
     "ModelNotFound",
     "NotCached",
     "PoolExhausted",
+    "QueueFull",
     "RadixKVError",
     "TraceError",
 ]
@@ -34,6 +36,14 @@ class InvalidTokens(RadixKVError, ValueError):
 
 class InvalidArgument(RadixKVError, ValueError):
     """A size, dtype, shape or option that cannot work."""
+
+
+class InvalidLogits(RadixKVError, ArithmeticError):
+    """Logits that no token can be chosen by: the model computed NaN or infinity, or a processor left no token."""
+
+
+class QueueFull(RadixKVError, RuntimeError):
+    """As many requests wait as may wait: submit again later."""
 
 
 class NotCached(RadixKVError, LookupError):

@@ -7,22 +7,26 @@ from radixkv.errors import BackendUnavailable
 
 try:
     from radixkv.hf.adapter import attach, engine_for, forward
+    from radixkv.hf.aio import AsyncGenerator, Stream
     from radixkv.hf.cache import EngineCache
     from radixkv.hf.generator import Generator
     from radixkv.hf.optimize import optimize
     from radixkv.hf.request import Request, RequestStats
-    from radixkv.hf.sampling import Sampling
+    from radixkv.hf.sampling import Sampling, TokenLogprob
 except ImportError as error:
-    if (error.name or "").split(".")[0] not in ("torch", "transformers"):
+    if (error.name or "").split(".")[0] not in ("torch", "transformers", "tokenizers"):
         raise
     raise BackendUnavailable(f"radixkv.hf needs torch and transformers ({error}): pip install 'radixkv[hf]'") from error
 
 __all__ = [
+    "AsyncGenerator",
     "EngineCache",
     "Generator",
     "Request",
     "RequestStats",
     "Sampling",
+    "Stream",
+    "TokenLogprob",
     "attach",
     "engine_for",
     "forward",

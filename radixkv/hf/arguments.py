@@ -17,7 +17,7 @@ from radixkv.scheduling.arguments import integer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_callback", "check_engine", "check_model", "end_tokens", "length_for"]
+__all__ = ["check_callback", "check_engine", "check_model", "length_for"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -66,20 +66,12 @@ def check_engine(engine: Any, shape: AttentionShape, device: torch.device) -> No
 
 
 def length_for(model: PreTrainedModel, max_length: Any) -> int | None:
-    """`max_length` as given, or what the model was built for."""
+    """`max_length` as given, or that of the generation config, or what the model was built for."""
     limit = length_limit(model)
     if max_length is None:
-        return limit
+        asked = getattr(getattr(model, "generation_config", None), "max_length", None)
+        return min((length for length in (limit, asked) if length is not None), default=None)
     length = integer("max_length", max_length, 2)
     if limit is not None and length > limit:
         raise InvalidArgument(f"max_length is {length}: the model was built for {limit} tokens, give {limit} at most")
     return length
-
-
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The end-of-sequence tokens of the model's generation config."""
-    config = getattr(model, "generation_config", None)
-    tokens = getattr(config, "eos_token_id", None)
-    if tokens is None:
-        return frozenset()
-    return frozenset([int(tokens)] if isinstance(tokens, int) else map(int, tokens))

@@ -9,20 +9,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 
-from radixkv.errors import InvalidArgument, LeaseError
+from radixkv.errors import InvalidArgument, InvalidLogits, LeaseError
 from radixkv.hf.adapter import attach, forward, probe
-from radixkv.hf.arguments import check_callback, check_engine, check_model, end_tokens, length_for
+from radixkv.hf.arguments import check_callback, check_engine, check_model, length_for
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
-from radixkv.hf.request import OnLogits, OnToken, Request, Tokens
-from radixkv.hf.sampling import Draw, Sampler, Sampling, sample
-from radixkv.scheduling import Batch, Scheduler, arrival
+from radixkv.hf.defaults import generation_defaults
+from radixkv.hf.processors import Processor, check_processors
+from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Tokens
+from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
+from radixkv.hf.text import Text, check_stop_strings, check_tokenizer
+from radixkv.scheduling import Batch, Policy, Scheduler
 from radixkv.scheduling.arguments import check_namespace, check_token_set, check_tokens, integer
 
 if TYPE_CHECKING:
@@ -34,6 +37,12 @@ __all__ = ["Generator"]
 
 _LOG = logging.getLogger("radixkv")
 
+T = TypeVar("T")
+
+
+class EngineBusy(LeaseError):
+    """Another step of the engine is open: nobody's request is at fault."""
+
 
 class Generator:
     """Generates tokens for many requests with one model and one engine.
@@ -41,13 +50,18 @@ class Generator:
     `engine` defaults to `engine_for(model, capacity=0.5)`, half of the free memory. A step computes at most
     `max_step_tokens` tokens: longer prompts are computed over several steps, so that running requests keep their pace.
     At most `max_running` requests run at once. `max_length` bounds prompt plus generated tokens; by default it is what
-    the model was built for. `order` is a key that sorts requests, the first to be served first: see `Scheduler`. The
-    model is switched to the engine's attention and stays so.
+    the model was built for. `policy` says who is served first, and `max_waiting` how many requests may wait: see
+    `Scheduler`. With a `tokenizer`, requests have their `text`, and may have stop strings. The model is switched to the
+    engine's attention and stays so.
 
     A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
-    requests from others through a `queue.Queue`. Requests may be read from any thread. `on_token` and `on_logits` may
-    call `submit`, `cancel` and `close`, but not step; hooks of the model or the cache may call nothing while a step
-    runs. Other calls raise LeaseError, and change nothing.
+    requests from others through a `queue.Queue` (`AsyncGenerator` does that). Requests may be read from any thread.
+    Callbacks may call `submit`, `cancel` and `close`, but not step; hooks of the model or the cache and processors may
+    call nothing while a step runs. Other calls raise LeaseError, and change nothing.
+
+    What goes wrong with a request ends that request, with status "error" and the exception in `request.error`, and no
+    other: what its callbacks or processors raise, logits that are NaN, and a model that raises. Then the step is
+    repeated for each of its requests alone, once, and those that make it raise again end. All is logged to "radixkv".
 
     Raises InvalidArgument for what is no model or engine, an engine made for other layers, heads, dtype or device, and
     for limits that cannot work; and what `probe` raises for the model.
@@ -61,10 +75,14 @@ class Generator:
         max_step_tokens: int = 2048,
         max_running: int = 256,
         max_length: int | None = None,
-        order: Callable[[Request], Any] = arrival,
+        policy: Policy = "arrival",
+        max_waiting: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         check_model(model)
+        generation_defaults(model)  # what it cannot do is refused here, and not by the first request
         self.max_length = length_for(model, max_length)
+        self.tokenizer = check_tokenizer(tokenizer)
         shape = probe(model)
         if engine is None:
             engine = shape.engine(model.device, capacity=0.5)
@@ -74,98 +92,155 @@ class Generator:
             max_step_tokens=max_step_tokens,
             max_running=max_running,
             window_left=shape.window_left,
-            order=order,
+            policy=policy,
+            max_waiting=max_waiting,
         )
         self.model = model
         self.engine = engine
         attach(model)
         self._vocabulary = int(cast("torch.Tensor", model.get_input_embeddings().weight).shape[0])
         self._placeholders = placeholder_tokens(model)
-        self._undelivered: deque[tuple[Request, int, torch.Tensor | None]] = deque()
+        self._outbox: deque[Event] = deque()
+        self._failures: list[Exception] = []
         self._thread = threading.current_thread()
         self._stage: Literal["idle", "computing", "delivering"] = "idle"
         self._closed = False
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """The requests that wait for a place, the next first. Not to be changed."""
+        return cast("list[Request]", self._scheduler.waiting)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """The requests in the batch. Not to be changed."""
+        return cast("list[Request]", self._scheduler.running)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request is waiting or running, or anything is still to be told."""
+        return self._scheduler.unfinished or bool(self._outbox)
+
+    def estimated_wait(self) -> float | None:
+        """Seconds that a request submitted now would wait for its place: see `Scheduler.estimated_wait`."""
+        return self._scheduler.estimated_wait()
 
     def submit(
         self,
         prompt: Tokens,
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         seed: int = 0,
         stop_tokens: Iterable[int] | None = None,
+        stop_strings: Iterable[str] | None = None,
+        processors: Iterable[Processor] = (),
+        logprobs: int | None = None,
         n: int = 1,
         namespace: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
         on_token: OnToken | None = None,
         on_logits: OnLogits | None = None,
+        on_done: OnDone | None = None,
     ) -> Request:
         """Queue a request; it joins the batch in one of the next steps. May be called at any time.
 
-        `stop_tokens` end the request when generated (they are its last token); None means the end-of-sequence tokens
-        of the model's generation config, `()` none. `n` > 1 computes the prompt once and forks it: the result is the
-        first of n requests, all in `.siblings`, and the i-th draws exactly as a request of its own with `seed + i`.
+        What is None is what the model's generation config says, or greedy, 64 tokens, nothing. See `Sampling` for the
+        temperature and what follows it. `stop_tokens` end the request when generated (they are its last token); by
+        default the end-of-sequence tokens, `()` none. `stop_strings` end it when they appear in its text. `processors`
+        change its scores before a token is drawn: transformers' LogitsProcessors, or any `Processor`. `logprobs=k`
+        keeps how likely each token and the k likeliest were in `request.logprobs`.
 
-        `on_token(request, token)` is called at the end of the step that made the token, once for each. If it raises,
-        its own request ends there, with status "error" and the exception in `request.error`; other requests go on.
-        `on_logits(request, logits)` is called right before it, with the `[vocabulary]` that the token was drawn from,
-        and the same holds; clone what is to be kept.
+        `n` > 1 computes the prompt once and forks it: the result is the first of n requests, all in `.siblings`. The
+        i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of them in turn.
+
+        `priority` goes by the generator's `policy`. `deadline` seconds after this call the request ends with what it
+        has, with status "deadline".
+
+        `on_token(request, token)` is called at the end of the step that made the token, once for each; right before it
+        `on_logits(request, logits)` with the `[vocabulary]` of the model for it: clone what is to be kept. Nothing
+        is delivered after `cancel`. `on_done(request)` is called once, last, however the request ended. What they raise
+        ends their request.
 
         Raises InvalidTokens for a bad prompt, InvalidArgument for bad options, PoolExhausted for a request that the
-        whole pool could not hold, LeaseError after `close`. Then nothing was submitted.
+        whole pool could not hold, QueueFull where `max_waiting` wait, LeaseError after `close`. Then nothing was
+        submitted.
         """
         self._check_call("submit")
         if self._closed:
             raise LeaseError("the generator is closed: make a new Generator")
+        defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
         refuse_placeholders(array, self._placeholders)
-        new_tokens = integer("max_new_tokens", max_new_tokens, 1)
-        if self.max_length is not None and len(array) + new_tokens > self.max_length:
-            raise InvalidArgument(
-                f"{len(array)} prompt + {new_tokens} new tokens exceed max_length {self.max_length}: shorten the "
-                "prompt or lower max_new_tokens"
-            )
-        count = integer("n", n, 1)
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        samplers = [Sampler(replace(sampling, seed=sampling.seed + i)) for i in range(count)]
-        if stop_tokens is None:
-            stops = end_tokens(self.model)
-        else:
-            stops = check_token_set("stop_tokens", stop_tokens, self._vocabulary)
+        new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
+        sampling = Sampling(
+            temperature=_given(temperature, defaults.temperature),
+            top_k=_given(top_k, defaults.top_k),
+            top_p=_given(top_p, defaults.top_p),
+            seed=seed,
+            min_p=_given(min_p, defaults.min_p),
+            repetition_penalty=_given(repetition_penalty, defaults.repetition_penalty),
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )
+        scorers = check_processors(processors)
+        strings = check_stop_strings(_given(stop_strings, defaults.stop_strings), self.tokenizer)
+        stops = defaults.stop_tokens if stop_tokens is None else stop_tokens
+        options: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "stop_tokens": check_token_set("stop_tokens", stops, self._vocabulary),
+            "namespace": check_namespace(namespace),
+            "priority": priority,
+            "deadline": _given(deadline, defaults.deadline),
+            "num_logprobs": None if logprobs is None else integer("logprobs", logprobs, 0, self._vocabulary),
+            "outbox": self._outbox,
+            "on_token": check_callback("on_token", on_token),
+            "on_logits": check_callback("on_logits", on_logits),
+            "on_done": check_callback("on_done", on_done),
+        }
         requests = [
             Request(
                 array,
-                new_tokens,
-                stops,
-                check_namespace(namespace),
-                sampler=sampler,
-                on_token=check_callback("on_token", on_token),
-                on_logits=check_callback("on_logits", on_logits),
+                sampler=Sampler(replace(sampling, seed=sampling.seed + i), array, new_tokens, scorers),
+                said=Text(self.tokenizer, array, strings) if self.tokenizer is not None else None,
+                **options,
             )
-            for sampler in samplers
+            for i in range(integer("n", n, 1))
         ]
         self._scheduler.submit(*requests)
         return requests[0]
 
+    def _new_tokens(self, prompt_tokens: int, max_new_tokens: Any) -> int:
+        new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        if self.max_length is not None and prompt_tokens + new_tokens > self.max_length:
+            raise InvalidArgument(
+                f"{prompt_tokens} prompt + {new_tokens} new tokens exceed max_length {self.max_length}: shorten the "
+                "prompt or lower max_new_tokens"
+            )
+        return new_tokens
+
     def step(self) -> bool:
         """Run one forward pass over the batch, deliver its tokens, and say whether any request is unfinished.
 
-        If the model raises, the leases of the step are released without commit, its requests wait again and no token
-        is lost: the error passes through, and `step` may be called again. Raises PoolExhausted, with the requests
-        as they were, when the oldest request finds too few pages because leases or pins outside this generator hold
-        them.
-
-        What `on_token` raises ends its request (see `submit`), is logged to "radixkv" and does not leave `step`. A
-        KeyboardInterrupt or another BaseException does: tokens that were not delivered yet are by the next `step`.
+        What goes wrong with a request ends that request (see the class) and does not leave `step`. Raises, with the
+        requests as they were, PoolExhausted when the oldest request finds too few pages because leases or pins outside
+        this generator hold them, and LeaseError when another step of the engine is open. A KeyboardInterrupt or another
+        BaseException leaves `step`, too; no token is lost, and those not delivered yet are by the next `step`.
         """
         self._step()
-        return self._scheduler.unfinished
+        return self.unfinished
 
     def run(self) -> None:
-        """Step until every request is done; then raise what `on_token` raised meanwhile (of several, the first)."""
+        """Step until every request is done; then raise what ended requests meanwhile (of several, the first)."""
         errors = self._step()
-        while self._scheduler.unfinished:
+        while self.unfinished:
             errors += self._step()
         if errors:
             raise errors[0]
@@ -177,16 +252,33 @@ class Generator:
         """
         self._check_call("stream")
         self._check_request(request)
-        return self._stream(request)
+        return self._follow(request, request.tokens)
+
+    def text(self, request: Request) -> Iterator[str]:
+        """Yield the text of `request` as it comes, in pieces, as `stream` does its tokens."""
+        self._check_call("text")
+        self._check_request(request)
+        if request.said is None:
+            raise InvalidArgument("text needs a tokenizer: make the Generator with tokenizer=AutoTokenizer...")
+        return self._follow(request, request.said.pieces)
 
     def cancel(self, request: Request) -> bool:
         """End `request` and release its pages; what it has computed stays cached. False if it was done already.
 
-        Its `on_token` is not called any more.
+        Its `on_token` is not called any more; its `on_done` is, before this returns unless a callback calls it.
         """
         self._check_call("cancel")
         self._check_request(request)
-        return self._scheduler.cancel(request)
+        cancelled = self._scheduler.cancel(request)
+        self._deliver()
+        return cancelled
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End `request` with `error`: what it was for has become impossible. As `cancel` otherwise."""
+        self._check_call("fail")
+        self._check_request(request)
+        self._fail(request, error, "the host")
+        self._deliver()
 
     def close(self) -> None:
         """Cancel every unfinished request and take no new ones. Closing again does nothing. The engine stays open."""
@@ -195,6 +287,7 @@ class Generator:
         for request in [*self._scheduler.waiting, *self._scheduler.running]:
             for sibling in request.siblings:
                 self._scheduler.cancel(sibling)
+        self._deliver()
 
     def __enter__(self) -> Generator:
         return self
@@ -224,26 +317,31 @@ class Generator:
         if request.owner is not self._scheduler:
             raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
 
+    def __repr__(self) -> str:
+        name, running, waiting = type(self.model).__name__, len(self.running), len(self.waiting)
+        return f"Generator({name}, {running} running, {waiting} waiting{', closed' if self._closed else ''})"
+
     # ---- one step ----
 
     def _step(self) -> list[Exception]:
-        """`step`, with what callbacks raised."""
+        """`step`; returns what ended requests."""
         self._check_call("step")
+        self._failures = []
+        self._deliver()  # what an interrupted step has left
+        self._stage = "computing"
         try:
-            errors = self._deliver()  # what an interrupted step has left
-            self._stage = "computing"
             if batch := self._scheduler.next():
-                self._advance(batch, self._compute(batch))
-            errors += self._deliver()
+                self._run(batch)
         finally:
             self._stage = "idle"
-        return errors
+        self._deliver()
+        return self._failures
 
-    def _stream(self, request: Request) -> Iterator[int]:
+    def _follow(self, request: Request, items: list[T]) -> Iterator[T]:
         sent = 0
         while True:
-            while sent < len(request.tokens):
-                yield request.tokens[sent]
+            while sent < len(items):
+                yield items[sent]
                 sent += 1
             if request.error is not None:
                 raise request.error
@@ -251,11 +349,42 @@ class Generator:
                 return
             self.step()
 
+    def _run(self, batch: Batch) -> None:
+        """The forward pass and the tokens of a batch; if the model raises, of each of its requests alone."""
+        try:
+            logits = self._compute(batch)
+        except EngineBusy:
+            raise
+        except Exception as error:
+            _LOG.warning("a step of %d requests raised, each is tried alone", len(batch.requests), exc_info=error)
+            for alone in self._scheduler.apart():
+                try:
+                    logits = self._compute(alone)
+                except EngineBusy:
+                    raise
+                except Exception as own:
+                    self._fail(cast("Request", alone.requests[0]), own, "the model", commit=False)
+                else:
+                    self._advance(alone, logits)
+        else:
+            self._advance(batch, logits)
+
     def _compute(self, batch: Batch) -> torch.Tensor:
         """One forward pass: K and V of every row written, and the logits of each lease's last row."""
+        entered = False
         try:
             with torch.inference_mode(), self.engine.step(batch.leases) as step:
+                entered = True
                 return forward(self.model, step)
+        except LeaseError as error:
+            if entered:
+                raise
+            raise EngineBusy(
+                f"{error}: another thread or loop is in a step of this engine. Give each Generator its own engine, or "
+                "step both from one thread; nothing was lost, so step again later"
+            ) from error
+        except Exception:
+            raise
         except BaseException:
             self._scheduler.abandon()
             raise
@@ -264,28 +393,52 @@ class Generator:
         """Draw the next tokens of the requests whose tokens are all computed."""
         drawing = cast("list[Request]", batch.drawing)
         pairs = zip(batch.rows, drawing, strict=True)
-        tokens = sample(logits, [Draw(row, request.sampler, len(request.tokens)) for row, request in pairs])
+        chosen = sample(logits, [Draw(row, request.sampler, len(request.tokens)) for row, request in pairs])
+        tokens = []
+        for request, token, row in zip(drawing, chosen, batch.rows, strict=True):
+            if isinstance(token, Exception):
+                self._fail(request, token, "a processor or the logits", commit=not isinstance(token, InvalidLogits))
+                token = 0  # it gets none
+            elif request.on_logits is not None or request.num_logprobs is not None:
+                request.row = logits[row]
+                if request.num_logprobs is not None:
+                    request.logprob = log_probability(logits[row], token, request.num_logprobs)
+            tokens.append(token)
         self._scheduler.accept(tokens)
-        for request, token, row in zip(drawing, tokens, batch.rows, strict=True):
-            self._undelivered.append((request, token, logits[row] if request.on_logits is not None else None))
 
-    def _deliver(self) -> list[Exception]:
+    def _deliver(self) -> None:
         """Call the callbacks, each token once, after all bookkeeping; what they raise ends their own request."""
+        if self._stage == "delivering":
+            return  # a callback called back: the loop below goes on after it
         self._stage = "delivering"
-        errors = []
-        while self._undelivered:
-            request, token, logits = self._undelivered.popleft()
-            if request.status in ("cancelled", "error"):
-                continue
-            callback = "on_logits"
-            try:
-                if request.on_logits is not None and logits is not None:
-                    request.on_logits(request, logits)
+        try:
+            while self._outbox:
+                self._tell(self._outbox.popleft())
+        finally:
+            self._stage = "idle"
+
+    def _tell(self, event: Event) -> None:
+        request = event.request
+        callback = "on_done"
+        try:
+            if event.token is None:
+                if request.on_done is not None:
+                    request.on_done(request)
+            elif request.status not in ("cancelled", "error"):
+                callback = "on_logits"
+                if request.on_logits is not None and event.logits is not None:
+                    request.on_logits(request, event.logits)
                 callback = "on_token"
                 if request.on_token is not None:
-                    request.on_token(request, token)
-            except Exception as error:
-                _LOG.error("%s of request %d raised, which ends the request", callback, request.id, exc_info=error)
-                errors.append(error)
-                self._scheduler.fail(request, error)
-        return errors
+                    request.on_token(request, event.token)
+        except Exception as error:
+            self._fail(request, error, callback)
+
+    def _fail(self, request: Request, error: Exception, what: str, *, commit: bool = True) -> None:
+        _LOG.error("%s of request %d raised, which ends the request", what, request.id, exc_info=error)
+        self._failures.append(error)
+        self._scheduler.fail(request, error, commit=commit)
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value

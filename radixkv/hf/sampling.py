@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, or drawn with temperature, top-k and top-p from a generator of each request's own."""
+"""From logits to tokens: greedy, or drawn with temperature, top-k, top-p and min-p by each request's own generator."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from radixkv.errors import InvalidArgument
+from radixkv.errors import InvalidArgument, InvalidLogits
+from radixkv.hf.processors import Penalties, Processor, Processors
 from radixkv.scheduling.arguments import integer, number
 
-__all__ = ["Draw", "Sampler", "Sampling", "likeliest", "sample"]
+__all__ = ["Draw", "Sampler", "Sampling", "TokenLogprob", "likeliest", "log_probability", "sample"]
 
 _BLOCK = 16
 """Rows whose argmax is taken at a time on the CPU: widened to 32 bits, a few rows stay in the processor's cache."""
@@ -26,16 +28,24 @@ _DOUBT = 1e-9
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy (argmax) and ignores the rest.
+    """How tokens are chosen. `temperature` 0 is greedy (argmax) and ignores top_k, top_p, min_p and seed.
 
-    `top_k` 0 and `top_p` 1 are off. The order is that of transformers: temperature, then top-k, then top-p over what
-    top-k left. Raises InvalidArgument for values of a wrong type or out of range.
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off, and so are penalties of 1 (repetition) and 0. The order is that of
+    transformers: repetition penalty, temperature, top-k, top-p over what top-k left, and of the rest those at least
+    `min_p` times as likely as the likeliest. `repetition_penalty` divides the positive scores of all tokens so far,
+    the prompt's included, and multiplies negative ones; as in OpenAI's API, `presence_penalty` is taken from the scores
+    of generated tokens and `frequency_penalty` once for each time they were. Raises InvalidArgument for values of a
+    wrong type or out of range.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         values = {
@@ -43,13 +53,28 @@ class Sampling:
             "top_k": integer("top_k", self.top_k, 0),
             "top_p": number("top_p", self.top_p),
             "seed": integer("seed", self.seed, -(2**63)),
+            "min_p": number("min_p", self.min_p),
+            "repetition_penalty": number("repetition_penalty", self.repetition_penalty),
+            "presence_penalty": number("presence_penalty", self.presence_penalty),
+            "frequency_penalty": number("frequency_penalty", self.frequency_penalty),
         }
         if not (math.isfinite(values["temperature"]) and values["temperature"] >= 0):
             raise InvalidArgument(f"temperature is {self.temperature}: give a finite number, 0 (greedy) or above")
         if not 0 < values["top_p"] <= 1:
             raise InvalidArgument(f"top_p is {self.top_p}: give a probability above 0, at most 1 (off)")
+        if not 0 <= values["min_p"] <= 1:
+            raise InvalidArgument(f"min_p is {self.min_p}: give 0 (off) to 1")
+        if not (math.isfinite(values["repetition_penalty"]) and values["repetition_penalty"] > 0):
+            raise InvalidArgument(f"repetition_penalty is {self.repetition_penalty}: give a number above 0, 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(values[name]):
+                raise InvalidArgument(f"{name} is {values[name]}: give a finite number, 0 is off")
         for name, value in values.items():
             object.__setattr__(self, name, value)  # as plain numbers
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Sampler:
@@ -58,11 +83,27 @@ class Sampler:
     So a request that is interrupted and continued later draws what it would have drawn at once.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: np.ndarray | None = None,
+        max_new_tokens: int = 0,
+        processors: Sequence[Processor] = (),
+    ) -> None:
         self.sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._random = torch.empty(0)
         self._number = -1
+        self._penalties = self._processors = None
+        if prompt is not None and sampling.penalizes:
+            self._penalties = Penalties(sampling, prompt, max_new_tokens)
+        if prompt is not None and processors:
+            self._processors = Processors(list(processors), prompt, max_new_tokens)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the likeliest token of the model's own logits."""
+        return not (self.sampling.temperature or self._penalties or self._processors)
 
     def random(self, number: int) -> torch.Tensor:
         """The random number, 0 to 1, of the token of this `number`: the last one that was asked for, or the next."""
@@ -71,6 +112,26 @@ class Sampler:
             self._number += 1
         assert number == self._number, "tokens are drawn in order"
         return self._random
+
+    def accept(self, token: int) -> None:
+        """The next token of the request, for those that look at what was said."""
+        for history in (self._penalties, self._processors):
+            if history is not None:
+                history.accept(token)
+
+    def draw(self, logits: torch.Tensor, number: int) -> int:
+        """The token of this `number` by a row of logits `[vocabulary]` on the CPU."""
+        if self._penalties or self._processors:
+            logits = logits.to(torch.float32, copy=True)
+            if self._penalties:
+                self._penalties.apply(logits)
+            if self._processors:
+                logits = self._processors.apply(logits).to("cpu")
+        if not self.sampling.temperature:
+            best = int(logits.argmax())
+            _check_best(float(logits[best]))
+            return best
+        return _drawn(logits.to(torch.float64), self.sampling, self.random(number))
 
 
 class Draw(NamedTuple):
@@ -81,38 +142,60 @@ class Draw(NamedTuple):
     number: int
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | Exception]:
     """A token for each of `draws`, from logits `[rows, vocabulary]` of any float dtype and device.
 
-    Each is what it would be alone, bit for bit. The greedy ones are taken together, and wait for the device once. The
-    others follow from 64-bit sums over their own row, whose order must not depend on the batch, so each is on its own;
-    with real vocabularies that costs no more than doing them together.
+    Each is what it would be alone, bit for bit. The plain greedy ones are taken together, and wait for the device once.
+    The others follow from 64-bit sums over their own row, whose order must not depend on the batch, so each is on its
+    own; with real vocabularies that costs no more than doing them together. In place of a token stands what went wrong:
+    InvalidLogits, or what a processor raised.
     """
     logits = logits.detach()
-    hot = [draw.sampler.sampling.temperature > 0 for draw in draws]
-    best = [] if all(hot) else _argmax(logits)
-    host = logits.to("cpu") if any(hot) else logits
-    return [
-        _drawn(host[row].to(torch.float64), sampler.sampling, sampler.random(number))
-        if sampler.sampling.temperature
-        else best[row]
-        for row, sampler, number in draws
-    ]
+    plain = [draw.sampler.plain for draw in draws]
+    best = _argmax(logits) if any(plain) else []
+    host = logits if all(plain) else logits.to("cpu")
+    tokens: list[int | Exception] = []
+    for draw, is_plain in zip(draws, plain, strict=True):
+        try:
+            if is_plain:
+                token, value = best[draw.row]
+                _check_best(value)
+            else:
+                token = draw.sampler.draw(host[draw.row], draw.number)
+            tokens.append(token)
+        except Exception as error:
+            tokens.append(error)
+    return tokens
 
 
-def _argmax(logits: torch.Tensor) -> list[int]:
-    """The first of the largest logits of each row. On the CPU by NumPy, whose argmax uses vector instructions."""
+def _check_best(value: float) -> None:
+    """Refuse a row by its largest logit, which is NaN if any is."""
+    if not math.isfinite(value):
+        why = "a processor left no token to choose" if value == -math.inf else "the model computed NaN or overflowed"
+        raise InvalidLogits(f"the largest logit is {value}: {why}")
+
+
+def _argmax(logits: torch.Tensor) -> list[tuple[int, float]]:
+    """The first of the largest logits of each row, and it. On the CPU by NumPy: its argmax uses vector instructions."""
     if logits.device.type != "cpu":
-        return [int(token) for token in logits.argmax(1).tolist()]
+        values, tokens = logits.max(1)
+        both = torch.stack([tokens.double(), values.double()], dim=1).tolist()
+        return [(int(token), value) for token, value in both]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    blocks = (logits[i : i + _BLOCK] for i in range(0, len(logits), _BLOCK))
-    return [token for block in blocks for token in block.to(wide).numpy().argmax(1).tolist()]
+    found: list[tuple[int, float]] = []
+    for i in range(0, len(logits), _BLOCK):
+        block = logits[i : i + _BLOCK].to(wide).numpy()
+        tokens = block.argmax(1)
+        found += zip(tokens.tolist(), block[np.arange(len(block)), tokens].tolist(), strict=True)
+    return found
 
 
 def _drawn(logits: torch.Tensor, sampling: Sampling, random: torch.Tensor) -> int:
     """The token that `random`, 0 to 1, falls on."""
-    weights = torch.softmax((logits - logits.max()) / sampling.temperature, dim=0)
-    if not sampling.top_k and sampling.top_p == 1:
+    largest = logits.max()
+    _check_best(float(largest))
+    weights = torch.softmax((logits - largest) / sampling.temperature, dim=0)
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return _place_of(random, weights)
     left = likeliest(weights, sampling)
     place = _place_of(random, left)
@@ -129,6 +212,16 @@ def _place_of(random: torch.Tensor, weights: torch.Tensor) -> int:
 
 def likeliest(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The weights of the tokens left to choose from, largest first."""
+    left = _by_min_p(weights, sampling) if sampling.top_k == 0 and sampling.top_p == 1 else _by_top(weights, sampling)
+    return left[left >= sampling.min_p * left[0]]
+
+
+def _by_min_p(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    return weights[weights >= sampling.min_p * weights.max()].sort(descending=True).values
+
+
+def _by_top(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """What top-k and top-p leave."""
     if sampling.top_k:
         top = weights.topk(min(sampling.top_k, len(weights))).values
         return top[: int(((top.cumsum(0) - top) < sampling.top_p * top.sum()).sum())]
@@ -138,3 +231,20 @@ def likeliest(weights: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         top = weights.sort(descending=True).values  # more are needed, or the order of the sum might decide
         before, limit = top.cumsum(0) - top, sampling.top_p * top.sum()
     return top[: int((before < limit).sum())]
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the model held a token to be, by its own logits: before penalties, processors and temperature."""
+
+    token: int
+    logprob: float
+    top: dict[int, float]
+    """The likeliest tokens and their log-probabilities, falling; as many as were asked for."""
+
+
+def log_probability(row: torch.Tensor, token: int, count: int) -> TokenLogprob:
+    """The log-probability of `token`, and of the `count` likeliest, by logits `[vocabulary]`."""
+    logprobs = row.detach().to(torch.float32).log_softmax(0)
+    top = logprobs.topk(min(count, len(logprobs)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprob(token, float(logprobs[token]), dict(pairs))

@@ -7,13 +7,15 @@ submit ─► waiting ──► running ──stop token or length──► done
 
 from __future__ import annotations
 
-import time
+import math
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from radixkv.scheduling.arguments import check_namespace, check_token_set, check_tokens, integer
+from radixkv.errors import InvalidArgument
+from radixkv.scheduling.arguments import check_namespace, check_token_set, check_tokens, integer, number
 
 if TYPE_CHECKING:
     from radixkv.cache import Lease
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "RequestStats", "Status"]
 
-Status = Literal["waiting", "running", "stop", "length", "cancelled", "error"]
+Status = Literal["waiting", "running", "stop", "length", "deadline", "cancelled", "error"]
 """Waiting and running requests are unfinished. The others say why generation ended: a stop token, `max_new_tokens`,
-a call of cancel, or `Request.error`."""
+`deadline`, a call of cancel, or `Request.error`."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class RequestStats:
 class Request:
     """A prompt, and how many tokens to append to it. Once submitted, only the `Scheduler` changes it.
 
-    Subclasses may add what a host or an ordering function needs to know. Raises InvalidTokens for a bad prompt,
+    Subclasses may add what a host or a policy needs to know. Raises InvalidTokens for a bad prompt,
     InvalidArgument for the rest.
     """
 
@@ -55,6 +57,10 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     """They end the request when generated, as its last token."""
     namespace: str = ""
+    priority: int = 0
+    """The higher comes first, under the policy "priority"."""
+    deadline: float | None = None
+    """Seconds after submission at which it ends with what it has, waiting or running."""
 
     id: int = field(default=-1, init=False)
     """Its place in the order of arrival; -1 until it is submitted."""
@@ -63,22 +69,22 @@ class Request:
     status: Status = field(default="waiting", init=False)
     error: Exception | None = field(default=None, init=False)
     """What ended the request, if its status is "error"."""
-    siblings: tuple[Request, ...] = field(default=(), init=False, repr=False)
+    siblings: tuple[Request, ...] = field(default=(), init=False)
     """All requests of the same submission in order, this one included."""
     stats: RequestStats = field(init=False)
 
     # The scheduler's own:
-    owner: object = field(default=None, init=False, repr=False)
+    owner: object = field(default=None, init=False)
     """The scheduler that it was submitted to."""
-    place: tuple[object, int] = field(default=(0, -1), init=False, repr=False)
+    place: tuple[object, int] = field(default=(0, -1), init=False)
     """What the scheduler sorts by."""
-    room: Room = field(init=False, repr=False)
+    room: Room = field(init=False)
     """What it may take of the pool."""
-    submitted: float = field(default=0.0, init=False, repr=False)
-    followers: list[Request] = field(default_factory=list, init=False, repr=False)
+    submitted: float = field(default=0.0, init=False)
+    followers: list[Request] = field(default_factory=list, init=False)
     """Siblings that wait for this request's prompt to be computed, to fork it."""
-    lease: Lease | None = field(default=None, init=False, repr=False)
-    dropped: bool = field(default=False, init=False, repr=False)
+    lease: Lease | None = field(default=None, init=False)
+    dropped: bool = field(default=False, init=False)
     """Whether pages were dropped that the tree does not have: preempted, it would compute them again."""
 
     def __post_init__(self) -> None:
@@ -86,6 +92,11 @@ class Request:
         self.max_new_tokens = integer("max_new_tokens", self.max_new_tokens, 1)
         self.stop_tokens = check_token_set("stop_tokens", self.stop_tokens)
         self.namespace = check_namespace(self.namespace)
+        self.priority = integer("priority", self.priority, -(2**31), 2**31)
+        if self.deadline is not None:
+            self.deadline = number("deadline", self.deadline)
+            if not (math.isfinite(self.deadline) and self.deadline > 0):
+                raise InvalidArgument(f"deadline is {self.deadline}: give seconds from submission, above 0, or None")
         self.stats = RequestStats(prompt_tokens=len(self.prompt))
 
     @property
@@ -105,12 +116,23 @@ class Request:
         return np.concatenate([self.prompt[start:end], generated])
 
     def accept(self, token: int) -> None:
-        """Append the next token and note whether it is the last."""
+        """Append the next token and note whether it is the last. A subclass may, after it, set `status` to "stop"."""
         if not self.tokens:
-            self.stats.time_to_first_token = time.perf_counter() - self.submitted
+            self.stats.time_to_first_token = perf_counter() - self.submitted
         self.tokens.append(token)
         self.stats.generated_tokens += 1
         if token in self.stop_tokens:
             self.status = "stop"
         elif len(self.tokens) == self.max_new_tokens:
             self.status = "length"
+
+    def end(self, status: Status) -> None:
+        """No more tokens will come. Called by the scheduler, and again if the host could not use the last one."""
+        self.status = status
+
+    def __repr__(self) -> str:
+        name = f", namespace={self.namespace!r}" if self.namespace else ""
+        return (
+            f"{type(self).__name__}(id={self.id}, {self.status}, {len(self.prompt)} prompt tokens, "
+            f"{len(self.tokens)} of {self.max_new_tokens} new{name})"
+        )

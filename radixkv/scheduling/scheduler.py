@@ -17,66 +17,24 @@ Not before pages run short, because an answer that was dropped in part is not fo
 
 from __future__ import annotations
 
-import time
 from bisect import insort
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from radixkv.errors import InvalidArgument, LeaseError, PoolExhausted
+from radixkv.errors import InvalidArgument, LeaseError, PoolExhausted, QueueFull
 from radixkv.scheduling.arguments import check_tokens, integer
+from radixkv.scheduling.batch import Batch, batch_of
+from radixkv.scheduling.clock import Deadlines, Pace, now
+from radixkv.scheduling.policy import Policy, check_policy
 from radixkv.scheduling.request import Request, Status
-from radixkv.scheduling.room import PoolShape, room_for
+from radixkv.scheduling.space import Pages, Space, common_prefix, lease_of
 
 if TYPE_CHECKING:
-    from radixkv.cache import Lease, PrefixCache
+    from radixkv.cache import Lease
 
-__all__ = ["Batch", "Pages", "Scheduler", "arrival"]
-
-HEADROOM = 64
-"""Tokens by which every running request can grow before one of them must be preempted, as a request is admitted."""
-
-
-class Pages(Protocol):
-    """What a scheduler asks of an `Engine`. Without a window, only the cache."""
-
-    @property
-    def cache(self) -> PrefixCache:
-        """Leases come from it."""
-
-    @property
-    def drop_unit(self) -> int:
-        """Tokens: what `drop` rounds to."""
-
-    def drop(self, lease: Lease, window_left: int) -> int:
-        """`Engine.drop`."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step: `leases` go to `Engine.step`, and then `accept` takes a token for each request in `drawing`."""
-
-    requests: list[Request]
-    leases: list[Lease]
-    """One for each of `requests`, with the rows of this step unwritten."""
-    drawing: list[Request]
-    """The requests whose tokens are all computed after the step, and those that fork them."""
-    rows: list[int]
-    """For each of `drawing`, which lease's logits say its next token: `logits[row]`."""
-    written: list[int] = field(repr=False)
-    """How many tokens of each lease were written before the step."""
-
-
-def arrival(request: Request) -> int:
-    """First come, first served."""
-    return request.id
-
-
-def lease_of(request: Request) -> Lease:
-    assert request.lease is not None, "only running requests hold a lease"
-    return request.lease
+__all__ = ["Scheduler"]
 
 
 class Scheduler:
@@ -96,11 +54,10 @@ class Scheduler:
         max_step_tokens: rows of a step at most. Longer prompts are computed over several steps.
         max_running: requests that run at once.
         window_left: how many keys before its own a row sees at most in any layer, if all have a window; else -1.
-        order: a key that sorts requests; equal keys by arrival. Asked once, when a request is submitted, so that two
-            requests never preempt each other in turn. The first in order is never preempted and gets what it needs; so
-            that everybody is the first at some time, the keys of later requests must in the end exceed any earlier one:
-            `lambda r: r.id - 100 * r.priority` lets priority overtake a hundred requests, `-r.priority` alone can
-            starve. Admission preempts nobody: an urgent request waits for pages like any other, but first in line.
+        policy: who comes first: "arrival", "priority" (a step of `Request.priority` overtakes a hundred requests), or a
+            key function, asked once for each request; equal keys by arrival (see `radixkv.scheduling.policy`).
+            Admission preempts nobody: an urgent request waits for pages like any other, but first in line.
+        max_waiting: requests that wait at most; more are refused with QueueFull. None: any number.
 
     Raises:
         InvalidArgument: limits that cannot work.
@@ -113,7 +70,8 @@ class Scheduler:
         max_step_tokens: int = 2048,
         max_running: int = 256,
         window_left: int = -1,
-        order: Callable[[Any], Any] = arrival,
+        policy: Policy = "arrival",
+        max_waiting: int | None = None,
     ) -> None:
         self._max_step_tokens = integer("max_step_tokens", max_step_tokens, 1)
         self._max_running = integer("max_running", max_running, 1)
@@ -122,13 +80,15 @@ class Scheduler:
                 f"max_running is {max_running}, max_step_tokens {max_step_tokens}: every running request needs a token "
                 "a step, so give 1 <= max_running <= max_step_tokens"
             )
-        self._window_left = integer("window_left", window_left, -1)
+        window_left = integer("window_left", window_left, -1)
+        self._max_waiting = None if max_waiting is None else integer("max_waiting", max_waiting, 1)
+        self._key, self._ranks = check_policy(policy), policy != "arrival"
         self.waiting: list[Request] = []
         """In order; only the scheduler changes it, and `running`. Followers that wait for their fork are in neither."""
         self.running: list[Request] = []
-        self._engine = engine
         self._cache = engine.cache
-        self._order = order
+        self._space = Space(engine, window_left, self.running)
+        self._deadlines, self._pace = Deadlines(), Pace()
         self._submitted = 0
         self._batch: Batch | None = None
 
@@ -137,6 +97,15 @@ class Scheduler:
         """Whether any request is waiting or running."""
         return bool(self.waiting or self.running)
 
+    def estimated_wait(self) -> float | None:
+        """Seconds that a request submitted now would wait for its place in the batch; None if nothing is known yet.
+
+        0 where nobody waits and a place is free. Else those ahead take as long as the last 64 requests that ended.
+        """
+        if not self.waiting and len(self.running) < self._max_running:
+            return 0.0
+        return self._pace.wait(len(self.waiting) + 1)
+
     # ---- requests come and go ----
 
     def submit(self, *requests: Request) -> None:
@@ -144,8 +113,9 @@ class Scheduler:
 
         Several must have one prompt and namespace: it is computed once, for the first, and the others fork it.
 
-        Raises InvalidArgument for requests that were submitted before or differ, PoolExhausted for one that the whole
-        pool could not hold, LeaseError for a closed cache. Then nothing was submitted.
+        Raises InvalidArgument for requests that were submitted before or differ, or have a priority that the policy
+        ignores; PoolExhausted for one that the whole pool could not hold; QueueFull where `max_waiting` wait;
+        LeaseError for a closed cache. Then nothing was submitted.
         """
         if not requests:
             raise InvalidArgument("submit() without a request: give one, or several of one prompt")
@@ -155,17 +125,25 @@ class Scheduler:
                 raise InvalidArgument(f"request {request.id} was submitted before: make a new Request")
             if request.namespace != first.namespace or not np.array_equal(request.prompt, first.prompt):
                 raise InvalidArgument("requests of one submission differ in prompt or namespace: submit them apart")
-        unit = self._engine.drop_unit if self._window_left >= 0 else 1
-        pool = PoolShape(self._cache.num_pages, self._cache.page_size, self._window_left, unit)
-        rooms = [room_for(pool, self._max_step_tokens, len(r.prompt), r.max_new_tokens) for r in requests]
+            if request.priority and not self._ranks:
+                raise InvalidArgument(
+                    f"priority is {request.priority}, but policy is 'arrival', which ignores it: give policy='priority'"
+                )
+        rooms = [self._space.room_for(request, self._max_step_tokens) for request in requests]
+        if self._max_waiting is not None and len(self.waiting) >= self._max_waiting:
+            raise QueueFull(
+                f"{len(self.waiting)} requests wait, max_waiting is {self._max_waiting}: submit again later, or give "
+                "a larger max_waiting"
+            )
         self._cache.match(first.prompt[:1], first.namespace)  # a closed cache refuses here, not in every later step
         for number, request in enumerate(requests, self._submitted):
             request.id = number
-            request.place = (self._order(request), number)
-        now = time.perf_counter()
+            request.place = (self._key(request), number)
+        time = now()
         for request, room in zip(requests, rooms, strict=True):
-            request.owner, request.room, request.submitted = self, room, now
+            request.owner, request.room, request.submitted = self, room, time
             request.prompt, request.siblings = first.prompt, requests
+            self._deadlines.add(request)
         self._submitted += len(requests)
         first.followers = list(requests[1:])
         insort(self.waiting, first, key=_place)
@@ -178,24 +156,29 @@ class Scheduler:
         self._end(request, "cancelled")
         return True
 
-    def fail(self, request: Request, error: Exception) -> None:
-        """End `request` with status "error", even if its last token has come: its host could not use it."""
+    def fail(self, request: Request, error: Exception, *, commit: bool = True) -> None:
+        """End `request` with status "error", even if its last token has come: its host could not use it.
+
+        Without `commit` nothing more of what it has computed is published: for a model that computed nonsense.
+        """
         self._check(request)
         request.error = error
-        self._end(request, "error")
+        self._end(request, "error", commit=commit)
 
     # ---- a step ----
 
     def next(self) -> Batch | None:
-        """The next step, or None if no request is unfinished.
+        """The next step, or None if no request is unfinished. Ends those whose deadline has passed.
 
         Raises PoolExhausted, with the requests as they were, when the first request finds too few pages because leases
         or pins outside this scheduler hold them.
         """
         self._settle()
+        for request in self._deadlines.passed():
+            self._end(request, "deadline")
         while self.unfinished:  # twice at most: where all running requests leave, a waiting one can start
             if requests := self._choose():
-                self._batch = _batch_of(requests)
+                self._batch = batch_of(requests)
                 return self._batch
         return None
 
@@ -203,7 +186,7 @@ class Scheduler:
         """The step was run: append to each request in the batch's `drawing` its token.
 
         Those that got a stop token or their last one are done, and their pages released. Requests that were cancelled
-        meanwhile get none.
+        or failed meanwhile get none; any number may stand for theirs.
 
         Raises LeaseError without a batch or before its step was run, InvalidArgument for a wrong number of tokens,
         InvalidTokens for what is no token id. Then nothing has changed.
@@ -230,6 +213,18 @@ class Scheduler:
         for request, lease in zip(batch.requests, batch.leases, strict=True) if batch else ():
             if request.lease is lease:
                 self._leave(request, commit=False, again=True)
+
+    def apart(self) -> Iterator[Batch]:
+        """The step of the last batch failed: hand it out again, one request at a time, to `accept` or to `fail`.
+
+        So a request that makes the model fail does not take the others with it. What was written stays.
+        """
+        batch, self._batch = self._batch, None
+        for request, lease in zip(batch.requests, batch.leases, strict=True) if batch else ():
+            if request.lease is lease:
+                self._batch = batch_of([request])
+                yield self._batch
+                self._settle()
 
     def _settle(self) -> None:
         """Count what the last batch's step has computed, and publish chunks of prompts."""
@@ -280,83 +275,31 @@ class Scheduler:
         for request in list(self.waiting):
             if budget == 0 or len(self.running) >= self._max_running:
                 return
-            cached = self._cached(request)
+            cached = self._space.cached(request)
             if self._worth_waiting(request, cached):
                 continue
-            if not self._has_headroom(request, cached):
+            if not self._space.has_headroom(request, cached):
                 return
-            lease = self._acquire(request, cached + budget)
+            lease = self._space.acquire(request, cached + budget)
             if lease is None:
                 return
             self._start(request, lease)
             chosen.append(request)
             budget = max(budget - (lease.num_tokens - lease.num_written), 0)
 
-    def _cached(self, request: Request) -> int:
-        """How many tokens of a waiting request a lease would find cached; one is always left to compute."""
-        end = self._findable(request) - 1
-        return self._cache.match(request.sequence(0, end), request.namespace) if end else 0
-
-    def _findable(self, request: Request) -> int:
-        """The most tokens that a lease may begin with: what it finds of them in the tree it keeps to its end."""
-        return max(min(request.num_tokens, request.room.shared), 1)
-
     def _worth_waiting(self, request: Request, cached: int) -> bool:
         """Whether a running request is about to publish at least a page more of this prompt than is cached now."""
-        longest = min(len(request.prompt), self._findable(request) - 1)
+        longest = min(len(request.prompt), self._space.findable(request) - 1)
         if longest < cached + self._cache.page_size:
             return False
         for other in self.running:
             published = min(len(other.prompt), other.room.shared)
             pending = lease_of(other).num_written < published and other.namespace == request.namespace
-            if pending and _common_prefix(request.prompt, other.prompt[:published]) >= cached + self._cache.page_size:
+            if pending and common_prefix(request.prompt, other.prompt[:published]) >= cached + self._cache.page_size:
                 return True
         return False
 
     # ---- pages ----
-
-    def _has_headroom(self, request: Request, cached: int) -> bool:
-        """Whether a waiting request and all running ones can grow by `HEADROOM` tokens on the pages there are."""
-        if not self.running:
-            return True
-        needed = self._pages_ahead(request)
-        while True:
-            stats = self._cache.stats()
-            spare = stats.free + stats.evictable - sum(map(self._pages_ahead, self.running))
-            if needed <= spare or needed - self._held_already(request, cached) <= spare:
-                return True
-            if not self._drop():
-                return False
-
-    def _pages_ahead(self, request: Request) -> int:
-        """Pages that it takes besides those it has until it has grown by `HEADROOM` tokens, or to its end."""
-        size, room, lease = self._cache.page_size, request.room, request.lease
-        if lease is None and request.stats.preemptions and self._would_recompute(request):
-            return room.needed(request.num_tokens, size)  # preempted again, it would have computed for nothing again
-        if room.pages > self._cache.num_pages:
-            return 0  # it lives on what it drops behind its window
-        pages = min(-(-(request.num_tokens + HEADROOM) // size), room.pages)
-        held = -(-lease.num_tokens // size) - lease.num_dropped // size if lease is not None else 0
-        return max(pages - held, 0)
-
-    def _held_already(self, request: Request, cached: int) -> int:
-        """Whole pages of the cached prefix of a waiting request that a running one holds: they cost nothing."""
-        prefix = request.prompt[:cached]
-        others = (other.prompt for other in self.running if other.namespace == request.namespace)
-        return max((_common_prefix(prefix, prompt) for prompt in others), default=0) // self._cache.page_size
-
-    def _acquire(self, request: Request, end: int) -> Lease | None:
-        """A lease on the first tokens of a waiting request, `end` at most; None until running ones leave more room."""
-        end = min(end, self._findable(request))
-        while True:
-            try:
-                return self._cache.acquire(request.sequence(0, end), request.namespace)
-            except PoolExhausted:
-                if self._drop():
-                    continue
-                if self.running:
-                    return None
-                raise  # nothing runs here: leases or pins outside this scheduler hold the pages
 
     def _make_room(self, request: Request, end: int) -> bool:
         """Extend the lease to `end` tokens, preempting later requests as needed; False if it was preempted itself."""
@@ -365,29 +308,16 @@ class Scheduler:
             try:
                 lease.extend(request.sequence(lease.num_tokens, end))
             except PoolExhausted:
-                if self._drop():
+                if self._space.drop():
                     continue
                 last = self.running[-1]
-                if len(self.running) == 1 and self._would_recompute(request):
+                if len(self.running) == 1 and self._space.would_recompute(request):
                     raise  # it would come to this point again and again
                 self._leave(last, commit=True, again=True)
                 last.stats.preemptions += 1
                 if last is request:
                     return False
         return True
-
-    def _drop(self) -> bool:
-        """Let running requests give back the pages behind the model's window; whether that freed any."""
-        freed = 0
-        for request in self.running if self._window_left >= 0 else ():
-            pages = self._engine.drop(lease_of(request), self._window_left)
-            request.dropped |= pages > 0
-            freed += pages
-        return freed > 0
-
-    def _would_recompute(self, request: Request) -> bool:
-        """Whether `request` would not find in the tree what it has computed, if it gave its lease back."""
-        return request.dropped or request.num_tokens > request.room.shared
 
     # ---- from one state to another ----
 
@@ -409,7 +339,7 @@ class Scheduler:
         if (
             len(self.running) < self._max_running
             and len(leader.prompt) <= leader.room.shared
-            and self._has_headroom(follower, len(leader.prompt))
+            and self._space.has_headroom(follower, len(leader.prompt))
         ):
             try:
                 follower.lease = lease_of(leader).fork()
@@ -433,9 +363,8 @@ class Scheduler:
         request.status = "waiting"
         insort(self.waiting, request, key=_place)
 
-    def _end(self, request: Request, status: Status) -> None:
+    def _end(self, request: Request, status: Status, *, commit: bool = True) -> None:
         """Take a request out of wherever it is; a sibling takes over the forks that it had to make."""
-        request.status = status
         for leader in request.siblings:
             if request in leader.followers:
                 leader.followers.remove(request)
@@ -446,7 +375,9 @@ class Scheduler:
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.running:
-            self._leave(request, commit=True)
+            self._leave(request, commit=commit)
+            self._pace.ended()
+        request.end(status)
 
     def _check(self, request: Request) -> None:
         if request.owner is not self:
@@ -455,23 +386,3 @@ class Scheduler:
 
 def _place(request: Request) -> Any:
     return request.place
-
-
-def _batch_of(requests: list[Request]) -> Batch:
-    """The step of these running requests, and who gets a token after it."""
-    leases = [lease_of(request) for request in requests]
-    drawing: list[Request] = []
-    rows: list[int] = []
-    for row, (request, lease) in enumerate(zip(requests, leases, strict=True)):
-        if lease.num_tokens == request.num_tokens:
-            both = [request, *request.followers]
-            drawing += both
-            rows += [row] * len(both)
-    return Batch(requests, leases, drawing, rows, [lease.num_written for lease in leases])
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix of two int32 arrays."""
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if different.size else length

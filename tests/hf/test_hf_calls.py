@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from radixkv import InvalidArgument, LeaseError
+from radixkv import InvalidArgument, InvalidLogits, LeaseError, QueueFull
 from radixkv.hf import Generator, engine_for
 from tests.hf.helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
@@ -244,7 +244,7 @@ def test_what_an_interrupt_left_is_delivered_though_the_model_fails(generator, m
     def fail(module, inputs):
         raise ValueError("in the middle of a layer")
 
-    with model.model.layers[1].register_forward_pre_hook(fail), pytest.raises(ValueError, match="in the middle"):
+    with model.model.layers[1].register_forward_pre_hook(fail):
         generator.step()
     assert seen == [0, 1, 2]
 
@@ -319,9 +319,10 @@ def test_a_hook_of_the_model_may_call_nothing(generator, model, prompts, expecte
         model.model.layers[1].register_forward_pre_hook(hook),
         pytest.raises(LeaseError, match=rf"{call}\(\) was called from inside step\(\)"),
     ):
-        generator.step()
+        generator.run()
+    assert request.status == "error"
+    assert generator.submit(prompts[0], max_new_tokens=COUNT) in generator.waiting
     generator.run()
-    assert request.tokens == expected[0]
 
 
 def test_close_in_a_callback_ends_the_rest(generator, prompts, expected):
@@ -393,3 +394,160 @@ def test_a_namespace_cleared_under_a_request_with_samples_loses_none(model, prom
     generator.run()
     assert [sibling.tokens for sibling in first.siblings] == [expected[2]] * 3
     assert_drains(generator.engine)
+
+
+# --- what goes wrong with one request ---------------------------------------------------------------------------------
+
+
+def poison(token):
+    """A hook that raises where a step has `token` among its rows."""
+
+    def hook(module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if token in ids[0].tolist():
+            raise ValueError("poison")
+
+    return hook
+
+
+def test_one_request_that_makes_the_model_raise_does_not_take_the_rest_with_it(generator, model, prompts, expected):
+    requests = submit(generator, [*prompts[:3], [96, 96, 96]])
+    with model.register_forward_pre_hook(poison(96), with_kwargs=True), pytest.raises(ValueError, match="poison"):
+        generator.run()
+    assert [request.tokens for request in requests[:3]] == expected[:3]
+    assert (requests[3].status, requests[3].tokens, str(requests[3].error)) == ("error", [], "poison")
+    assert generator.engine.cache.match([96, 96, 96]) == 0
+    assert [request.stats.preemptions for request in requests] == [0] * 4
+
+
+def test_a_model_that_is_broken_ends_every_request_and_wedges_nothing(generator, model, prompts, expected):
+    requests = submit(generator, prompts[:3])
+
+    def fail(module, inputs):
+        raise RuntimeError("out of memory")
+
+    with model.model.layers[1].register_forward_pre_hook(fail):
+        while generator.step():
+            pass
+    assert {request.status for request in requests} == {"error"}
+    [again] = submit(generator, prompts[:1])
+    generator.run()
+    assert again.tokens == expected[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_in_the_logits_of_one_request_ends_that_one(generator, model, prompts, expected, options, bad):
+    good, *rest = submit(generator, prompts[:2])
+    broken = generator.submit(prompts[2], max_new_tokens=COUNT, **options)
+
+    def spoil(module, args, output):
+        if len(broken.tokens) == 2 and broken.status == "running":
+            output.logits[0, -1] = bad  # the last row of the batch is its
+        return output
+
+    with model.register_forward_hook(spoil), pytest.raises(InvalidLogits, match="the largest logit is"):
+        generator.run()
+    assert (broken.status, len(broken.tokens)) == ("error", 2)
+    assert [good.tokens, rest[0].tokens] == expected[:2]
+    found = generator.engine.cache.match([*prompts[2], *broken.tokens, 0])
+    assert found <= len(prompts[2]), "of what it computed since, nothing is published"
+
+
+def test_a_processor_that_raises_or_returns_nonsense_ends_its_request(generator, prompts, expected):
+    def raises(input_ids, scores):
+        raise KeyError("no such state")
+
+    bad = [generator.submit(prompts[0], processors=[p]) for p in (raises, lambda ids, scores: scores[0], print)]
+    [good] = submit(generator, prompts[1:2])
+    with pytest.raises(KeyError):
+        generator.run()
+    assert [request.status for request in bad] == ["error"] * 3
+    assert "return scores of shape (1, 97)" in str(bad[1].error)
+    assert good.tokens == expected[1]
+
+
+def test_two_generators_in_two_threads_over_one_engine_are_told(model, prompts, expected):
+    engine = engine_for(model, num_pages=100, page_size=4)
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(module, inputs):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go.wait(30)
+
+    def other(generator):
+        request = generator.submit(prompts[0], max_new_tokens=COUNT)
+        generator.run()
+        return request.tokens
+
+    generator = Generator(model, engine)
+    [request] = submit(generator, prompts[1:2])
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(Generator, model, engine).result()
+        with model.model.layers[1].register_forward_pre_hook(wait):
+            future = pool.submit(other, theirs)
+            inside.wait(30)
+            with pytest.raises(LeaseError, match="Give each Generator its own engine"):
+                generator.step()
+            go.set()
+            assert future.result() == expected[0]
+    assert request.status == "running"
+    generator.run()
+    assert request.tokens == expected[1]
+
+
+# --- on_done ----------------------------------------------------------------------------------------------------------
+
+
+def test_on_done_is_called_once_last_however_a_request_ends(generator, prompts):
+    told = []
+
+    def on_token(request, token):
+        told.append((request.id, "token"))
+        if request.id == 2:
+            raise ValueError("gone")
+
+    def on_done(request):
+        told.append((request.id, request.status))
+
+    requests = [
+        generator.submit(prompt, max_new_tokens=3, on_token=on_token, on_done=on_done) for prompt in prompts[:4]
+    ]
+    late = generator.submit(prompts[0], deadline=1e-9, on_done=on_done)
+    generator.cancel(requests[1])
+    assert told == [(1, "cancelled")]
+    while generator.step():
+        pass
+    waiting = generator.submit(prompts[0], on_done=on_done, n=2)
+    generator.close()
+    for request, end in [(requests[0], "length"), (requests[2], "error"), (requests[3], "length"), (late, "deadline")]:
+        own = [what for id, what in told if id == request.id]
+        assert own == ["token"] * (len(own) - 1) + [end]
+    assert [told.count((sibling.id, "cancelled")) for sibling in waiting.siblings] == [1, 1]
+
+
+def test_on_done_that_raises_changes_the_status_and_is_not_called_again(generator, prompts, expected):
+    calls = []
+
+    def on_done(request):
+        calls.append(request.id)
+        raise OSError("no disk")
+
+    request = generator.submit(prompts[0], max_new_tokens=COUNT, on_done=on_done)
+    with pytest.raises(OSError, match="no disk"):
+        generator.run()
+    assert (request.status, request.tokens, calls) == ("error", expected[0], [0])
+
+
+def test_a_full_queue_is_refused_and_seen(model, prompts):
+    with Generator(model, engine_for(model, num_pages=100), max_running=1, max_waiting=2) as generator:
+        for prompt in prompts[:2]:
+            generator.submit(prompt, max_new_tokens=2)
+        assert len(generator.waiting) == 2
+        assert generator.estimated_wait() is None
+        with pytest.raises(QueueFull, match="max_waiting is 2"):
+            generator.submit(prompts[2])
+        assert repr(generator) == "Generator(LlamaForCausalLM, 0 running, 2 waiting)"
+        generator.run()
+        assert generator.estimated_wait() == 0

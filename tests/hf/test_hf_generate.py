@@ -1,6 +1,5 @@
 """The generation loop: the same tokens whatever is cached, batched, preempted, forked, cancelled or broken."""
 
-import contextlib
 import random
 
 import pytest
@@ -10,7 +9,7 @@ import radixkv.hf.generator
 from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
 from radixkv.hf.sampling import sample
-from radixkv.scheduling import scheduler
+from radixkv.scheduling import space
 from tests.hf.helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
 
 COUNT = 16
@@ -26,7 +25,7 @@ def single_threaded():
 @pytest.fixture(autouse=True)
 def no_headroom(monkeypatch):
     """Preemptions are frequent without it; with it, answers as short as these here are never preempted."""
-    monkeypatch.setattr(scheduler, "HEADROOM", 0)
+    monkeypatch.setattr(space, "HEADROOM", 0)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,7 @@ def test_stop_tokens_end_a_request_and_are_its_last_token(make, model, prompts, 
 
 
 def test_an_order_decides_who_comes_first(make, prompts, expected):
-    generator = make(max_running=1, order=lambda request: len(request.prompt))
+    generator = make(max_running=1, policy=lambda request: len(request.prompt))
     ended = []
     requests = [
         generator.submit(prompt, max_new_tokens=COUNT, on_token=lambda r, _: ended.append(r.id) if r.done else None)
@@ -274,7 +273,7 @@ def test_prompts_may_be_arrays_and_tensors(make, prompts, expected):
 
 
 @pytest.mark.parametrize("call", [1, 2, 5])
-def test_an_exception_in_the_model_releases_without_commit_and_loses_nothing(make, model, prompts, expected, call):
+def test_an_exception_in_the_model_that_does_not_come_again_is_survived(make, model, prompts, expected, call):
     generator = make()
     requests = [generator.submit(prompt, max_new_tokens=COUNT) for prompt in prompts]
     calls = 0
@@ -286,17 +285,12 @@ def test_an_exception_in_the_model_releases_without_commit_and_loses_nothing(mak
             raise ValueError("in the middle of a layer")
 
     hook = model.model.layers[1].register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(ValueError, match="in the middle of a layer"):
-            generator.run()
-    finally:
-        hook.remove()
+    with hook:
+        generator.run()
     generator.engine.cache.check()
-    assert generator.engine.cache.stats().num_leases == 0
-    if call == 1:
-        assert generator.engine.cache.match(prompts[0]) == 0
-    generator.run()
+    assert calls > call
     assert [request.tokens for request in requests] == expected
+    assert sum(request.stats.preemptions for request in requests) == 0
 
 
 @pytest.mark.parametrize("call", [1, 2, 5])
@@ -346,7 +340,7 @@ def test_pages_held_outside_stop_the_loop_with_an_error_and_nothing_is_lost(make
 def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected, monkeypatch, seed):
     """Random submissions, forks, cancellations, failures and chunk sizes over a pool that is far too small."""
     chance = random.Random(seed)
-    monkeypatch.setattr(scheduler, "HEADROOM", chance.choice([0, 0, 8, 64]))
+    monkeypatch.setattr(space, "HEADROOM", chance.choice([0, 0, 8, 64]))
     generator = make(num_pages=chance.choice([14, 16, 20]), max_step_tokens=chance.choice([6, 20, 400]), max_running=6)
     failing = False
 
@@ -368,8 +362,7 @@ def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected
                 generator.cancel(chance.choice(submitted)[0])
             elif action < 0.4:
                 failing = True
-                with contextlib.suppress(ValueError):
-                    generator.step()
+                generator.step()
                 failing = False
             else:
                 generator.step()
@@ -380,4 +373,4 @@ def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected
     for request, number in submitted:
         assert request.done
         assert request.tokens == expected[number][: len(request.tokens)]
-        assert request.status == "cancelled" or len(request.tokens) == request.max_new_tokens
+        assert request.status in ("cancelled", "error") or len(request.tokens) == request.max_new_tokens

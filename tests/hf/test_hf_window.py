@@ -7,7 +7,7 @@ import pytest
 from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
 from radixkv.hf.adapter import probe
-from radixkv.scheduling import scheduler
+from radixkv.scheduling import space
 from radixkv.scheduling.room import PoolShape, Room, room_for
 from tests.hf.helpers import assert_drains, build, one_thread, random_prompts, stock_tokens, tiny
 
@@ -31,7 +31,7 @@ def mistral(window):
 @pytest.fixture(autouse=True)
 def no_headroom(monkeypatch):
     """Preemptions are frequent without it; with it, answers as short as these here are never preempted."""
-    monkeypatch.setattr(scheduler, "HEADROOM", 0)
+    monkeypatch.setattr(space, "HEADROOM", 0)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_pages_held_outside_are_an_error_and_no_endless_loop(make, prompts, expe
 def test_any_order_of_calls_gives_the_same_tokens(monkeypatch, seed):
     """Random requests over pools that hold hardly more than the window."""
     chance = random.Random(seed)
-    monkeypatch.setattr(scheduler, "HEADROOM", chance.choice([0, 0, 8, 64]))
+    monkeypatch.setattr(space, "HEADROOM", chance.choice([0, 0, 8, 64]))
     model = mistral(WINDOW)
     engine = engine_of(model, chance.choice([4, 5, 7, 10]), page_size=chance.choice([3, 4, 8]))
     steps = {"max_step_tokens": chance.choice([6, 30, 400]), "max_running": 6}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from radixkv import InvalidArgument, InvalidTokens, LeaseError, PoolExhausted
+from radixkv import InvalidArgument, InvalidTokens, LeaseError, PoolExhausted, QueueFull
 from radixkv.scheduling import Request, Scheduler
 from tests.scheduling.helpers import Host, answer, crowd, run, run_step
 
@@ -187,14 +186,9 @@ def test_fail_ends_a_request_even_after_its_last_token():
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Urgent(Request):
-    priority: int = 0
-
-
 def test_an_order_decides_who_is_admitted_first_and_equal_keys_go_by_arrival():
-    scheduler = Scheduler(Host(100), max_running=1, order=lambda r: -r.priority)
-    requests = submitted(scheduler, *(Urgent([i, i], 2, priority=p) for i, p in enumerate([0, 1, 0, 2, 1])))
+    scheduler = Scheduler(Host(100), max_running=1, policy=lambda r: -r.priority)
+    requests = submitted(scheduler, *(Request([i, i], 2, priority=p) for i, p in enumerate([0, 1, 0, 2, 1])))
     finished = []
     while batch := scheduler.next():
         scheduler.accept(run_step(batch))
@@ -204,8 +198,8 @@ def test_an_order_decides_who_is_admitted_first_and_equal_keys_go_by_arrival():
 
 
 def test_an_order_decides_who_is_preempted():
-    scheduler = Scheduler(Host(60, 4), order=lambda r: -r.priority)
-    requests = submitted(scheduler, *(Urgent([i] * 12, 150, priority=i) for i in range(3)))
+    scheduler = Scheduler(Host(60, 4), policy=lambda r: -r.priority)
+    requests = submitted(scheduler, *(Request([i] * 12, 150, priority=i) for i in range(3)))
     run(scheduler)
     assert_answered(requests)
     assert requests[2].stats.preemptions == 0
@@ -234,13 +228,13 @@ def test_the_first_in_order_is_never_preempted_and_the_oldest_never_starves():
 
 
 def test_an_order_that_ages_starves_nobody():
-    scheduler = Scheduler(Host(100), max_running=1, order=lambda r: r.id - 10 * r.priority)
-    patient = Urgent([1, 2], 2)
+    scheduler = Scheduler(Host(100), max_running=1, policy=lambda r: r.id - 10 * r.priority)
+    patient = Request([1, 2], 2)
     for i in range(5):
-        scheduler.submit(Urgent([3, i], 2, priority=1))
+        scheduler.submit(Request([3, i], 2, priority=1))
     scheduler.submit(patient)
     for i in range(40):
-        scheduler.submit(Urgent([4, i], 2, priority=1))
+        scheduler.submit(Request([4, i], 2, priority=1))
     steps = 0
     while not patient.done:
         scheduler.accept(run_step(scheduler.next()))
@@ -268,7 +262,7 @@ def test_headroom_for_decoding_keeps_a_tight_pool_from_preempting_at_every_step(
     preemptions, again, steps = measured(crowd(**case), 400)
     assert preemptions <= 24
     assert again <= 0.16
-    monkeypatch.setattr("radixkv.scheduling.scheduler.HEADROOM", 0)
+    monkeypatch.setattr("radixkv.scheduling.space.HEADROOM", 0)
     preemptions_without, again_without, steps_without = measured(crowd(**case), 400)
     assert preemptions_without >= 4 * preemptions
     assert again_without >= 3 * again
@@ -313,7 +307,7 @@ def test_samples_that_would_be_preempted_at_once_wait():
 
 @pytest.mark.parametrize("num_pages", [4, 9, 14])
 def test_behind_a_window_answers_outgrow_the_pool(monkeypatch, num_pages):
-    monkeypatch.setattr("radixkv.scheduling.scheduler.HEADROOM", 0)
+    monkeypatch.setattr("radixkv.scheduling.space.HEADROOM", 0)
     host = Host(num_pages, 4)
     scheduler = Scheduler(host, window_left=8)
     requests = submitted(scheduler, *(Request([7, i], 200) for i in range(4)))
@@ -416,13 +410,13 @@ def test_tokens_that_fit_no_batch_are_refused_and_change_nothing():
 @pytest.mark.parametrize("seed", range(20))
 def test_any_order_of_calls_gives_the_same_tokens(monkeypatch, seed):
     chance = random.Random(seed)
-    monkeypatch.setattr("radixkv.scheduling.scheduler.HEADROOM", chance.choice([0, 0, 8, 64]))
+    monkeypatch.setattr("radixkv.scheduling.space.HEADROOM", chance.choice([0, 0, 8, 64]))
     size = chance.choice([1, 3, 4, 16])
     window = chance.choice([-1, -1, 8])
     host = Host(chance.choice([100, 160, 240]) // size, size)
     order = chance.choice([lambda r: r.id, lambda r: -len(r.prompt), lambda r: 0])
     step_tokens = chance.choice([6, 20, 400])
-    scheduler = Scheduler(host, max_step_tokens=step_tokens, max_running=6, window_left=window, order=order)
+    scheduler = Scheduler(host, max_step_tokens=step_tokens, max_running=6, window_left=window, policy=order)
     prompts = [[*range(100, 100 + n), n] for n in (1, 5, 12, 20, 40)]
     requests: list[Request] = []
     for _ in range(200):
@@ -450,3 +444,126 @@ def test_any_order_of_calls_gives_the_same_tokens(monkeypatch, seed):
         assert request.tokens == answer(request.prompt.tolist(), len(request.tokens))
         assert request.status == "cancelled" or len(request.tokens) == request.max_new_tokens
     assert host.drains()
+
+
+# --- policies, deadlines, a queue that is full ------------------------------------------------------------------------
+
+
+def test_priority_overtakes_a_hundred_requests_a_step_and_no_more():
+    scheduler = Scheduler(Host(100), max_running=1, policy="priority")
+    submitted(scheduler, *(Request([i % 50, i // 50], 1) for i in range(250)))
+    urgent, low = submitted(scheduler, Request([1, 2], 1, priority=1), Request([3, 4], 1, priority=-1))
+    assert (scheduler.waiting.index(urgent), scheduler.waiting.index(low)) == (151, 251)
+    later = submitted(scheduler, *(Request([5, 6], 1) for _ in range(120)))
+    assert scheduler.waiting.index(low) == 251 + 99
+    assert scheduler.waiting[-20:] == later[-20:]
+
+
+def test_a_priority_that_the_policy_ignores_is_refused():
+    scheduler = Scheduler(Host(8))
+    with pytest.raises(InvalidArgument, match="priority is 3.*policy='priority'"):
+        scheduler.submit(Request([1], priority=3))
+    with pytest.raises(InvalidArgument, match="policy is 'lifo': give 'arrival'"):
+        Scheduler(Host(8), policy="lifo")
+
+
+class Clock:
+    time = 100.0
+
+    def __call__(self):
+        return self.time
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in ("clock", "scheduler"):
+        monkeypatch.setattr(f"radixkv.scheduling.{module}.now", clock)
+    return clock
+
+
+def test_a_deadline_ends_waiting_and_running_requests_with_what_they_have(clock):
+    host = Host(100)
+    scheduler = Scheduler(host, max_running=1)
+    running, waiting, patient = submitted(
+        scheduler, Request([1], 50, deadline=10), Request([2], 5, deadline=5), Request([3], 5)
+    )
+    for _ in range(3):
+        clock.time += 2
+        scheduler.accept(run_step(scheduler.next()))
+    assert (waiting.status, waiting.tokens) == ("deadline", [])
+    clock.time += 5
+    assert scheduler.next().requests == [patient]
+    assert (running.status, running.tokens) == ("deadline", answer([1], 3))
+    run(scheduler)
+    assert_answered([patient])
+    assert host.drains()
+
+
+def test_requests_with_deadlines_that_are_done_are_forgotten(clock):
+    scheduler = Scheduler(Host(100))
+    for i in range(1000):
+        scheduler.submit(Request([i], 1, deadline=1e6))
+        run(scheduler)
+    assert len(scheduler._deadlines._heap) <= 64
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), "5", True])
+def test_bad_deadlines_are_refused(deadline):
+    with pytest.raises(InvalidArgument, match="deadline is"):
+        Request([1], deadline=deadline)
+
+
+def test_a_full_queue_refuses_and_takes_again_when_it_is_shorter():
+    scheduler = Scheduler(Host(100), max_running=1, max_waiting=2)
+    requests = submitted(scheduler, Request([1], 2), Request([2], 2))
+    with pytest.raises(QueueFull, match="2 requests wait, max_waiting is 2"):
+        scheduler.submit(Request([3], 2))
+    scheduler.accept(run_step(scheduler.next()))
+    requests += submitted(scheduler, Request([3], 2))
+    run(scheduler)
+    assert_answered(requests)
+
+
+def test_the_wait_is_estimated_from_how_fast_requests_end(clock):
+    scheduler = Scheduler(Host(100), max_running=2)
+    assert scheduler.estimated_wait() == 0
+    submitted(scheduler, *(Request([i], 2) for i in range(40)))
+    assert scheduler.estimated_wait() is None
+    for _ in range(20):  # two requests end every two seconds
+        scheduler.accept(run_step(scheduler.next()))
+        clock.time += 1
+    submitted_at, wait = clock.time, scheduler.estimated_wait()
+    [last] = submitted(scheduler, Request([99], 2))
+    while last.status == "waiting":
+        scheduler.accept(run_step(scheduler.next()))
+        clock.time += 1
+    assert wait == pytest.approx(clock.time - submitted_at, abs=2)
+
+
+def test_a_step_that_failed_is_handed_out_again_one_request_at_a_time():
+    host = Host(100)
+    scheduler = Scheduler(host)
+    first, poison, *samples = requests = [Request([1, 2, 3], 4), Request([66], 4), *(Request([7], 3) for _ in range(3))]
+    submitted(scheduler, first, poison)
+    scheduler.submit(*samples)
+    for _ in range(2):
+        scheduler.next()
+        for alone in scheduler.apart():
+            assert len(alone.leases) == 1
+            if poison in alone.requests:
+                scheduler.fail(poison, ValueError("poison"), commit=False)
+            else:
+                scheduler.accept(run_step(alone))
+    assert host.cache.match([66, 1]) == 0
+    assert first.stats.preemptions == 0
+    run(scheduler)
+    assert poison.status == "error"
+    assert_answered([request for request in requests if request is not poison])
+    assert first.stats.computed_tokens == 3 + 3
+    assert host.drains()
+
+
+def test_a_long_prompt_is_not_printed():
+    request = Request(list(range(500)), 5, namespace="a")
+    assert repr(request) == "Request(id=-1, waiting, 500 prompt tokens, 0 of 5 new, namespace='a')"

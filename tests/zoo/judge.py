@@ -12,7 +12,7 @@ import transformers
 
 from radixkv import Engine, InvalidArgument
 from radixkv.hf import EngineCache, Generator, engine_for, optimize
-from radixkv.scheduling import scheduler
+from radixkv.scheduling import space
 from tests.zoo.families import WORDS, build
 
 COUNT = 8
@@ -93,7 +93,7 @@ def _compare(
     for state in ("cold", "warm"):
         if run(model, engine, prompts)[0] != expected:
             return Verdict("wrong", f"other tokens than stock, {state}")
-    with mock.patch.object(scheduler, "HEADROOM", 0):  # or nobody would be preempted
+    with mock.patch.object(space, "HEADROOM", 0):  # or nobody would be preempted
         tokens, preemptions = run(model, engine_for(model, num_pages=11, page_size=4), prompts)
     if tokens != expected or preemptions == 0:
         return Verdict("wrong", f"{preemptions} preemptions, {'' if tokens == expected else 'other tokens than stock'}")

@@ -1,0 +1,46 @@
+"""Who is served first: a key of each request, the lowest first.
+
+A key is asked for once, when a request is submitted, so that two requests never preempt each other in turn. The first
+in order is never preempted and gets what it needs; so that everybody is the first at some time, keys of later requests
+must in the end exceed any earlier one. Each policy here does that: nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from reprlib import repr as shown
+from typing import Any
+
+from radixkv.errors import InvalidArgument
+from radixkv.scheduling.request import Request
+
+__all__ = ["AHEAD", "POLICIES", "Policy", "check_policy"]
+
+Policy = str | Callable[[Any], Any]
+"""The name of a policy, or a key function."""
+
+AHEAD = 100
+"""Earlier requests that a request overtakes for each step of its priority."""
+
+
+def by_arrival(request: Request) -> int:
+    """First come, first served."""
+    return request.id
+
+
+def by_priority(request: Request) -> int:
+    """The higher priority first, as long as that overtakes no more than `AHEAD` requests a step of it."""
+    return request.id - AHEAD * request.priority
+
+
+POLICIES: dict[str, Callable[[Request], Any]] = {"arrival": by_arrival, "priority": by_priority}
+
+
+def check_policy(policy: Any) -> Callable[[Any], Any]:
+    """The key function of `policy`."""
+    if isinstance(policy, str) and policy in POLICIES:
+        return POLICIES[policy]
+    if callable(policy):
+        return policy  # type: ignore[no-any-return]
+    names = ", ".join(map(repr, POLICIES))
+    raise InvalidArgument(f"policy is {shown(policy)}: give {names}, or a function that returns a request's sort key")
