@@ -33,15 +33,6 @@ _STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 _FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
-class _Stats(Protocol):
-    prompt_tokens: int
-    cached_tokens: int
-    computed_tokens: int
-    generated_tokens: int
-    time_to_first_token: float | None
-    preemptions: int
-
-
 class _Request(Protocol):
     """A request of `radixkv.scheduling`, or a host's own with these figures."""
 
