@@ -1,9 +1,13 @@
 """Draws the pictures of README and docs: python docs/pictures.py (or `make pictures`)."""
 
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import radixkv
-from radixkv.observe import tree_svg
+from radixkv import cli
+from radixkv.observe import tree_html, tree_svg
 
 HERE = Path(__file__).parent
 SYSTEM = "You are a helpful assistant of the city library. "
@@ -14,19 +18,52 @@ TURNS = [
 ]
 
 
-def tree() -> str:
-    """A tree of three conversations, a token a letter: one is running, the system prompt is pinned."""
+def library() -> tuple[radixkv.PrefixCache, radixkv.Lease]:
+    """Three conversations, a token a letter: one is running, the system prompt is pinned."""
     cache = radixkv.PrefixCache(num_pages=64, page_size=8)
     for conversation in TURNS:
         for end in range(1, len(conversation) + 1):
             with cache.acquire([ord(c) for c in "".join(conversation[:end])]) as lease:
                 lease.advance()
     cache.pin([ord(c) for c in SYSTEM])
-    running = cache.acquire([ord(c) for c in "".join(TURNS[0]) + "User: Pity. "])
-    picture = tree_svg(cache.snapshot(), decode=lambda tokens: "".join(map(chr, tokens)))
+    return cache, cache.acquire([ord(c) for c in "".join(TURNS[0]) + "User: Pity. "])
+
+
+def letters(tokens: list[int]) -> str:
+    """The text of the tokens."""
+    return "".join(map(chr, tokens))
+
+
+def screenshot(page: str, target: Path, width: int, height: int, *options: str) -> None:
+    """What a browser shows of a page of HTML."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "page.html"
+        file.write_text(page)
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options]
+        command += [
+            "--virtual-time-budget=3000",
+            f"--user-data-dir={folder}/profile",
+            f"--window-size={width},{height}",
+        ]
+        subprocess.run([*command, f"--screenshot={target}", file.as_uri()], check=True, capture_output=True)
+
+
+def pages() -> None:
+    """The pages of HTML as pictures, where there is a Chromium."""
+    cache, running = library()
+    page = tree_html(cache.snapshot(), letters, "The city library's cache")
+    screenshot(page, HERE / "view_dark.png", 900, 340, "--blink-settings=preferredColorScheme=0")
+    screenshot(page.replace("max-width: 1200px", "max-width: 360px"), HERE / "view_phone.png", 500, 560)
     running.release()
-    return picture
+    cli.main(["view", "chat", "--requests", "300", "--capacity-tokens", "12k", "-o", str(HERE / "view.html")])
+    screenshot((HERE / "view.html").read_text(), HERE / "view.png", 1000, 420)
+    (HERE / "view.html").unlink()
 
 
 if __name__ == "__main__":
-    (HERE / "tree.svg").write_text(tree())
+    made, lease = library()
+    (HERE / "tree.svg").write_text(tree_svg(made.snapshot(), decode=letters))
+    cli.main(["plan", "llama-3-8b", "--memory", "80GiB", "--weights", "16GiB", "--svg", str(HERE / "plan.svg")])
+    lease.release()
+    if shutil.which("chromium"):
+        pages()

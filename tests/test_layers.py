@@ -22,6 +22,7 @@ LAYERS = [
     {"engine", "step"},
     {"attention"},
     {"pool"},
+    {"capacity"},
     {"traces", "observe"},
     {"cache", "journal"},
     {"_core"},

@@ -48,6 +48,16 @@ def test_text_is_decoded_shortened_and_kept_on_one_line():
         assert line.endswith("…")
 
 
+def test_nothing_is_cut_inside_a_word():
+    long = [{"namespace": "", "children": [node([1234] * 64, [0] * 4)]}]
+    for width in range(36, 60):
+        shown = tree_text(long, None, width).splitlines()[1].partition("pages  ")[2]
+        assert shown.endswith("1234…"), shown
+        words = tree_text(long, lambda ids: "library " * len(ids), width).splitlines()[1].partition("pages  ")[2]
+        assert words.endswith("library…"), words
+    assert "pages  " in tree_text(long, lambda ids: "x" * 500, 40).splitlines()[1]
+
+
 def test_the_tree_of_a_real_cache():
     with radixkv.PrefixCache(num_pages=16, page_size=2) as cache:
         assert "empty" in tree_text(cache.snapshot())
@@ -70,13 +80,13 @@ def test_a_deep_tree_needs_no_recursion():
         deep = node([0], [0], deep)
     snapshot = [{"namespace": "", "children": [deep]}]
     assert len(tree_text(snapshot).splitlines()) == 3002
-    assert tree_svg(snapshot).count("<rect class") == 3001
+    assert tree_svg(snapshot).count('<rect class="node"') == 3001
 
 
 def test_the_picture_is_valid_and_has_a_box_for_every_node():
     svg = ElementTree.fromstring(tree_svg(SNAPSHOT, lambda ids: f'<{ids}> & "more"'))
     boxes = [rect.get("class") for rect in svg.iter("{http://www.w3.org/2000/svg}rect") if rect.get("class")]
-    assert boxes == ["pinned", "leased", "node", "node", "node"]
+    assert boxes == ["pinned", "leased", "node", "node", "node", "key leased", "key pinned", "key node"]
     texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert "3 tokens, 2 pages" in texts
     assert any('<[4]> & "more"' in text for text in texts)

@@ -1,4 +1,4 @@
-"""The command line: ``radixkv replay | curve | generate | record | info | doctor | demo``, a module each.
+"""The command line: ``radixkv COMMAND``, a module for each of `COMMANDS`.
 
 Exit status 0 is success, 1 an error (one line on standard error), 2 wrong usage, 130 an interrupt, 141 a reader of
 standard output that is gone.
@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 import radixkv
-from radixkv.cli import curve, demo, doctor, generate, info, record, replay
+from radixkv.cli import curve, demo, doctor, generate, info, lint, plan, record, replay, view
 from radixkv.cli.common import flush_output, say
 from radixkv.errors import RadixKVError
 
@@ -20,6 +20,9 @@ __all__ = ["main"]
 COMMANDS = (
     replay.COMMAND,
     curve.COMMAND,
+    plan.COMMAND,
+    view.COMMAND,
+    lint.COMMAND,
     generate.COMMAND,
     record.COMMAND,
     info.COMMAND,

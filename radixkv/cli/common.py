@@ -23,6 +23,7 @@ __all__ = [
     "ProgressLine",
     "add_page_size",
     "add_trace",
+    "add_trace_options",
     "binary_output",
     "count",
     "flush_output",
@@ -58,6 +59,11 @@ TRACE_HELP = (
 def add_trace(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which requests: TRACE, --block-size, --requests and --seed."""
     parser.add_argument("trace", metavar="TRACE", help="file, - or " + ", ".join(WORKLOADS))
+    add_trace_options(parser)
+
+
+def add_trace_options(parser: argparse.ArgumentParser) -> None:
+    """--block-size, --requests and --seed, for a command that names its trace otherwise."""
     parser.add_argument(
         "--block-size",
         type=count,

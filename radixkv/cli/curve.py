@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             curve.to_csv(stream, args.points)
     if args.svg is not None:
         with text_output(args.svg) as stream:
-            curve.to_svg(stream, f"{args.trace}: hit rate by capacity")
+            bounds = [(row["capacity_pages"], row["clairvoyant"]) for row in shares if "clairvoyant" in row]
+            curve.to_svg(stream, f"{args.trace}: hit rate by capacity", bounds)
     if args.json:
         print_json({"trace": args.trace, **curve.to_dict(args.points or 200), "shares": shares})
     elif "-" not in (args.csv, args.svg):

@@ -52,8 +52,16 @@ def preview(node: Node, decode: Decode | None, width: int) -> str:
     ids = [int(token) for token in node["tokens"][: max(width, 1)]]
     text = " ".join(map(str, ids)) if decode is None else decode(ids).replace("\n", "⏎").replace("\t", " ")
     if len(text) > width or len(ids) < len(node["tokens"]):
-        return text[: max(width - 1, 0)].rstrip() + "…"
+        return _whole_words(text, max(width - 1, 0)) + "…"
     return text
+
+
+def _whole_words(text: str, width: int) -> str:
+    """The start of a text in `width` characters, up to the end of a word (or id) where one ends there."""
+    if len(text) <= width:
+        return text.rstrip()
+    end = text.rfind(" ", 0, width + 1)
+    return text[: end if end > 0 else width].rstrip()
 
 
 def title(root: Mapping[str, Any]) -> str:

@@ -30,11 +30,21 @@ def tree_svg(snapshot: Snapshot, decode: Decode | None = None) -> str:
             rows.append(_node(line.node, decode, depth, y, parents[-1]))
             parents.append((LEFT + depth * INDENT + 10, y + 26))
             y += ROW
+    rows += _legend(y + 8)
+    y += ROW
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 8}" width="{WIDTH}" height="{y + 8}">\n'
         f'<style>{_STYLE}</style>\n<rect width="100%" height="100%" rx="6" fill="#ffffff"/>\n'
     )
     return head + "\n".join(rows) + "\n</svg>\n"
+
+
+def _legend(y: int) -> list[str]:
+    """What the colours say."""
+    parts = []
+    for x, kind, words in ((LEFT, "leased", "leased"), (120, "pinned", "pinned"), (224, "node", "evictable")):
+        parts += [svg.box(f"key {kind}", x, y, 16, 16), svg.text(x + 24, y + 13, words, kind="dim")]
+    return parts
 
 
 def _node(node: Node, decode: Decode | None, depth: int, y: int, parent: tuple[int, int]) -> str:

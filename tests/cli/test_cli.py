@@ -108,7 +108,12 @@ def test_curve_writes_csv_svg_and_json(capsys, trace, tmp_path):
     assert out["distinct_pages"] == expected.distinct_pages
     assert out["points"][-1] == [expected.max_pages, expected.hit_rate(expected.max_pages)]
     assert len(csv.read_text().splitlines()) == 1 + len(expected.points())
-    assert ET.parse(svg).getroot().tag.endswith("svg")
+    picture = ET.parse(svg).getroot()
+    lines = {line.get("class"): line.get("d") for line in picture.iter("{http://www.w3.org/2000/svg}path")}
+    assert set(lines) == {"curve", "future", "future key"}
+    on_axis = sum(0 < row["capacity_pages"] <= out["max_pages"] for row in out["shares"])
+    assert lines["future"].count("M") == on_axis > 3
+    assert {"LRU", "clairvoyant"} <= {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
     for row in out["shares"]:
         assert row["hit_rate"] == expected.hit_rate(row["capacity_pages"]) <= row["clairvoyant"] + 1e-12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "c.svg", "chat.jsonl"]

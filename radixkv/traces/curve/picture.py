@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log10
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 44, 56
 _MAX_POINTS = 500
 _STYLE = (
     "text{font:13px sans-serif;fill:#333}.title{font-size:15px;font-weight:600}.grid{stroke:#ddd}"
-    ".axis{stroke:#333}.curve{fill:none;stroke:#1f6fb4;stroke-width:2}.bound{stroke:#999;stroke-dasharray:4 4}"
+    ".axis{stroke:#333}.curve{fill:none;stroke:#1f6fb4;stroke-width:2}.future{fill:none;stroke:#c2410c;stroke-width:6;stroke-linecap:round}"
+    ".bound{stroke:#999;stroke-dasharray:4 4}"
 )
 
 
-def curve_svg(curve: CapacityCurve, title: str = "") -> str:
+def curve_svg(curve: CapacityCurve, title: str = "", clairvoyant: Sequence[tuple[int, float]] = ()) -> str:
     """The curve as an SVG document: hit rate in percent over the capacity in tokens, on a logarithmic axis.
 
-    The dashed line is the hit rate of an unbounded cache.
+    The dashed line is the hit rate of an unbounded cache. ``clairvoyant`` are dots (capacity in pages, hit rate).
     """
     axis = _LogAxis(curve.page_size, max(curve.max_pages, 2) * curve.page_size)
     limit = curve.hit_rate(curve.max_pages)
@@ -38,6 +40,7 @@ def curve_svg(curve: CapacityCurve, title: str = "") -> str:
         svg.line("bound", _LEFT, _y(limit), _WIDTH - _RIGHT, _y(limit)),
         svg.line("axis", _LEFT, _TOP, _LEFT, _HEIGHT - _BOTTOM),
         svg.line("axis", _LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
+        *_clairvoyant(clairvoyant, curve.page_size, axis),
         svg.path("curve", _steps(curve, axis)),
         svg.text(_WIDTH - _RIGHT, _y(limit) - 6, f"unbounded: {100 * limit:.1f} %", anchor="end"),
         svg.text(
@@ -63,6 +66,10 @@ class _LogAxis:
         """The x coordinate of a capacity of at least one page."""
         share = (log10(tokens) - log10(self._first)) / (log10(self._last) - log10(self._first))
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def has(self, tokens: int) -> bool:
+        """Whether a capacity lies on the axis."""
+        return self._first <= tokens <= self._last
 
     def vertical_grid(self) -> list[str]:
         """A line and a label at each power of ten, or at both ends where the axis spans less than one."""
@@ -91,6 +98,21 @@ def _steps(curve: CapacityCurve, axis: _LogAxis) -> str:
     for pages, rate in points[1:]:
         path.append(f"H{axis.x(pages * curve.page_size):.1f}V{_y(rate):.1f}")
     return "".join(path) + f"H{_WIDTH - _RIGHT}"
+
+
+def _clairvoyant(points: Sequence[tuple[int, float]], page_size: int, axis: _LogAxis) -> list[str]:
+    """What no policy exceeds, as dots: a line between two of them could run below the curve. And which is which."""
+    drawn = [(axis.x(pages * page_size), _y(rate)) for pages, rate in points if axis.has(pages * page_size)]
+    if not drawn:
+        return []
+    x, y = _WIDTH - _RIGHT - 130, _HEIGHT - _BOTTOM - 40
+    return [
+        svg.path("future", "".join(f"M{left:.1f},{top:.1f}h0" for left, top in drawn)),
+        svg.path("future key", f"M{x + 14},{y}h0"),
+        svg.text(x + 36, y + 4, "clairvoyant"),
+        svg.line("curve", x, y + 20, x + 28, y + 20),
+        svg.text(x + 36, y + 24, "LRU"),
+    ]
 
 
 def _y(rate: float) -> float:

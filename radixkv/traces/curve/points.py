@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -79,8 +80,11 @@ class CapacityCurve:
         for pages, rate in self.points(max_points):
             stream.write(f"{pages},{pages * self.page_size},{self.hit_tokens(pages)},{rate:.6f}\n")
 
-    def to_svg(self, stream: TextIO, title: str = "") -> None:
-        """Write the curve as an SVG picture: hit rate over the logarithm of the capacity in tokens."""
+    def to_svg(self, stream: TextIO, title: str = "", clairvoyant: Sequence[tuple[int, float]] = ()) -> None:
+        """Write the curve as an SVG picture: hit rate over the logarithm of the capacity in tokens.
+
+        ``clairvoyant``: (capacity in pages, hit rate) of `clairvoyant_hit_rates`, drawn as dots.
+        """
         from radixkv.traces.curve.picture import curve_svg
 
-        stream.write(curve_svg(self, title))
+        stream.write(curve_svg(self, title, clairvoyant))

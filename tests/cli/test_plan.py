@@ -1,0 +1,77 @@
+"""`radixkv plan`: its figures, its pictures and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from radixkv.cli import main
+
+
+def run(capsys, *arguments):
+    status = main(["plan", *map(str, arguments)])
+    return (status, *capsys.readouterr())
+
+
+def test_the_batch_of_the_textbook(capsys):
+    status, out, err = run(capsys, "llama-3-8b", "--memory", "80GiB", "--weights", "16GiB", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["chosen"]["bytes_per_token"] == 131_072
+    assert found["chosen"]["requests"] == 230
+    assert [row["format"] for row in found["formats"]] == ["fp32", "bf16", "fp8", "int8", "k8v4", "int4"]
+    assert [row["times_smaller"] for row in found["formats"]] == [0.5, 1.0, 2.0, 1.97, 2.61, 3.88]
+
+
+def test_for_a_person(capsys):
+    _, out, _ = run(capsys, "gpt-oss-20b", "--memory", "80GiB", "--length", "500", "--max-length", "4096")
+    assert "49,152 B = 48 KiB" in out
+    assert "window of 128" in out
+    assert "87.8 %" in out
+    assert "where windows alone are kept" in out
+    assert "12.82 GiB of weights" in out
+
+
+def test_memory_for_a_hit_rate(capsys):
+    arguments = ("llama-3-8b", "--trace", "chat", "--requests", "100", "--target", "0.5")
+    _, out, _ = run(capsys, *arguments, "--json")
+    need = json.loads(out)["trace"]
+    assert need["hit_rate"] >= 0.5
+    assert need["bytes"] == need["tokens"] * 131_072 == need["bytes_by_format"]["bf16"]
+    _, out, _ = run(capsys, *arguments)
+    assert "GiB in bf16" in out or "MiB in bf16" in out
+
+
+def test_the_picture(capsys, tmp_path):
+    file = tmp_path / "plan.svg"
+    assert run(capsys, "deepseek-v3", "--svg", file)[0] == 0
+    root = ElementTree.parse(file).getroot()
+    bars = [rect for rect in root.iter("{http://www.w3.org/2000/svg}rect") if rect.get("class") == "bar"]
+    assert len(bars) == 6
+    assert float(bars[0].get("width")) == 2 * float(bars[1].get("width"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama-9",), "neither a file nor a known model"),
+        (("deepseek-v3", "--memory", "80GiB"), "hold no page"),
+        (("llama-3-8b", "--trace", "chat"), "--trace and --target go together"),
+        (("llama-3-8b", "--trace", "chat", "--requests", "20", "--target", "1"), "the best is"),
+        (("llama-3-8b", "--svg", "-", "--json"), "two outputs"),
+    ],
+)
+def test_refusals(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [("--memory", "much"), ("--target", "90"), ("--format", "int3")])
+def test_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, "llama-3-8b", *arguments)
+    assert exit_.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""The Prometheus collector: every figure where it belongs, and a dashboard and alerts that name what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import radixkv
+from radixkv.observe.metrics import MAX_GROUPS, Metrics
+from radixkv.scheduling import Request, Scheduler
+
+prometheus_client = pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
+
+MONITORING = Path(__file__).parents[2] / "docs" / "monitoring"
+
+
+class Host:
+    """The engine of a host that computes nothing."""
+
+    def __init__(self, num_pages=64, page_size=4):
+        self.cache = radixkv.PrefixCache(num_pages=num_pages, page_size=page_size)
+
+
+class Plan:
+    tokens_read = 1000
+    tokens_saved = 600
+
+
+def exported(metrics):
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(metrics)
+    return prometheus_client.generate_latest(registry).decode()
+
+
+def value(text, series):
+    found = re.findall(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
+    assert len(found) == 1, f"{series} is there {len(found)} times in\n{text}"
+    return float(found[0])
+
+
+def served(metrics, *prompts, namespaces=None, num_pages=64, new_tokens=4):
+    """Serves all prompts at once; each answer is of token 7."""
+    host = Host(num_pages)
+    scheduler = Scheduler(host)
+    metrics = Metrics(host.cache) if metrics is None else metrics(host.cache)
+    for prompt, namespace in zip(prompts, namespaces or [""] * len(prompts), strict=True):
+        request = Request(prompt, new_tokens, namespace=namespace)
+        scheduler.submit(request)
+        assert metrics.watch(request) is request
+    while True:
+        with metrics.step():
+            batch = scheduler.next()
+            if batch is None:
+                break
+            for lease in batch.leases:
+                lease.advance()
+            scheduler.accept([7] * len(batch.drawing))
+    return host.cache, metrics
+
+
+def test_figures_are_those_of_the_cache_and_of_its_requests():
+    prompt = list(range(40))
+    cache, metrics = served(None, prompt, [*prompt, 50, 51, 52])
+    with cache.acquire(prompt):
+        text, stats = exported(metrics), cache.stats()
+    for state in ("free", "private", "protected", "evictable"):
+        assert value(text, f'radixkv_pages{{state="{state}"}}') == getattr(stats, state)
+    assert value(text, "radixkv_pages_in_use_ratio") == (stats.private + stats.protected) / 64 > 0
+    assert value(text, "radixkv_hit_tokens_total") == stats.hit_tokens > 0
+    assert value(text, "radixkv_input_tokens_total") == stats.input_tokens
+    assert value(text, "radixkv_evicted_pages_total") == stats.evicted_pages
+    assert value(text, 'radixkv_finished_requests_total{group="default",status="length"}') == 2
+    assert value(text, 'radixkv_finished_tokens_total{group="default",kind="prompt"}') == 83
+    assert value(text, 'radixkv_finished_tokens_total{group="default",kind="generated"}') == 8
+    assert value(text, 'radixkv_queue_requests{status="running"}') == 0
+    assert value(text, "radixkv_time_to_first_token_seconds_count") == 2
+    assert value(text, 'radixkv_step_seconds_bucket{le="+Inf"}') == value(text, "radixkv_step_seconds_count") > 4
+
+
+def test_groups_are_the_callers_and_bounded():
+    names = ["", "a-1", "a-2", "b-1"]
+    _, metrics = served(lambda cache: Metrics(cache, lambda name: name[:1] or "none"), *[[1, 2]] * 4, namespaces=names)
+    text = exported(metrics)
+    assert value(text, 'radixkv_finished_requests_total{group="a",status="length"}') == 2
+    assert value(text, 'radixkv_finished_requests_total{group="none",status="length"}') == 1
+    assert "a-1" not in text
+    many = [str(n) for n in range(MAX_GROUPS + 7)]
+    _, metrics = served(lambda cache: Metrics(cache, str), *[[1]] * len(many), namespaces=many, num_pages=512)
+    assert value(exported(metrics), 'radixkv_finished_requests_total{group="other",status="length"}') == 7
+
+
+def test_preemptions_count_while_a_request_is_under_way_and_never_fall():
+    prompts = [list(range(20 * i, 20 * i + 20)) for i in range(6)]
+    host = Host(num_pages=100)
+    scheduler, metrics = Scheduler(host), Metrics(host.cache)
+    requests = [metrics.watch(Request(prompt, 200)) for prompt in prompts]
+    scheduler.submit(requests[0])
+    for request in requests[1:]:
+        scheduler.submit(request)
+    seen = [0.0]
+    while (batch := scheduler.next()) is not None:
+        for lease in batch.leases:
+            lease.advance()
+        scheduler.accept([7] * len(batch.drawing))
+        seen.append(value(exported(metrics), "radixkv_preemptions_total"))
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(request.stats.preemptions for request in requests) > 0
+
+
+def test_a_step_that_raises_is_timed_and_cascades_add_up():
+    metrics = Metrics(radixkv.PrefixCache(num_pages=4))
+    with pytest.raises(RuntimeError, match="model"), metrics.step():
+        raise RuntimeError("model")
+    metrics.add_plan(Plan())
+    metrics.add_plan(Plan())
+    text = exported(metrics)
+    assert value(text, "radixkv_step_seconds_count") == 1
+    assert value(text, "radixkv_cascade_saved_tokens_total") == 1200
+
+
+def test_a_scrape_changes_nothing():
+    cache, metrics = served(None, list(range(40)))
+    before = str(cache.snapshot()), cache.stats()
+    first = exported(metrics)
+    assert exported(metrics) == first
+    assert (str(cache.snapshot()), cache.stats()) == before
+
+
+def names_in(text):
+    return set(re.findall(r"radixkv_\w+", text)) - {"radixkv_"}
+
+
+def test_dashboard_and_alerts_name_metrics_that_exist():
+    _, metrics = served(None, [1, 2, 3])
+    text = exported(metrics)
+    known = set(re.findall(r"^(radixkv_\w+)", text, re.MULTILINE))
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) >= 12
+    used = names_in(" ".join(expressions)) | names_in((MONITORING / "alerts.yml").read_text())
+    assert used <= known, used - known
+    boxes = [tuple(panel["gridPos"][k] for k in "xywh") for panel in dashboard["panels"]]
+    assert len(set(boxes)) == len(boxes)
+    assert all(x + w <= 24 for x, _, w, _ in boxes)
+
+
+PROMTOOL = shutil.which("promtool")
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian's package prometheus has it)")
+def test_promtool_finds_nothing_to_say():
+    assert PROMTOOL is not None
+    _, metrics = served(None, [1, 2, 3])
+    checks = [
+        subprocess.run(
+            [PROMTOOL, "check", "metrics"], input=exported(metrics), capture_output=True, text=True, check=False
+        ),
+        subprocess.run(
+            [PROMTOOL, "check", "rules", MONITORING / "alerts.yml"], capture_output=True, text=True, check=False
+        ),
+    ]
+    assert [(done.returncode, done.stderr) for done in checks] == [(0, ""), (0, "")], checks
+    assert "3 rules found" in checks[1].stdout
+
+
+def test_without_prometheus_client():
+    code = """
+import sys
+sys.modules["prometheus_client"] = None
+import radixkv
+from radixkv.observe.metrics import Metrics
+try:
+    Metrics(radixkv.PrefixCache(4))
+except radixkv.BackendUnavailable as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'radixkv[metrics]'" in done.stdout
