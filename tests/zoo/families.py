@@ -185,8 +185,7 @@ def build(name: str) -> transformers.PreTrainedModel:
         raise RuntimeError(f"{count / 1e6:.0f} million parameters, whatever sizes its configuration is given")
     _spread(model, zlib.crc32(name.encode()))
     model.set_attn_implementation("eager")
-    settings = model.generation_config
-    settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = 0, None, None
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)  # some families' suppress tokens
     return model
 
 
