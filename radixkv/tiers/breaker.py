@@ -21,7 +21,7 @@ class Breaker:
 
     @property
     def state(self) -> str:
-        """"closed": calls pass; "open": none does; "probing": the next one tells."""
+        """ "closed": calls pass; "open": none does; "probing": the next one tells."""
         if self._failures < _FAILURES:
             return "closed"
         return "open" if self._clock() < self._until else "probing"

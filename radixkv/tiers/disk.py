@@ -184,7 +184,7 @@ class Disk:
             while len(self._free) < len(wanted) and (more := self._slabs.grow(self.num_slots - self._slabs.num_slots)):
                 end = self._slabs.num_slots
                 self._free = list(range(end - more, end))[::-1] + self._free
-            victims = []
+            victims: list[bytes] = []
             for key in self._places:
                 if len(self._free) + len(victims) >= len(wanted) or key in path:
                     break

@@ -56,4 +56,4 @@ class Layout:
         trailer = _TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0)
         if memory[-64:-8].tobytes() != trailer:
             return False
-        return bool(_SUM.unpack(memory[-8:])[0] == _core.checksum(memory[:-8], self._seed))
+        return bool(_SUM.unpack(memory[-8:].tobytes())[0] == _core.checksum(memory[:-8], self._seed))

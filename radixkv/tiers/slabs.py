@@ -52,7 +52,7 @@ class Slabs:
         """Write records and wait until the disk has them. Raises OSError."""
         used = set()
         for file, offset, part in self._runs(slots, records):
-            if os.pwritev(file, part, offset) != len(part) * self._stride:
+            if os.pwritev(file, [memory.data for memory in part], offset) != len(part) * self._stride:
                 raise OSError("a write came to nothing: the disk is full")
             used.add(file)
         for file in used:
@@ -62,7 +62,7 @@ class Slabs:
     def read(self, slots: Sequence[int], records: Sequence[Bytes]) -> None:
         """Raises OSError, also where a file is shorter than it should be."""
         for file, offset, part in self._runs(slots, records):
-            if os.preadv(file, part, offset) != len(part) * self._stride:
+            if os.preadv(file, [memory.data for memory in part], offset) != len(part) * self._stride:
                 raise OSError("a file of pages is shorter than it was")
             self._forget(file)
 
