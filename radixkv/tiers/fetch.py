@@ -35,6 +35,7 @@ class Fetch:
         self.keys, self.first = keys, first
         self.slots: list[int | None] = [None] * len(keys)
         self.pending = 0  # jobs that may still bring pages
+        self.asked: set[int] = set()  # the stores that were, by number
         self.sources: dict[str, int] = {}  #: tokens by where they came from
         self._tiers = tiers
         self._until = time.monotonic() + deadline
@@ -78,4 +79,4 @@ class Fetch:
 
     def __del__(self) -> None:
         if hasattr(self, "_done"):
-            self.cancel()
+            self._tiers.abandon(self)

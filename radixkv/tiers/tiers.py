@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,13 +106,14 @@ class Tiers:
         self._shelves = [
             _Shelf(store, Lane(f"radixkv-{store.name}", options.threads),
                    Lane(f"radixkv-{store.name}-write", min(1, options.threads)))
-            for store in ([self.disk] if self.disk else []) + list(stores)
+            for store in ([self.disk] if self.disk is not None else []) + list(stores)
         ]  # fmt: skip
-        if self.disk:
+        if self.disk is not None:
             self._keys.nonces = self.disk.nonces()
         self._lock = threading.RLock()  # fetches and loads; reentrant, since a fetch may be dropped anywhere
         self._generation = threading.RLock()  # tags: who reads them and who changes them
         self._loading: dict[bytes, list[tuple[Fetch, int]]] = {}
+        self._abandoned: deque[list[int | None]] = deque()
         self._counts = {"ready": 0, "late": 0, "filled_tokens": 0}
         self._writer = Writer(cache.journal(), self._keys, self.hub, self._layout, pages)
         self._copying = threading.Lock()
@@ -144,9 +146,10 @@ class Tiers:
             InvalidTokens, InvalidArgument: as `PrefixCache.match`.
         """
         first = self._cache.match(tokens, namespace) // self.page_size
+        self._reap()
         prompt = np.array(tokens, np.int32)
         with self._generation:
-            if self.disk and self.disk.read_only:
+            if self.disk is not None and self.disk.read_only:
                 self._refresh_nonces(self.disk)
             tag = self._keys.tag(namespace)
         full = max(0, len(prompt) - 1) // self.page_size  # a token is left to compute
@@ -172,6 +175,7 @@ class Tiers:
             shelf += 1
         if at < len(fetch.keys) and shelf < len(self._shelves):
             fetch.pending += 1
+            fetch.asked.add(shelf)
             self._shelves[shelf].reads.put(lambda: self._locate(fetch, at, shelf))
 
     def _locate(self, fetch: Fetch, at: int, number: int) -> None:
@@ -180,10 +184,10 @@ class Tiers:
         found = 0
         if not fetch.finished:
             with self._attempt(shelf):
-                found = shelf.store.leading(fetch.keys[at:])
+                found = min(max(0, int(shelf.store.leading(fetch.keys[at:]))), len(fetch.keys) - at)
                 shelf.store.touch(fetch.keys[: at + found])
         with self._lock:
-            end = at + min(found, len(fetch.keys) - at)
+            end = at + found
             new = [i for i in range(at, end) if not self._joined(fetch, i)]
             for i in range(0, len(new), _CHUNK):
                 self._load(fetch, new[i : i + _CHUNK], shelf)
@@ -222,13 +226,11 @@ class Tiers:
         memory = [self.hub.memory[slot] for slot in slots]
         read = [False] * len(keys)
         with self._attempt(shelf):
-            read = shelf.store.read(keys, memory)
-            intact = [
-                r and self._layout.intact(m, k, p) for r, m, k, p in zip(read, memory, keys, parents, strict=True)
-            ]
-            if damaged := [k for k, r, ok in zip(keys, read, intact, strict=True) if r and not ok]:
+            there = shelf.store.read(keys, memory)
+            records = zip(there, memory, keys, parents, strict=True)
+            read = [bool(r) and self._layout.intact(m, k, p) for r, m, k, p in records]
+            if damaged := [k for k, r, good in zip(keys, there, read, strict=True) if r and not good]:
                 shelf.counts["corrupt"] += shelf.store.drop(damaged)
-            read = intact
         with self._lock:
             for key, slot, good in zip(keys, slots, read, strict=True):
                 shelf.counts["read"] += bool(good)
@@ -273,8 +275,18 @@ class Tiers:
             self._let_go(fetch, end)
             fetch.finish()
         if late:
-            for shelf in self._shelves:
-                shelf.breaker.failed()
+            for number in fetch.asked:  # one of them keeps it waiting
+                self._shelves[number].breaker.failed()
+
+    def abandon(self, fetch: Fetch) -> None:
+        """From a destructor, which may run in the middle of anything: no lock is taken."""
+        self._abandoned.append(fetch.slots)
+
+    def _reap(self) -> None:
+        while self._abandoned:
+            for slot in self._abandoned.popleft():
+                if slot is not None:
+                    self.hub.let_go(slot)
 
     def let_go(self, fetch: Fetch) -> None:
         """Give a fetch's slots back."""
@@ -334,16 +346,18 @@ class Tiers:
                 pass
 
     def _write_some(self) -> bool:
-        """Follow the journal and copy a batch; whether there may be more."""
+        """Follow the journal and copy a batch; whether there was anything."""
+        self._reap()
         with self._copying:
             with self._generation:
                 moved = self._writer.follow()
-            records = self._writer.copy(
-                lambda key: bool(self._shelves) and all(self._has(s, key) for s in self._shelves)
-            )
+            records = self._writer.copy(self._stored_already)
             if records:
                 self._store(records, 0)
-            return moved or self._writer.waiting > 0
+            return moved or bool(records)
+
+    def _stored_already(self, key: bytes) -> bool:
+        return bool(self._shelves) and all(self._has(shelf, key) for shelf in self._shelves)
 
     def _has(self, shelf: _Shelf, key: bytes) -> bool:
         try:
@@ -390,8 +404,7 @@ class Tiers:
                 pass
             name, nonce = ALL if namespace is None else self._keys.base(namespace), os.urandom(16)
             self._keys.nonces[name] = nonce
-            self._writer.forget_tags()
-            if self.disk:
+            if self.disk is not None:
                 try:
                     self.disk.set_nonce(name, nonce)
                 except (OSError, sqlite3.Error) as error:
@@ -405,8 +418,9 @@ class Tiers:
 
     def stats(self) -> dict[str, Any]:
         """Counts since it was made: fetches, the hub, and each store."""
+        self._reap()
         stores = {s.store.name: {**s.counts, "breaker": s.breaker.state} for s in self._shelves}
-        if self.disk:
+        if self.disk is not None:
             stores["disk"] |= {"pages": len(self.disk), "capacity": self.disk.num_slots}
         hub = {"slots": self.hub.num_slots, "used": self.hub.num_used}
         writes = {"skipped_writes": self._writer.skipped, "discarded_copies": self._writer.discarded}
@@ -420,9 +434,10 @@ class Tiers:
         self._closed.set()
         if self._worker.is_alive():
             self._worker.join(max(0.0, until - time.monotonic()))
-        while self._write_some() and time.monotonic() < until:
+        while (self._write_some() or self._writer.waiting) and time.monotonic() < until:
             for shelf in self._shelves:
                 shelf.writes.pump()
+            time.sleep(0.001)
         for shelf in self._shelves:
             done = [lane.close(max(0.0, until - time.monotonic())) for lane in (shelf.writes, shelf.reads)]
             if all(done):  # else a call hangs in it

@@ -46,6 +46,7 @@ def test_kill_9_loses_nothing_committed_and_gives_nothing_wrong(tmp_path):
         time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        process.stdout.close()
         rows += examine(tmp_path)
     assert rows > 10 * KILLS
 
