@@ -76,7 +76,7 @@ class Disk:
         self._writing = threading.Lock()
         self._places: OrderedDict[bytes, _Place] = OrderedDict()  # coldest first; a parent is hotter than its children
         self._touched: set[bytes] = set()
-        self._dropped: list[bytes] = []
+        self._dropped: set[bytes] = set()  # damaged: not here, though their rows still are
         self._free: list[int] = []
         self._used = 0
         if not self.read_only:
@@ -130,7 +130,7 @@ class Disk:
         if self.read_only:
             return self._index.slot(key)
         with self._lock:
-            place = self._places.get(key)
+            place = None if key in self._dropped else self._places.get(key)
         return None if place is None else place.slot
 
     def read(self, keys: Sequence[bytes], memory: Sequence[Bytes]) -> list[bool]:
@@ -153,8 +153,8 @@ class Disk:
     def drop(self, keys: Sequence[bytes]) -> int:
         """These records are not what they should be; returns how many were still thought to be here."""
         with self._lock:
-            known = [key for key in keys if key in self._places]
-            self._dropped += known
+            known = [key for key in keys if key in self._places and key not in self._dropped]
+            self._dropped.update(known)
             return len(known) if not self.read_only else len(keys)
 
     # --- writes -----------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class Disk:
 
     def _forget_dropped(self) -> None:
         with self._lock:
-            dropped = [key for key in dict.fromkeys(self._dropped) if key in self._places]
+            dropped = [key for key in self._dropped if key in self._places]
             self._dropped.clear()
         self._remove(dropped)
 

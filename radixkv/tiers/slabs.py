@@ -77,6 +77,8 @@ class Slabs:
             joined = i < len(slots) and slots[i] == slots[i - 1] + 1 and slots[i] % self.slots_per_file
             if not joined or i - begin == _MOST_BUFFERS:
                 file, place = divmod(slots[begin], self.slots_per_file)
+                while file >= len(self._files) and self._read_only and self._path(len(self._files)).exists():
+                    self._open(self._path(len(self._files)))  # the writer has added one
                 if file >= len(self._files):
                     raise OSError(f"a file of pages is gone: {self._path(file)}")
                 yield self._files[file], place * self._stride, list(records[begin:i])

@@ -77,8 +77,9 @@ def test_another_identity_finds_nothing(tmp_path, field):
 
 def test_another_secret_namespace_or_page_size_finds_nothing(tmp_path):
     stored(tmp_path)
-    assert Pool(options(tmp_path, secret=b"other")).serve(PROMPT) == 0
-    assert Pool(options(tmp_path), page_size=2).serve(PROMPT) == 0
+    for pool in (Pool(options(tmp_path, secret=b"other")), Pool(options(tmp_path), page_size=2)):
+        assert pool.serve(PROMPT) == 0
+        pool.close()
     pool = Pool(options(tmp_path))
     assert pool.serve(PROMPT, "tenant") == 0
     pool.tiers.pump()
@@ -203,6 +204,7 @@ def test_a_clear_reaches_everything_at_once(tmp_path, namespace):
         assert pool.tiers.fill(lease, late) == 0
         lease.release(False)
     assert pool.serve(PROMPT, "a") == 0
+    pool.tiers.pump()
     pool.cache.evict(64)
     assert pool.serve(PROMPT, "b") == (40 if namespace else 0)
     pool.tiers.pump()
