@@ -20,6 +20,7 @@ LAYERS = [
     {"hf", "bench"},
     {"scheduling"},
     {"engine", "step"},
+    {"tiers"},
     {"attention"},
     {"pool"},
     {"capacity"},

@@ -54,14 +54,17 @@ class Cache : public std::enable_shared_from_this<Cache> {
   std::int64_t clear(std::string_view name);
   Stats stats();
   std::vector<SnapshotNode> snapshot();
-  void check();  // recomputes everything; throws std::logic_error
+  std::vector<PageId> coldest_first();  // the last page of each node that can be evicted, in the order of eviction
+  void check();                         // recomputes everything; throws std::logic_error
   void close();
 
   // The journal: recorded from the first of these calls on.
   void start_journal();
   JournalBatch read_journal(std::int64_t cursor, std::int64_t limit);
   ReleaseBatch read_releases(std::int64_t cursor, std::int64_t limit);
-  JournalBatch dump_journal();                           // the tree as records; its cursor is where to go on reading
+  JournalBatch dump_journal();  // the tree as records; its cursor is where to go on reading
+  // For each page, whether it is in the tree since the record with that number.
+  std::vector<bool> still_stored(const std::vector<std::int64_t>& pages, const std::vector<std::int64_t>& numbers);
   std::pair<std::int64_t, std::int64_t> journal_ends();  // the numbers that the next record and release get
 
   std::int32_t num_pages() const { return tree_.num_pages(); }

@@ -1,4 +1,5 @@
 // What a cache tells of itself: counts, and a copy of its tree.
+#include "base/error.hpp"
 #include "cache/cache.hpp"
 
 namespace radixkv {
@@ -27,6 +28,17 @@ Stats Cache::stats() {
 std::vector<SnapshotNode> Cache::snapshot() {
   Guard guard(mutex_);
   return tree_.snapshot();
+}
+
+std::vector<PageId> Cache::coldest_first() {
+  Guard guard(mutex_);
+  return tree_.coldest_first();
+}
+
+std::vector<PageId> RadixTree::coldest_first() const {
+  std::vector<PageId> out;
+  for (NodeId n = lru_.coldest(); n != kNone; n = nodes_[n].hotter) out.push_back(nodes_[n].last);
+  return out;
 }
 
 std::vector<SnapshotNode> RadixTree::snapshot() const {
@@ -76,6 +88,23 @@ JournalBatch Cache::dump_journal() {
   JournalBatch out = tree_.dump();
   out.cursor = tree_.journal()->end();
   return out;
+}
+
+std::vector<bool> Cache::still_stored(const std::vector<std::int64_t>& pages,
+                                      const std::vector<std::int64_t>& numbers) {
+  if (pages.size() != numbers.size()) {
+    invalid("as many numbers as pages; got " + str(numbers.size()) + " and " + str(pages.size()));
+  }
+  Guard guard(mutex_);
+  std::vector<bool> still(pages.size());
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    if (pages[i] < 0 || pages[i] >= num_pages()) {
+      invalid("page " + str(pages[i]) + ": pages are 0 to " + str(num_pages() - 1));
+    }
+    const std::int64_t number = tree_.journal()->stored_at(static_cast<PageId>(pages[i]));
+    still[i] = number >= 0 && number == numbers[i];
+  }
+  return still;
 }
 
 std::pair<std::int64_t, std::int64_t> Cache::journal_ends() {

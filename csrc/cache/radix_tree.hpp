@@ -126,6 +126,7 @@ class RadixTree {
   std::int64_t num_evicted() const { return num_evicted_; }  // pages, since it was made
   // The tree, parents before children. O(cached tokens).
   std::vector<SnapshotNode> snapshot() const;
+  std::vector<PageId> coldest_first() const;  // the last page of each unlocked node
   // From now on every change is recorded, after one record for each namespace and each full page that is there.
   Journal& start_journal();
   Journal* journal() { return journal_.get(); }  // null: nobody has asked for one

@@ -177,6 +177,10 @@ void bind_cache(nb::module_& m) {
            "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "
            "is {tokens, pages, locks, pins, children}. O(cached tokens).")
       .def(
+          "_coldest_first",
+          [](PyCache& c) { return to_numpy(c.work(kLongWork, [&] { return c.cache->coldest_first(); })); },
+          "The last page of each run of the tree that nobody has locked, in the order of their eviction.")
+      .def(
           "check", [](PyCache& c) { c.work(kLongWork, [&] { c.cache->check(); }); },
           "Recompute every count, link and state from scratch; AssertionError if any is wrong. O(pages).")
       .def(

@@ -1,6 +1,7 @@
 // radixkv._core's part for the journal: what radixkv/journal.py reads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "base/error.hpp"
 #include "python/args.hpp"
@@ -86,6 +87,14 @@ void bind_journal(nb::module_& m) {
            })
       .def_prop_ro(
           "page_size", [](const PyJournal& j) { return j.owner->cache->page_size(); }, "Tokens a page holds.")
+      .def(
+          "still",
+          [](PyJournal& j, const std::vector<std::int64_t>& pages, const std::vector<std::int64_t>& numbers) {
+            return j.owner->work(0, [&] { return j.owner->cache->still_stored(pages, numbers); });
+          },
+          "pages"_a, "numbers"_a,
+          "For each page, whether it is still in the tree, and has been since the STORED record with that number. Who "
+          "copied a page without a lock asks afterwards: if so, what was copied is what was published.")
       .def("_ends", [](PyJournal& j) { return ends(*j.owner); });
 }
 

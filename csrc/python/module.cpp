@@ -18,6 +18,7 @@ void bind_lease(nb::module_& m);      // python/lease.cpp
 void bind_step(nb::module_& m);       // python/step.cpp
 void bind_cascade(nb::module_& m);    // python/cascade.cpp
 void bind_attention(nb::module_& m);  // python/attention.cpp
+void bind_tiers(nb::module_& m);      // python/tiers.cpp
 
 namespace {
 
@@ -62,6 +63,7 @@ NB_MODULE(_core, m) {
   radixkv::bind_step(m);
   radixkv::bind_cascade(m);
   radixkv::bind_attention(m);
+  radixkv::bind_tiers(m);
   m.def("prefer_huge_pages", &radixkv::prefer_huge_pages, "address"_a, "nbytes"_a,
         "Ask that memory be backed by huge pages as it is first touched. A wish: never an error.");
 }

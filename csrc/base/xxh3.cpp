@@ -1,0 +1,85 @@
+#include "base/xxh3.hpp"
+
+#include <array>
+#include <cstring>
+
+namespace radixkv {
+
+namespace {
+
+constexpr std::size_t kSecretSize = 192, kStripe = 64, kLanes = 8, kStripesPerBlock = (kSecretSize - kStripe) / 8;
+constexpr std::uint64_t kPrime32[] = {0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D};
+constexpr std::uint64_t kPrime64[] = {0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63,
+                                      0x27D4EB2F165667C5};
+
+constexpr std::uint8_t kSecret[kSecretSize] = {
+    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4,
+    0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f, 0xcb, 0x79, 0xe6, 0x4e,
+    0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21, 0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43,
+    0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c, 0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb,
+    0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3, 0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19,
+    0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8, 0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7,
+    0xc7, 0x0b, 0x4f, 0x1d, 0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78,
+    0x73, 0x64, 0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
+    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e, 0x2b, 0x16,
+    0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce, 0x45, 0xcb, 0x3a, 0x8f,
+    0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
+};
+
+using Lanes = std::array<std::uint64_t, kLanes>;
+
+std::uint64_t read64(const std::uint8_t* at) {  // little endian
+  std::uint64_t x;
+  std::memcpy(&x, at, sizeof x);
+  return x;
+}
+
+void accumulate(Lanes& acc, const std::uint8_t* data, const std::uint8_t* secret) {
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    const std::uint64_t value = read64(data + 8 * i), keyed = value ^ read64(secret + 8 * i);
+    acc[i ^ 1] += value;
+    acc[i] += (keyed & 0xFFFFFFFF) * (keyed >> 32);
+  }
+}
+
+void scramble(Lanes& acc, const std::uint8_t* secret) {
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    acc[i] = (acc[i] ^ acc[i] >> 47 ^ read64(secret + 8 * i)) * kPrime32[0];
+  }
+}
+
+std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
+  __extension__ using Wide = unsigned __int128;
+  const Wide product = static_cast<Wide>(a) * b;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+}
+
+std::uint64_t merge(const Lanes& acc, const std::uint8_t* secret, std::uint64_t start) {
+  std::uint64_t h = start;
+  for (std::size_t i = 0; i < kLanes; i += 2) {
+    h += fold(acc[i] ^ read64(secret + 8 * i), acc[i + 1] ^ read64(secret + 8 * i + 8));
+  }
+  h = (h ^ h >> 37) * 0x165667919E3779F9;
+  return h ^ h >> 32;
+}
+
+}  // namespace
+
+std::uint64_t xxh3_64(const void* data, std::size_t size, std::uint64_t seed) {
+  const auto* bytes = static_cast<const std::uint8_t*>(data);
+  std::array<std::uint8_t, kSecretSize> secret;
+  for (std::size_t i = 0; i < kSecretSize; i += 16) {
+    const std::uint64_t pair[2] = {read64(kSecret + i) + seed, read64(kSecret + i + 8) - seed};
+    std::memcpy(secret.data() + i, pair, sizeof pair);
+  }
+  Lanes acc = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
+  const std::size_t stripes = (size - 1) / kStripe;  // the last stripe is apart
+  for (std::size_t n = 0; n < stripes; ++n) {
+    accumulate(acc, bytes + n * kStripe, secret.data() + 8 * (n % kStripesPerBlock));
+    if (n % kStripesPerBlock == kStripesPerBlock - 1) scramble(acc, secret.data() + kSecretSize - kStripe);
+  }
+  accumulate(acc, bytes + size - kStripe, secret.data() + kSecretSize - kStripe - 7);
+  return merge(acc, secret.data() + 11, size * kPrime64[0]);
+}
+
+}  // namespace radixkv

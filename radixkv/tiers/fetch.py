@@ -1,0 +1,82 @@
+"""Fetch: a request's pages on their way from the tiers into RAM, while the request waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from radixkv.tiers.tiers import Tiers
+
+__all__ = ["Fetch"]
+
+
+class Fetch:
+    """Made by `Tiers.fetch`. When it is `ready`, acquire the request and `Tiers.fill` its lease.
+
+    A fetch that is dropped or cancelled lets go of its memory. Any thread may ask it.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        tokens: npt.NDArray[np.int32],
+        namespace: str,
+        tag: bytes,
+        keys: list[bytes],
+        first: int,
+        deadline: float,
+    ) -> None:
+        self.prompt, self.namespace, self.tag = tokens, namespace, tag
+        self.keys, self.first = keys, first
+        self.slots: list[int | None] = [None] * len(keys)
+        self.pending = 0  # jobs that may still bring pages
+        self.asked: set[int] = set()  # the stores that were, by number
+        self.sources: dict[str, int] = {}  #: tokens by where they came from
+        self._tiers = tiers
+        self._until = time.monotonic() + deadline
+        self._done = threading.Event()
+
+    @property
+    def ready(self) -> bool:
+        """All that is there has come, or was given up, or the deadline is past. Costs nothing to ask."""
+        if not self._done.is_set() and time.monotonic() >= self._until:
+            self._tiers.settle(self, late=True)
+        return self._done.is_set()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages, from `first` on, that are in RAM now without a gap."""
+        slots = self.slots[self.first :]
+        return next((i for i, slot in enumerate(slots) if slot is None), len(slots))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, from the first one on, that the pool and this fetch hold now."""
+        return (self.first + self.num_pages) * self._tiers.page_size
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is ready, at most to its deadline; whether it is."""
+        left = max(0.0, self._until - time.monotonic())
+        self._done.wait(left if timeout is None else min(left, timeout))
+        return self.ready
+
+    def cancel(self) -> None:
+        """Let go of the memory. What is under way goes on, for others."""
+        self._tiers.settle(self, late=False)
+        self._tiers.let_go(self)
+
+    def finish(self) -> None:
+        self._done.set()
+
+    @property
+    def finished(self) -> bool:
+        return self._done.is_set()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_done"):
+            self._tiers.abandon(self)

@@ -1,0 +1,52 @@
+"""What decides the bytes of a page, and what pages are called because of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from radixkv import _core
+
+__all__ = ["ALL", "Keys", "canonical"]
+
+ALL = b""
+"""The name of the nonce that is in every namespace's tag."""
+
+_NO_NONCE = bytes(16)
+
+
+def canonical(identity: Mapping[str, Any]) -> bytes:
+    """The same text for the same identity: JSON, keys sorted, ASCII."""
+    return json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+class Keys:
+    """Names of pages and namespaces below the pool. Another identity or secret gives other names, so nothing is found.
+
+    A new nonce in a namespace's tag makes all that was stored under the old one unfindable, everywhere and at once.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], secret: bytes, page_size: int) -> None:
+        text = canonical(identity)
+        self.fingerprint = hashlib.sha256(text).digest()[:16]
+        self.page_size = page_size
+        self.nonces: dict[bytes, bytes] = {}
+        self._key = hashlib.blake2b(text, key=secret, digest_size=32).digest()
+
+    def base(self, namespace: str) -> bytes:
+        """What a namespace's nonce is kept under: the name itself is never stored."""
+        return self._tag(namespace, _NO_NONCE, _NO_NONCE)
+
+    def tag(self, namespace: str) -> bytes:
+        everywhere = self.nonces.get(ALL, _NO_NONCE)
+        return self._tag(namespace, everywhere, self.nonces.get(self.base(namespace), _NO_NONCE))
+
+    def pages(self, tokens: _core.Tokens, parent: bytes) -> list[bytes]:
+        """The keys of the full pages of tokens that follow `parent`: a tag, or the key of the page before."""
+        return _core.page_keys(tokens, self.page_size, self._key, parent)
+
+    def _tag(self, namespace: str, everywhere: bytes, own: bytes) -> bytes:
+        message = namespace.encode() + b"\0" + everywhere + own
+        return hashlib.blake2b(message, key=self._key, person=b"rkv.namespace", digest_size=16).digest()

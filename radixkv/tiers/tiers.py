@@ -1,0 +1,472 @@
+"""Tiers: pages below the pool, in RAM and on disk. The pool and its tree know nothing of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from radixkv import _core
+from radixkv.cache import Lease, PrefixCache
+from radixkv.errors import InvalidArgument
+from radixkv.geometry import parse_bytes
+from radixkv.tiers.breaker import Breaker
+from radixkv.tiers.disk import Disk, secret_of
+from radixkv.tiers.fetch import Fetch
+from radixkv.tiers.hub import Hub
+from radixkv.tiers.identity import ALL, Keys
+from radixkv.tiers.lane import Lane
+from radixkv.tiers.record import Layout, Record
+from radixkv.tiers.store import PageStore, Store
+from radixkv.tiers.writer import Writer
+
+__all__ = ["TierOptions", "Tiers"]
+
+_HUB_PAGES = 256
+_CHUNK = 8  # pages of a read: small enough for several threads to share a prompt's
+_POLL = 0.005
+_DEADLINE = 1.0
+
+
+@dataclass(frozen=True)
+class TierOptions:
+    """What lies below the pool.
+
+    Args:
+        disk: a directory that keeps pages over restarts. One process writes to it, others read.
+        disk_capacity: what the pages of one identity may take there: "20GiB", or bytes.
+        ram: bytes of RAM that pages pass through, and stay in while there is room; 256 pages by default.
+        secret: what keys of pages are made with, 1 to 64 bytes; by default the directory's own, made at first.
+        threads: that read from the disk. 0: nothing happens but in `Tiers.pump`.
+    """
+
+    disk: str | Path | None = None
+    disk_capacity: str | int = "20GiB"
+    ram: str | int | None = None
+    secret: bytes | None = None
+    threads: int = 4
+
+
+@dataclass
+class _Shelf:
+    """A store, with what is known of it and the threads that wait for it."""
+
+    store: Store
+    reads: Lane
+    writes: Lane
+    breaker: Breaker = field(default_factory=Breaker)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("read", "written", "failed", "corrupt"), 0))
+
+
+class Tiers:
+    """Stores what a cache publishes, and brings it back for requests that wait.
+
+        fetch = tiers.fetch(prompt)                      # returns at once
+        ...                                              # serve others until fetch.ready
+        lease = cache.acquire(prompt)
+        tiers.fill(lease, fetch)                         # whole pages; the rest is computed as ever
+
+    Stores that are slow, full, broken or gone are misses: nothing here raises because of them.
+
+    Args:
+        cache, pages: the bookkeeping, and the memory of its pages.
+        identity: all that decides the bytes of a page: model, weights, shape, format, scales, arithmetic. Any
+            difference, and nothing is found.
+        stores: further stores, asked after the disk.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        pages: PageStore,
+        identity: Mapping[str, Any],
+        options: TierOptions,
+        stores: Sequence[Store] = (),
+    ) -> None:
+        self.page_size = cache.page_size
+        self._cache, self._pages = cache, pages
+        identity = {**identity, "page_size": cache.page_size, "format": 1}
+        self._keys = Keys(identity, _secret(options), cache.page_size)
+        self._layout = Layout(pages.page_bytes, cache.page_size, self._keys.fingerprint)
+        ram = _HUB_PAGES * self._layout.stride if options.ram is None else _bytes("ram", options.ram)
+        if ram < 2 * self._layout.stride:
+            raise InvalidArgument(f"ram is {ram} bytes: two pages take {2 * self._layout.stride}")
+        self.hub = Hub(ram // self._layout.stride, self._layout.stride)
+        self.disk = self._open_disk(options, identity)
+        self._shelves = [
+            _Shelf(store, Lane(f"radixkv-{store.name}", options.threads),
+                   Lane(f"radixkv-{store.name}-write", min(1, options.threads)))
+            for store in ([self.disk] if self.disk is not None else []) + list(stores)
+        ]  # fmt: skip
+        if self.disk is not None:
+            self._keys.nonces = self.disk.nonces()
+        self._lock = threading.RLock()  # fetches and loads; reentrant, since a fetch may be dropped anywhere
+        self._generation = threading.RLock()  # tags: who reads them and who changes them
+        self._loading: dict[bytes, list[tuple[Fetch, int]]] = {}
+        self._abandoned: deque[list[int | None]] = deque()
+        self._counts = {"ready": 0, "late": 0, "filled_tokens": 0}
+        self._writer = Writer(cache.journal(), self._keys, self.hub, self._layout, pages)
+        self._copying = threading.Lock()
+        self._closed = threading.Event()
+        self._worker = threading.Thread(target=self._work, name="radixkv-tiers", daemon=True)
+        if options.threads:
+            self._worker.start()
+
+    def _open_disk(self, options: TierOptions, identity: Mapping[str, Any]) -> Disk | None:
+        if options.disk is None:
+            return None
+        capacity = _bytes("disk_capacity", options.disk_capacity)
+        if capacity < self._layout.stride:
+            raise InvalidArgument(f"disk_capacity is {capacity} bytes: a page takes {self._layout.stride}")
+        try:
+            return Disk(Path(options.disk), identity, self._keys.fingerprint, self._layout, capacity)
+        except (OSError, ValueError, sqlite3.Error) as error:
+            warnings.warn(f"the disk tier in {options.disk} is off: {error}", RuntimeWarning, stacklevel=4)
+            return None
+
+    # --- fetch ------------------------------------------------------------------------------------------------------
+
+    def fetch(self, tokens: _core.Tokens, namespace: str = "", *, deadline: float | None = None) -> Fetch:
+        """Begin to bring the pages of a prompt, after those that the pool has, into RAM. Returns at once.
+
+        Args:
+            deadline: seconds until it is ready with what came by then; 1 by default.
+
+        Raises:
+            InvalidTokens, InvalidArgument: as `PrefixCache.match`.
+        """
+        first = self._cache.match(tokens, namespace) // self.page_size
+        self._reap()
+        prompt = np.array(tokens, np.int32)
+        with self._generation:
+            if self.disk is not None and self.disk.read_only:
+                self._refresh_nonces(self.disk)
+            tag = self._keys.tag(namespace)
+        full = max(0, len(prompt) - 1) // self.page_size  # a token is left to compute
+        keys = self._keys.pages(prompt[: full * self.page_size], tag)
+        fetch = Fetch(self, prompt, namespace, tag, keys, min(first, full), _DEADLINE if deadline is None else deadline)
+        with self._lock:
+            fetch.pending += 1
+            at = fetch.first
+            while at < len(keys) and (slot := self.hub.find(keys[at])) is not None:
+                self._arrived(fetch, at, slot, "ram")
+                at += 1
+            self._ask(fetch, at, 0)
+            self._one_less(fetch)
+        return fetch
+
+    def _refresh_nonces(self, disk: Disk) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._keys.nonces.update(disk.nonces())
+
+    def _ask(self, fetch: Fetch, at: int, shelf: int) -> None:
+        """Let the next store that may be asked look for the pages from `at` on."""
+        while shelf < len(self._shelves) and not self._shelves[shelf].breaker.allow():
+            shelf += 1
+        if at < len(fetch.keys) and shelf < len(self._shelves):
+            fetch.pending += 1
+            fetch.asked.add(shelf)
+            self._shelves[shelf].reads.put(lambda: self._locate(fetch, at, shelf))
+
+    def _locate(self, fetch: Fetch, at: int, number: int) -> None:
+        """A job: what of the pages from `at` on a store has is read; the next store is asked for the rest."""
+        shelf = self._shelves[number]
+        found = 0
+        if not fetch.finished:
+            with self._attempt(shelf):
+                found = min(max(0, int(shelf.store.leading(fetch.keys[at:]))), len(fetch.keys) - at)
+                shelf.store.touch(fetch.keys[: at + found])
+        with self._lock:
+            end = at + found
+            new = [i for i in range(at, end) if not self._joined(fetch, i)]
+            for i in range(0, len(new), _CHUNK):
+                self._load(fetch, new[i : i + _CHUNK], shelf)
+            if not fetch.finished:
+                self._ask(fetch, end, number + 1)
+            self._one_less(fetch)
+
+    def _joined(self, fetch: Fetch, i: int) -> bool:
+        """Whether a page is in RAM meanwhile, or on its way for another fetch."""
+        if (slot := self.hub.find(fetch.keys[i])) is not None:
+            self._arrived(fetch, i, slot, "ram")
+            return True
+        if (waiting := self._loading.get(fetch.keys[i])) is None:
+            return False
+        waiting.append((fetch, i))
+        fetch.pending += 1
+        return True
+
+    def _load(self, fetch: Fetch, pages: list[int], shelf: _Shelf) -> None:
+        """Have a run of pages read, as far as there are slots."""
+        taken = []
+        for i in pages:
+            if (slot := self.hub.take()) is None:
+                break
+            taken.append((i, slot))
+            self._loading[fetch.keys[i]] = [(fetch, i)]
+            fetch.pending += 1
+        if taken:
+            keys = [fetch.keys[i] for i, _ in taken]
+            parents = [fetch.keys[i - 1] if i else fetch.tag for i, _ in taken]
+            slots = [slot for _, slot in taken]
+            shelf.reads.put(lambda: self._read(shelf, keys, parents, slots))
+
+    def _read(self, shelf: _Shelf, keys: list[bytes], parents: list[bytes], slots: list[int]) -> None:
+        """A job: read records, and check each."""
+        memory = [self.hub.memory[slot] for slot in slots]
+        read = [False] * len(keys)
+        with self._attempt(shelf):
+            there = shelf.store.read(keys, memory)
+            records = zip(there, memory, keys, parents, strict=True)
+            read = [bool(r) and self._layout.intact(m, k, p) for r, m, k, p in records]
+            if damaged := [k for k, r, good in zip(keys, there, read, strict=True) if r and not good]:
+                shelf.counts["corrupt"] += shelf.store.drop(damaged)
+        with self._lock:
+            for key, slot, good in zip(keys, slots, read, strict=True):
+                shelf.counts["read"] += bool(good)
+                if good:
+                    self.hub.name(slot, key)
+                for fetch, i in self._loading.pop(key):
+                    if good and (found := self.hub.find(key)) is not None:
+                        self._arrived(fetch, i, found, shelf.store.name)
+                    self._one_less(fetch)
+                self.hub.let_go(slot)
+
+    @contextlib.contextmanager
+    def _attempt(self, shelf: _Shelf) -> Any:
+        """Whatever a store raises is a failure that is counted."""
+        try:
+            yield
+        except Exception:
+            shelf.counts["failed"] += 1
+            shelf.breaker.failed()
+        else:
+            shelf.breaker.succeeded()
+
+    def _arrived(self, fetch: Fetch, i: int, slot: int, source: str) -> None:
+        if fetch.finished:
+            self.hub.let_go(slot)
+            return
+        fetch.slots[i] = slot
+        fetch.sources[source] = fetch.sources.get(source, 0) + self.page_size
+
+    def _one_less(self, fetch: Fetch) -> None:
+        fetch.pending -= 1
+        if fetch.pending == 0:
+            self.settle(fetch, late=False)
+
+    def settle(self, fetch: Fetch, late: bool) -> None:
+        """Nothing that comes from now on counts."""
+        with self._lock:
+            if fetch.finished:
+                return
+            self._counts["late" if late else "ready"] += 1
+            end = fetch.first + fetch.num_pages
+            self._let_go(fetch, end)
+            fetch.finish()
+        if late:
+            for number in fetch.asked:  # one of them keeps it waiting
+                self._shelves[number].breaker.failed()
+
+    def abandon(self, fetch: Fetch) -> None:
+        """From a destructor, which may run in the middle of anything: no lock is taken."""
+        self._abandoned.append(fetch.slots)
+
+    def _reap(self) -> None:
+        while self._abandoned:
+            for slot in self._abandoned.popleft():
+                if slot is not None:
+                    self.hub.let_go(slot)
+
+    def let_go(self, fetch: Fetch) -> None:
+        """Give a fetch's slots back."""
+        with self._lock:
+            self._let_go(fetch, 0)
+
+    def _let_go(self, fetch: Fetch, begin: int) -> None:
+        for i in range(begin, len(fetch.slots)):
+            if (slot := fetch.slots[i]) is not None:
+                self.hub.let_go(slot)
+                fetch.slots[i] = None
+
+    # --- fill -------------------------------------------------------------------------------------------------------
+
+    def fill(self, lease: Lease, fetch: Fetch) -> int:
+        """Copy fetched pages into a lease of the same prompt and publish them; the tokens gained, 0 if nothing fits.
+
+        In the thread that owns the lease, between steps. At least one token is left to compute. The fetch's memory is
+        free afterwards.
+
+        Raises:
+            LeaseError: the lease is released, in a step or another thread's.
+        """
+        self.settle(fetch, late=False)
+        try:
+            with self._generation:
+                return self._fill(lease, fetch)
+        finally:
+            self.let_go(fetch)
+
+    def _fill(self, lease: Lease, fetch: Fetch) -> int:
+        size = self.page_size
+        begin, written = lease.num_written // size, lease.num_written
+        end = min(fetch.first + fetch.num_pages, (lease.num_tokens - 1) // size)
+        if begin < fetch.first or end <= begin or lease.namespace != fetch.namespace:
+            return 0
+        if self._keys.tag(fetch.namespace) != fetch.tag:  # cleared meanwhile
+            return 0
+        if not np.array_equal(lease.tokens[: end * size], fetch.prompt[: end * size]):
+            return 0
+        own = lease.pages[begin - lease.num_dropped // size :]
+        for i in range(begin, end):
+            slot = fetch.slots[i]
+            assert slot is not None
+            page = own[i - begin : i - begin + 1]
+            self._pages.write_pages(page, self.hub.memory[slot : slot + 1, : self._layout.page_bytes])
+        lease.advance(end * size - written)
+        lease.commit()
+        self._counts["filled_tokens"] += end * size - written
+        return end * size - written
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._closed.wait(_POLL):
+            while self._write_some():
+                pass
+
+    def _write_some(self) -> bool:
+        """Follow the journal and copy a batch; whether there was anything."""
+        self._reap()
+        with self._copying:
+            with self._generation:
+                moved = self._writer.follow()
+            records = self._writer.copy(self._stored_already)
+            if records:
+                self._store(records, 0)
+            return moved or bool(records)
+
+    def _stored_already(self, key: bytes) -> bool:
+        return bool(self._shelves) and all(self._has(shelf, key) for shelf in self._shelves)
+
+    def _has(self, shelf: _Shelf, key: bytes) -> bool:
+        try:
+            return key in shelf.store
+        except Exception:
+            return False
+
+    def _store(self, records: list[tuple[int, Record]], number: int) -> None:
+        """Have records written to each store in turn; then their slots are free."""
+        if number == len(self._shelves):
+            for slot, _ in records:
+                self._writer.stored(slot)
+            return
+        shelf = self._shelves[number]
+
+        def job() -> None:
+            if shelf.breaker.allow():
+                with self._attempt(shelf):
+                    shelf.counts["written"] += sum(shelf.store.write([record for _, record in records]))
+            self._store(records, number + 1)
+
+        shelf.writes.put(job)
+
+    def pump(self) -> None:
+        """With threads=0: do all that there is to do, in this thread."""
+        busy = True
+        while busy:
+            busy = self._write_some()
+            for shelf in self._shelves:
+                busy |= shelf.reads.pump() | shelf.writes.pump()
+
+    # --- the rest ---------------------------------------------------------------------------------------------------
+
+    def clear(self, namespace: str | None = None) -> int:
+        """`PrefixCache.clear`, in all tiers at once; returns the pool's pages freed.
+
+        Nothing stored so far is found again, nor what is being written. Space comes back as it is needed.
+        """
+        with self._copying, self._generation:
+            while self._writer.follow():  # what was published before belongs to the old nonce
+                pass
+            freed = self._cache.clear(namespace)
+            while self._writer.follow():
+                pass
+            name, nonce = ALL if namespace is None else self._keys.base(namespace), os.urandom(16)
+            self._keys.nonces[name] = nonce
+            if self.disk is not None:
+                try:
+                    self.disk.set_nonce(name, nonce)
+                except (OSError, sqlite3.Error) as error:
+                    warnings.warn(
+                        f"clear() holds until this process ends, but could not be written: {error}; remove "
+                        f"{self.disk.folder}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+        return freed
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since it was made: fetches, the hub, and each store."""
+        self._reap()
+        stores = {s.store.name: {**s.counts, "breaker": s.breaker.state} for s in self._shelves}
+        if self.disk is not None:
+            stores["disk"] |= {"pages": len(self.disk), "capacity": self.disk.num_slots}
+        hub = {"slots": self.hub.num_slots, "used": self.hub.num_used}
+        writes = {"skipped_writes": self._writer.skipped, "discarded_copies": self._writer.discarded}
+        return {**self._counts, **writes, "hub": hub, "stores": stores}
+
+    def close(self, drain: float = 2.0) -> None:
+        """Store what waits, for at most `drain` seconds, and let go of the disk. Before the pool's memory goes."""
+        if self._closed.is_set():
+            return
+        until = time.monotonic() + drain
+        self._closed.set()
+        if self._worker.is_alive():
+            self._worker.join(max(0.0, until - time.monotonic()))
+        while (self._write_some() or self._writer.waiting) and time.monotonic() < until:
+            for shelf in self._shelves:
+                shelf.writes.pump()
+            time.sleep(0.001)
+        for shelf in self._shelves:
+            done = [lane.close(max(0.0, until - time.monotonic())) for lane in (shelf.writes, shelf.reads)]
+            if all(done):  # else a call hangs in it
+                with contextlib.suppress(Exception):
+                    shelf.store.close()
+
+    def __enter__(self) -> Tiers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _bytes(name: str, amount: str | int) -> int:
+    if isinstance(amount, str):
+        return parse_bytes(amount)
+    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+        raise InvalidArgument(f"{name} must be like '4GiB' or a number of bytes; got {amount!r}")
+    return amount
+
+
+def _secret(options: TierOptions) -> bytes:
+    if options.secret is not None:
+        if not 1 <= len(options.secret) <= 64:
+            raise InvalidArgument(f"secret has {len(options.secret)} bytes: give 1 to 64")
+        return options.secret
+    if options.disk is None:
+        return os.urandom(32)
+    try:
+        return secret_of(Path(options.disk))
+    except OSError:
+        return os.urandom(32)  # the disk tier will say why it is off

@@ -1,0 +1,128 @@
+"""Write-through: what the tree publishes is copied to the hub and stored, without holding anything meanwhile.
+
+A published page never changes while it is in the tree, and leaves it before anybody may write to it. So a page is
+copied without a lock, and the journal is asked afterwards whether it was there all the time; if not, the copy is
+thrown away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from radixkv.journal import NAMESPACE, STORED, Batch, Journal
+from radixkv.tiers.hub import Hub
+from radixkv.tiers.identity import Keys
+from radixkv.tiers.record import Layout, Record
+from radixkv.tiers.store import PageStore
+
+__all__ = ["Writer"]
+
+_BACKLOG, _BATCH = 1 << 14, 32
+
+
+class _Page(NamedTuple):
+    page: int
+    number: int  # of its record in the journal
+    key: bytes
+    parent: bytes
+    tag: bytes
+    tokens: bytes
+
+
+class Writer:
+    """A reader of the journal. `follow` and `copy` are called from one thread at a time each."""
+
+    def __init__(self, journal: Journal, keys: Keys, hub: Hub, layout: Layout, pages: PageStore) -> None:
+        self.skipped = 0  #: pages not stored, because too many waited
+        self.discarded = 0  #: copies of pages that left the tree meanwhile
+        self._journal, self._keys, self._hub, self._layout, self._pages = journal, keys, hub, layout, pages
+        self._cursor = 0
+        self._names: dict[int, str] = {}
+        self._known: dict[int, tuple[bytes, bytes]] = {}  # page: its key and its tag
+        self._waiting: deque[_Page] = deque()
+        self._lending = threading.Lock()
+        self._lent = 0  # slots that wait to be stored; half of the hub at most, so that fetches find some
+
+    def follow(self) -> bool:
+        """Read what the journal has to say; whether there was anything. Changes of a nonce must not run meanwhile."""
+        batch = self._journal.read(self._cursor, 256)
+        if batch.lost:
+            batch = self._journal.dump()
+            self._names.clear()
+            self._known.clear()
+            self._apply(batch, first=None)
+        else:
+            self._apply(batch, batch.cursor - len(batch.op))
+        moved = batch.cursor != self._cursor
+        self._cursor = batch.cursor
+        return moved
+
+    def _apply(self, batch: Batch, first: int | None) -> None:
+        """Keep the keys of what is in the tree. What is new waits to be stored; a dump has no numbers to check by."""
+        for i, (op, page) in enumerate(zip(batch.op.tolist(), batch.page.tolist(), strict=True)):
+            if op == NAMESPACE:
+                self._names[int(batch.root[i])] = batch.names[i]
+            elif op == STORED:
+                parent, tag = self._before(int(batch.parent[i]), int(batch.root[i]))
+                tokens = batch.tokens[i]
+                (key,) = self._keys.pages(tokens, parent)
+                self._known[page] = key, tag
+                if first is not None:
+                    self._wait(_Page(page, first + i, key, parent, tag, tokens.astype("<i4").tobytes()))
+            else:
+                del self._known[page]
+
+    def _before(self, page: int, root: int) -> tuple[bytes, bytes]:
+        """The key of the page before, and the namespace's tag, which is both for a first page."""
+        if page >= 0:
+            return self._known[page]
+        tag = self._keys.tag(self._names[root])
+        return tag, tag
+
+    def _wait(self, page: _Page) -> None:
+        if len(self._waiting) < _BACKLOG:
+            self._waiting.append(page)
+        else:
+            self.skipped += 1
+
+    def copy(self, known: Callable[[bytes], bool]) -> list[tuple[int, Record]]:
+        """Slots with whole records of pages that nobody has yet. Give each back with `stored`."""
+        chosen: list[tuple[int, _Page]] = []
+        while self._waiting and len(chosen) < _BATCH:
+            page = self._waiting.popleft()
+            if page.key in self._hub or known(page.key):
+                continue
+            slot = self._hub.take() if self._lent < max(1, self._hub.num_slots // 2) else None
+            if slot is None:
+                self._waiting.appendleft(page)
+                break
+            with self._lending:
+                self._lent += 1
+            chosen.append((slot, page))
+            out = self._hub.memory[slot, : self._layout.page_bytes]
+            self._pages.read_pages(np.array([page.page], np.int32), out[None])
+        still = self._journal.still([p.page for _, p in chosen], [p.number for _, p in chosen])
+        records = []
+        for (slot, page), right in zip(chosen, still, strict=True):
+            if not right:
+                self.discarded += 1
+                self.stored(slot)
+                continue
+            self._layout.seal(self._hub.memory[slot], page.key, page.parent)
+            self._hub.name(slot, page.key)
+            records.append((slot, Record(page.key, page.parent, page.tag, page.tokens, self._hub.memory[slot])))
+        return records
+
+    def stored(self, slot: int) -> None:
+        with self._lending:
+            self._lent -= 1
+        self._hub.let_go(slot)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
