@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.attention.cases import OUT_OF_CACHE_BYTES, Heads
-from bench.attention.ours import Layers, backend_for, isa
+from bench.attention.ours import Layers, isa
 from bench.common.machine import cpu_model
 from bench.common.page_tables import table_of
 from bench.common.table import Row, beside, line, rows_of
@@ -50,7 +50,7 @@ def measure(name: str, batch: int, shared: int, private: int, threads: int, repe
     layers = Layers(num_pages, heads, torch.bfloat16, OUT_OF_CACHE_BYTES)
 
     def backend(costs: CascadeCosts) -> NativeAttention:
-        made = backend_for(heads, num_pages, threads, cascade=costs)
+        made = layers.backend(threads, cascade=costs)
         made.plan(table)
         return made
 
@@ -58,10 +58,10 @@ def measure(name: str, batch: int, shared: int, private: int, threads: int, repe
     q = torch.randn(batch, heads.qo, heads.dim).to(torch.bfloat16)
     outs = [torch.empty_like(q) for _ in range(2)]
     for made, out in zip((with_cascade, without), outs, strict=True):
-        made.run(q, layers.k[0], layers.v[0], out)
+        made.run(0, q, out)
     assert torch.equal(outs[0].view(torch.int16), outs[1].view(torch.int16)), "the cascade changed bits"
     cascade, plain, ratio = pairs(
-        lambda: with_cascade.run(q, *layers.next(), outs[0]), lambda: without.run(q, *layers.next(), outs[1]), repeats
+        lambda: with_cascade.run(layers.next(), q, outs[0]), lambda: without.run(layers.next(), q, outs[1]), repeats
     )
     planned, planned_plain, plan_ratio = pairs(
         lambda: with_cascade.plan(table), lambda: without.plan(table), max(20, repeats)

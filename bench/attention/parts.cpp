@@ -54,14 +54,18 @@ void parts(int kv_heads, int group, int head_dim, double clock) {
   const int pages = kTiles * kTileKeys / kPage, row = kv_heads * head_dim, heads = kv_heads * group;
   std::vector<std::int32_t> indices(pages);
   for (int i = 0; i < pages; ++i) indices[i] = i;
-  const std::int32_t rows_of[] = {0, 1}, pages_of[] = {0, pages}, last[] = {kPage};
-  auto *k = aligned<std::uint16_t>(pages * kPage * row), *v = aligned<std::uint16_t>(pages * kPage * row);
+  const std::int32_t rows_of[] = {0, 1}, counts[] = {pages}, last[] = {kPage};
+  const std::int32_t* const lists[] = {indices.data()};
+  const auto cache = [&] {
+    auto* const data = reinterpret_cast<char*>(aligned<std::uint16_t>(pages * kPage * row));
+    return Cache{data, DType::bf16, head_dim, 1.0f, 2 * kPage * row, 2 * row, 2 * head_dim};
+  };
+  const LayerKV layer{heads, kv_heads, cache(), cache()};
   auto *q = aligned<std::uint16_t>(heads * head_dim), *out = aligned<std::uint16_t>(heads * head_dim);
-  const KvLayout layout{DType::bf16, DType::bf16, pages, kPage, kv_heads, head_dim, kPage * row, row, head_dim};
   const Batch batch{
-      layout, {1, rows_of, pages_of, indices.data(), last}, {0.1f}, group, k, v, {q, row * group, head_dim}, out};
+      layer, DType::bf16, {1, kPage, rows_of, lists, counts, last, nullptr}, {0.1f}, {q, row * group, head_dim}, out};
   const Block block{0, 0, kv_heads, 0, 1};
-  auto* const scratch = aligned<char>(scratch_bytes(heads, head_dim));
+  auto* const scratch = aligned<char>(scratch_bytes(heads, head_dim, head_dim));
   auto* const carried = aligned<float>(state_floats(heads, head_dim));
   const RowState state{carried + heads * head_dim, carried + heads * head_dim + heads, carried, group};
   const double all = seconds(

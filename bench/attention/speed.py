@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from bench.attention.cases import GQA, OUT_OF_CACHE_BYTES, Heads, decode_rounds, median_seconds
-from bench.attention.ours import Layers, backend_for, isa
+from bench.attention.ours import Layers, isa
 from bench.attention.peer import NAME as VLLM
 from bench.attention.peer import VllmCpu
 from bench.common.machine import cpu_model
-from bench.common.page_tables import PAGE_SIZE, table_of
+from bench.common.page_tables import table_of
 from bench.common.table import OURS, Row, beside, beside_all, line, rows_of
 
 
@@ -47,23 +47,24 @@ def decode(heads: Heads, batch: int, context: int, threads: int, stream: float, 
     dtype = torch.bfloat16
     table, num_pages = table_of(batch, context)
     layers = Layers(num_pages, heads, dtype, OUT_OF_CACHE_BYTES)
-    backend = backend_for(heads, num_pages, threads, dtype)
+    backend = layers.backend(threads)
     backend.plan(table)
     q = torch.randn(batch, heads.qo, heads.dim).to(dtype)
     out = torch.empty_like(q)
     pages = torch.from_numpy(table.kv_indices)
 
     def ours() -> None:
-        backend.run(q, *layers.next(), out)
+        backend.run(layers.next(), q, out)
 
     # One query row per head, so the group of a kv head can stand where SDPA has its rows: K and V are read once.
     q_sdpa = q.view(batch, heads.kv, heads.qo // heads.kv, heads.dim)
 
     def gather_and_sdpa() -> torch.Tensor:
-        k, v = (gather(cache, pages, batch, context) for cache in layers.next())
+        kv = layers.kv[layers.next()]
+        k, v = (gather(cache, pages, batch, context) for cache in (kv.k, kv.v))
         return F.scaled_dot_product_attention(q_sdpa, k, v)
 
-    rounds = decode_rounds(repeats, len(layers.k))
+    rounds = decode_rounds(repeats, len(layers.kv))
     layers.at = 0
     ours()
     got = out.clone()
@@ -82,21 +83,22 @@ def decode(heads: Heads, batch: int, context: int, threads: int, stream: float, 
 def prefill(heads: Heads, rows: int, cached: int, dtype: torch.dtype, threads: int, repeats: int) -> dict[str, object]:
     length = cached + rows
     table, num_pages = table_of(1, length, rows)
-    k_cache, v_cache = torch.randn(2, num_pages, PAGE_SIZE, heads.kv, heads.dim).to(dtype)
-    backend = backend_for(heads, num_pages, threads, dtype)
+    layers = Layers(num_pages, heads, dtype)
+    kv = layers.kv[0]
+    backend = layers.backend(threads)
     backend.plan(table)
     q = torch.randn(rows, heads.qo, heads.dim).to(dtype)
     out = torch.empty_like(q)
     q_sdpa = q.transpose(0, 1)[None].contiguous()
     group = heads.qo // heads.kv
     pages = torch.from_numpy(table.kv_indices)
-    k, v = (gather(c, pages, 1, length).repeat_interleave(group, 1).contiguous() for c in (k_cache, v_cache))
+    k, v = (gather(c, pages, 1, length).repeat_interleave(group, 1).contiguous() for c in (kv.k, kv.v))
     mask = None if cached == 0 else torch.ones(rows, length, dtype=torch.bool).tril(cached)
 
     def sdpa() -> torch.Tensor:
         return F.scaled_dot_product_attention(q_sdpa, k, v, attn_mask=mask, is_causal=mask is None)
 
-    seconds = median_seconds(lambda: backend.run(q, k_cache, v_cache, out), repeats)
+    seconds = median_seconds(lambda: backend.run(0, q, out), repeats)
     peer = median_seconds(sdpa, repeats)
     difference = (out - sdpa()[0].transpose(0, 1)).abs().max().item()
     assert difference < 0.05, f"differs from SDPA by {difference}"

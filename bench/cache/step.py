@@ -2,7 +2,7 @@
 
     python -m bench.cache.step [--steps 200]
 
-Each step extends every request by a token, opens the step, plans attention of a small geometry (no layer is run) and
+Each step extends every request by a token, opens the step, plans attention of one small layer (which is not run) and
 leaves it, as `Engine.step` does. The requests share their context but for the last page: memory stays small, and all
 that is counted in pages is as large as it would be.
 """
