@@ -168,11 +168,11 @@ def backend(
     scales: tuple[float, float] = SCALES,
     **options: Any,
 ) -> FlashInferAttention:
-    """The target's backend over one layer of these sizes."""
-    device = "cpu" if target == "twin" else "cuda"
-    return backend_over(
-        target, [layer_kv(heads, dtype, num_pages, page_size, kv_dtype, scales, device)], dtype, **options
-    )
+    """The target's backend over one layer of these sizes, all zeros."""
+    layer = layer_kv(heads, dtype, num_pages, page_size, kv_dtype, scales, "cpu" if target == "twin" else "cuda")
+    layer.k_pages.zero_()
+    layer.v_pages.zero_()
+    return backend_over(target, [layer], dtype, **options)
 
 
 def backend_over(target: str, layers: Sequence[LayerKV], dtype: torch.dtype, **options: Any) -> FlashInferAttention:
