@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +17,11 @@ import torch
 
 import radixkv
 import radixkv.engine
-from radixkv.attention import Attention
+from radixkv.attention import Attention, PageTable
 from radixkv.attention.cascade import FLASHINFER, CascadeCosts
 from radixkv.attention.flashinfer import FlashInferAttention
-from radixkv.attention.fp8 import FP8, quantize
-from radixkv.geometry import Geometry
-from tests.attention.helpers import PLAIN, Heads, Options, Pool, Request, packed, storage
+from radixkv.pool import LayerKV
+from tests.attention.helpers import PLAIN, SCALES, Heads, Options, Pool, Request, layer_kv, packed
 
 ROOT = Path(__file__).parents[2]
 TOOL = Path(os.environ.get("RADIXKV_SHARED", ROOT.parent / "shared")) / "tools" / "flashinfer_on_cpu"
@@ -159,71 +158,60 @@ def _with_graphs(wrapper: Any) -> Any:
     return WithGraphs
 
 
-def backend(target: str, **sizes: Any) -> FlashInferAttention:
-    if target == "twin":
-        return FlashInferAttention(**sizes, device=torch.device("cpu"), api=twin())
-    return FlashInferAttention(**sizes, device=torch.device("cuda"))
+def backend(
+    target: str,
+    heads: Heads,
+    dtype: torch.dtype,
+    num_pages: int,
+    page_size: int,
+    kv_dtype: torch.dtype | None = None,
+    scales: tuple[float, float] = SCALES,
+    **options: Any,
+) -> FlashInferAttention:
+    """The target's backend over one layer of these sizes, all zeros."""
+    layer = layer_kv(heads, dtype, num_pages, page_size, kv_dtype, scales, "cpu" if target == "twin" else "cuda")
+    layer.k_pages.zero_()
+    layer.v_pages.zero_()
+    return backend_over(target, [layer], dtype, **options)
 
 
-def engine_attention(target: str, **options: Any) -> Callable[..., Attention]:
-    """What can stand in for radixkv.engine._attention: makes this target's backend for an engine on the CPU."""
+def backend_over(target: str, layers: Sequence[LayerKV], dtype: torch.dtype, **options: Any) -> FlashInferAttention:
+    return FlashInferAttention(layers, dtype=dtype, **options, api=twin() if target == "twin" else None)
 
-    def attention(
-        g: Geometry,
-        num_pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        storage: dict[str, Any],
-        cuda_graphs: bool,
-    ) -> Attention:
-        return backend(
-            target,
-            num_qo_heads=g.num_qo_heads,
-            num_kv_heads=g.num_kv_heads,
-            head_dim=g.head_dim,
-            num_pages=num_pages,
-            page_size=g.page_size,
-            dtype=dtype,
-            **storage,
-            cuda_graphs=cuda_graphs,
-            **options,
-        )
 
-    return attention
+def use_target(patch: pytest.MonkeyPatch, target: str, **options: Any) -> None:
+    """Have engines on the CPU, or on CUDA, made with this target's backend."""
+
+    def attention(layers: Sequence[LayerKV], dtype: torch.dtype, *, cuda_graphs: bool = False) -> Attention:
+        return backend_over(target, layers, dtype, cuda_graphs=cuda_graphs, **options)
+
+    patch.setattr(radixkv.engine, "backend_for", attention)
+    patch.setattr(radixkv.engine, "check_device", lambda device, cuda_graphs: None)
 
 
 @dataclass
 class FlashInferPool(Pool):
-    """A pool whose caches are filled on the CPU and attended to on the target's device."""
+    """A pool that is filled on the CPU and attended to on the target's device."""
 
     dtype: torch.dtype = torch.float16
     target: str = "twin"
-    eight_bit: bool = False
-    """Whether the backend's caches have 8 bits: those filled on the CPU, in `dtype`, are quantized with `scales`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the backend."""
     flashinfer: FlashInferAttention = field(init=False)
 
     def __post_init__(self) -> None:
-        shape = (self.num_pages, 2, self.page_size, self.heads.kv, self.heads.dim)
-        self.both = torch.full(shape, torch.nan, dtype=self.dtype)
-        self.k, self.v = self.both[:, 0], self.both[:, 1]
-        self.flashinfer = backend(
-            self.target,
-            num_qo_heads=self.heads.qo,
-            num_kv_heads=self.heads.kv,
-            head_dim=self.heads.dim,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            dtype=self.dtype,
-            **storage(FP8 if self.eight_bit else None, self.scales),
-        )
+        sizes = (self.heads, self.dtype, self.num_pages, self.page_size, self.kv_dtype, self.scales)
+        self.filled = layer_kv(*sizes)
+        self.k, self.v = self.filled.k, self.filled.v
+        self.layer = layer_kv(*sizes, "cpu" if self.target == "twin" else "cuda")
+        self.flashinfer = backend_over(self.target, [self.layer], self.dtype, **self.options)
 
-    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The caches as the backend takes them: on its device, and quantized if it has 8 bits."""
-        if not self.eight_bit:
-            both = self.both.to(self.flashinfer.device)
-            return both[:, 0], both[:, 1]
-        k, v = (quantize(x, s).to(self.flashinfer.device) for x, s in zip((self.k, self.v), self.scales, strict=True))
-        return k, v
+    def load(self, requests: Sequence[Request], rng: np.random.Generator) -> PageTable:
+        """As `Pool.load`, and copies the pages to where the backend has them."""
+        table = super().load(requests, rng)
+        self.layer.k_pages.copy_(self.filled.k_pages)
+        self.layer.v_pages.copy_(self.filled.v_pages)
+        return table
 
     def attend(
         self, requests: Sequence[Request], rng: np.random.Generator, options: Options = PLAIN
@@ -233,18 +221,9 @@ class FlashInferPool(Pool):
         device = self.flashinfer.device
         rows = [packed([getattr(r.sequence, n)[r.length - r.rows : r.length] for r in requests]) for n in "qkv"]
         q, k, v = (r.to(device) for r in rows)
-        k_cache, v_cache = self.caches()
-        self.flashinfer.append(k, v, k_cache, v_cache)
+        self.flashinfer.append(0, k, v)
         out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
-        self.flashinfer.run(
-            q,
-            k_cache,
-            v_cache,
-            out,
-            sm_scale=options.sm_scale,
-            window_left=options.window_left,
-            logits_soft_cap=options.logits_soft_cap,
-        )
+        self.flashinfer.run(0, q, out, options)
         return list(out.cpu().split([r.rows for r in requests]))
 
 
@@ -266,7 +245,7 @@ def make_engine(
         return radixkv.Engine(**sizes, device="cpu")
     with monkeypatch.context() as patch:
         if target == "twin" or cascade != FLASHINFER:
-            patch.setattr(radixkv.engine, "_attention", engine_attention(target, cascade=cascade))
+            use_target(patch, target, cascade=cascade)
         return radixkv.Engine(**sizes, device="cpu" if target == "twin" else "cuda")
 
 
@@ -278,7 +257,7 @@ def run_step(engine: radixkv.Engine, leases: list[radixkv.Lease], dtype: torch.d
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(VOCAB, HEADS, DIM, generator=generator)
     weights = torch.randn(LAYERS, 3, HEADS, DIM, generator=generator)
-    assert step.input_ids.device == engine.pool.k[0].device
+    assert step.input_ids.device == engine.device
     positions = step.positions.cpu()
     x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None, None] / 64)).to(dtype).to(engine.device)
     for layer in range(LAYERS):

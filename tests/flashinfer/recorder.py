@@ -8,16 +8,10 @@ import torch
 
 from radixkv.attention import PageTable
 from radixkv.attention.flashinfer import FlashInferAttention
+from tests.attention.helpers import PLAIN, Heads, Options, layer_kv
 from tests.attention.test_attention_errors import int32
 
-SIZES: dict[str, Any] = {
-    "num_qo_heads": 6,
-    "num_kv_heads": 2,
-    "head_dim": 64,
-    "num_pages": 8,
-    "page_size": 4,
-    "dtype": torch.float16,
-}
+SIZES: dict[str, Any] = {"heads": Heads(6, 2, 64), "dtype": torch.float16, "num_pages": 8, "page_size": 4}
 DECODE = PageTable(int32(0, 1, 2), int32(0, 2, 3), int32(3, 1, 0), int32(2, 4), int32(5, 3))
 
 
@@ -75,24 +69,33 @@ class RecordedWrapper:
         keywords["out"].fill_(1.0)
 
 
-def recorded(**sizes: Any) -> tuple[FlashInferAttention, Recorder]:
+def recorded(
+    heads: Heads = SIZES["heads"],
+    dtype: torch.dtype = SIZES["dtype"],
+    num_pages: int = SIZES["num_pages"],
+    page_size: int = SIZES["page_size"],
+    kv_dtype: torch.dtype | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+    device: str = "cpu",
+    **options: Any,
+) -> tuple[FlashInferAttention, Recorder]:
     api = Recorder()
-    return FlashInferAttention(**(SIZES | sizes), device=torch.device("cpu"), api=api), api
+    layer = layer_kv(heads, dtype, num_pages, page_size, kv_dtype, scales, device)
+    return FlashInferAttention([layer], dtype=dtype, **options, api=api), api
 
 
 def half(*shape: int, **options: Any) -> torch.Tensor:
     return torch.zeros(*shape, **({"dtype": torch.float16} | options))
 
 
-def step(attention: FlashInferAttention, table: PageTable, *options: dict[str, Any]) -> None:
+def step(attention: FlashInferAttention, table: PageTable, *options: Options) -> None:
     """A step with one layer for each of the options."""
     attention.plan(table)
     rows = len(table.slots)
     heads = attention._heads
-    cache = half(2, 8, 4, heads[1], 64)
-    for layer in options or ({},):
+    for layer in options or (PLAIN,):
         kv = half(rows, heads[1], 64)
-        attention.append(kv, kv, cache[0], cache[1])
+        attention.append(0, kv, kv)
         out = half(rows, heads[0], 64)
-        attention.run(half(rows, heads[0], 64), cache[0], cache[1], out, **layer)
+        attention.run(0, half(rows, heads[0], 64), out, layer)
         assert (out == 1).all()

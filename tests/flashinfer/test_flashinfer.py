@@ -115,12 +115,11 @@ def test_layers_with_different_options(target: str) -> None:
         request = Request(random_sequence(generator, 90 + step, pool.heads, pool.dtype), 90 + step, rows)
         pool.flashinfer.plan(pool.load([request], np.random.default_rng(step)))
         device = pool.flashinfer.device
-        k_cache, v_cache = pool.caches()
         q, k, v = (x[-rows:].to(device) for x in request.sequence)
         for options in (Options(window_left=20), PLAIN, Options(window_left=20), Options(sm_scale=0.2), PLAIN):
-            pool.flashinfer.append(k, v, k_cache, v_cache)
+            pool.flashinfer.append(0, k, v)
             out = torch.empty(tuple(q.shape), dtype=pool.dtype, device=device)
-            pool.flashinfer.run(q, k_cache, v_cache, out, sm_scale=options.sm_scale, window_left=options.window_left)
+            pool.flashinfer.run(0, q, out, options)
             assert error([out.cpu()], [request], options) <= 2 * TOLERANCE[pool.dtype]
 
 
@@ -133,7 +132,7 @@ def test_8_bit_caches(target: str, dtype: torch.dtype, group: int, dim: int) -> 
     if dim != 64:
         many_modules()
     scales = (0.5, 0.0625)
-    pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, eight_bit=True, scales=scales)
+    pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, kv_dtype=FP8, scales=scales)
     generator = torch.Generator().manual_seed(0)
     for lengths in ([(100, 30), (70, 1), (9, 9)], [(100, 1), (33, 1)]):
         requests = []
@@ -184,14 +183,14 @@ def test_random_batches(target: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @each_target
-@pytest.mark.parametrize(("page_size", "kv_dtype"), [(1, None), (16, None), (16, FP8)])
+@pytest.mark.parametrize(("page_size", "kv_format"), [(1, None), (16, None), (16, "fp8")])
 def test_engine_gives_the_answers_of_the_native_engine(
-    target: str, page_size: int, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    target: str, page_size: int, kv_format: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hits, page copies, mixed batches and decode steps over several turns. 8-bit K and V cost a few percent."""
     dtype = torch.float16
     sizes = {"num_pages": 600 // page_size, "page_size": page_size, "dtype": dtype}
-    ours = make_engine(monkeypatch, target, **sizes, kv_dtype=kv_dtype)
+    ours = make_engine(monkeypatch, target, **sizes, kv_format=kv_format)
     native = make_engine(monkeypatch, "native", **sizes)
     rng = np.random.default_rng(page_size)
     shared = rng.integers(0, VOCAB, 37).tolist()
@@ -203,7 +202,7 @@ def test_engine_gives_the_answers_of_the_native_engine(
         got = run_step(ours, [a for a, _ in leases], dtype)
         want = run_step(native, [b for _, b in leases], dtype)
         difference = (got - want).float().abs()
-        if kv_dtype is None:
+        if kv_format is None:
             assert difference.max() <= 1e-2 * want.abs().max()
         else:
             assert 1e-3 < difference.mean() / want.float().abs().mean() <= 5e-2
@@ -216,4 +215,4 @@ def test_engine_gives_the_answers_of_the_native_engine(
                 lease.release()
     ours.cache.check()
     assert ours.cache.stats().hit_tokens == native.cache.stats().hit_tokens > 0
-    assert ours.pool.nbytes * (1 if kv_dtype is None else 2) == native.pool.nbytes
+    assert ours.pool.nbytes * (1 if kv_format is None else 2) == native.pool.nbytes

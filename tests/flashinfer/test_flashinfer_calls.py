@@ -20,6 +20,7 @@ from radixkv.attention.cascade import OFF
 from radixkv.attention.fp8 import FP8
 from radixkv.errors import BackendUnavailable
 from tests.attention.cascade_helpers import ALL
+from tests.attention.helpers import PLAIN, Heads, Options
 from tests.attention.test_attention_errors import TABLE, int32
 from tests.flashinfer.recorder import DECODE, half, recorded, step
 from tests.flashinfer.test_flashinfer_contract import SHARED
@@ -62,7 +63,7 @@ def test_mixed_steps_use_prefill_and_decode_steps_decode(capsys: pytest.CaptureF
     ("group", "tensor_cores"), [(1, False), (2, False), (3, False), (4, True), (7, True), (8, True)]
 )
 def test_tensor_cores_decode_large_groups(group: int, tensor_cores: bool) -> None:
-    attention, api = recorded(num_qo_heads=2 * group)
+    attention, api = recorded(heads=Heads(2 * group, 2, 64))
     step(attention, DECODE)
     ((_, keywords),) = api.named("BatchDecodeWithPagedKVCacheWrapper.__init__")
     assert keywords == {"use_tensor_cores": group >= 4, "backend": "fa2"}
@@ -76,6 +77,7 @@ def test_rows_are_appended_at_their_positions() -> None:
     assert request.tolist() == [0, 0, 1, 1, 1, 1]
     assert position.tolist() == [4, 5, 0, 1, 2, 3]
     assert isinstance(caches, tuple)
+    assert [x.data_ptr() for x in caches] == [x.data_ptr() for x in (attention._layers[0].k, attention._layers[0].v)]
     assert [kv_indices.tolist(), kv_indptr.tolist(), last.tolist()] == [[3, 1, 0], [0, 2, 3], [2, 4]]
     assert all(a.dtype == torch.int32 for a in (request, position, kv_indices, kv_indptr, last))
     assert keywords == {"kv_layout": "NHD"}
@@ -83,7 +85,7 @@ def test_rows_are_appended_at_their_positions() -> None:
 
 def test_one_plan_for_each_combination_of_options_and_two_sets_of_wrappers() -> None:
     attention, api = recorded()
-    local, whole = {"window_left": 3, "sm_scale": 0.5}, {"logits_soft_cap": 9.0}
+    local, whole = Options(window_left=3, sm_scale=0.5), Options(logits_soft_cap=9.0)
     for _ in range(5):
         step(attention, TABLE, local, whole, local, whole, whole)
     assert len(api.named("WithPagedKVCacheWrapper.run")) == 25
@@ -116,11 +118,10 @@ def test_workspaces_grow_when_a_plan_needs_more(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_8_bit_caches_are_planned_appended_and_scaled_as_such() -> None:
-    attention, api = recorded(kv_dtype=FP8, k_scale=0.5, v_scale=0.25)
+    attention, api = recorded(kv_dtype=FP8, scales=(0.5, 0.25))
     attention.plan(DECODE)
-    cache = half(2, 8, 4, 2, 64).to(FP8)
-    attention.append(half(2, 2, 64) + 3, half(2, 2, 64) + 3, cache[0], cache[1])
-    attention.run(half(2, 6, 64), cache[0], cache[1], half(2, 6, 64))
+    attention.append(0, half(2, 2, 64) + 3, half(2, 2, 64) + 3)
+    attention.run(0, half(2, 6, 64), half(2, 6, 64))
     ((arguments, _),) = api.named("append_paged_kv_cache")
     assert [x.dtype for x in arguments[:2]] == [FP8, FP8]
     assert [x.float().unique().tolist() for x in arguments[:2]] == [[6.0], [12.0]]
@@ -160,16 +161,16 @@ def test_rows_go_into_the_users_order_and_back() -> None:
     attention, api = recorded(cascade=ALL)
     attention.plan(table)
     q = torch.arange(5.0).half()[:, None, None].expand(5, 6, 64).contiguous()
-    cache, out = half(2, 8, 4, 2, 64), half(5, 6, 64)
+    out = half(5, 6, 64)
 
     def keep_rows(*arguments: Any, **keywords: Any) -> None:
         keywords["out"].copy_(arguments[0])
 
-    attention.run(q, cache[0], cache[1], out)
+    attention.run(0, q, out)
     for wrappers in attention._sets[attention._turn].wrappers.values():
         for wrapper in wrappers:
             wrapper.handle.run = keep_rows
-    attention.run(q, cache[0], cache[1], out)
+    attention.run(0, q, out)
     assert torch.equal(out, q)
     rows = attention.cascade.rows.tolist()
     assert rows != list(range(5))
@@ -180,10 +181,10 @@ def test_rows_go_into_the_users_order_and_back() -> None:
 
 def test_scales_of_8_bit_caches_in_a_cascade() -> None:
     """k_scale belongs to every level's logits; v_scale is a factor of the merged sum, once."""
-    attention, api = recorded(cascade=ALL, kv_dtype=FP8, k_scale=0.5, v_scale=0.25)
+    attention, api = recorded(cascade=ALL, kv_dtype=FP8, scales=(0.5, 0.25))
     attention.plan(SHARED)
-    cache, out = half(2, 8, 4, 2, 64).to(FP8), half(5, 6, 64)
-    attention.run(half(5, 6, 64), cache[0], cache[1], out)
+    out = half(5, 6, 64)
+    attention.run(0, half(5, 6, 64), out)
     runs = [keywords for _, keywords in api.named(".run")]
     assert [keywords["k_scale"] for keywords in runs] == [0.5, 0.5]
     assert not any("v_scale" in keywords for keywords in runs)
@@ -194,7 +195,7 @@ def test_windows_of_a_cascade() -> None:
     """All of the segment in all windows: a level without window. All before them: no level. Cut: the plain plan."""
     attention, api = recorded(cascade=ALL, num_pages=8)
     assert attention.cascade.segments == ()
-    step(attention, SHARED, {"window_left": 11}, {"window_left": 0}, {"window_left": 5})
+    step(attention, SHARED, *(Options(window_left=n) for n in (11, 0, 5)))
     windows = [(k["window_left"], k["causal"], len(a[2])) for a, k in api.named("PrefillWithPagedKVCacheWrapper.plan")]
     assert windows == [(-1, False, 2), (11, True, 3), (0, True, 9), (5, True, 9)]
     assert "if a window cuts it, they read it and what follows one by one" in attention.cascade.explain()
@@ -203,7 +204,10 @@ def test_windows_of_a_cascade() -> None:
 def test_what_is_not_run_as_a_cascade_is_not_explained_as_one() -> None:
     for options, remark in (
         ({"cascade": OFF}, "cascade is off"),
-        ({"cascade": ALL, "head_dim": 192}, "not used, cascade is off\n  cascade is for head_dim 64, 128, 256"),
+        (
+            {"cascade": ALL, "heads": Heads(6, 2, 192)},
+            "not used, cascade is off\n  cascade is for head_dim 64, 128, 256",
+        ),
         ({}, "not used, too few users: 3, at least 4 wanted"),
     ):
         attention, _ = recorded(**options)
@@ -214,7 +218,7 @@ def test_what_is_not_run_as_a_cascade_is_not_explained_as_one() -> None:
 
 def test_windows_wider_than_the_pool_are_none() -> None:
     attention, api = recorded()
-    step(attention, TABLE, {"window_left": 31}, {"window_left": 32}, {"window_left": 2**31 - 1})
+    step(attention, TABLE, *(Options(window_left=n) for n in (31, 32, 2**31 - 1)))
     assert [keywords["window_left"] for _, keywords in api.named(".plan")] == [31, -1]
 
 
@@ -228,8 +232,7 @@ def test_kernels_that_cannot_be_compiled() -> None:
 def test_warm_up_runs_a_token_and_then_two() -> None:
     for page_size in (1, 4):
         attention, api = recorded(page_size=page_size)
-        cache = half(2, 8, page_size, 2, 64)
-        attention.warm_up(cache[0], cache[1])
+        attention.warm_up()
         assert [name.split("With")[0] for name, _, _ in api.calls if name.endswith(".run")] == [
             "BatchDecode",
             "BatchPrefill",
@@ -245,13 +248,13 @@ def test_every_call_fits_the_installed_flashinfer() -> None:
 
     attention, api = recorded()
     for table in (TABLE, DECODE):
-        step(attention, table, {}, {"window_left": 3, "logits_soft_cap": 2.0})
+        step(attention, table, PLAIN, Options(window_left=3, logits_soft_cap=2.0))
     api.float_bytes = 64 << 20
     step(attention, TABLE)
     eight_bit, other = recorded(kv_dtype=FP8)
-    eight_bit.warm_up(*half(2, 8, 4, 2, 64).to(FP8))
+    eight_bit.warm_up()
     shared, levels = recorded(cascade=ALL)
-    step(shared, SHARED, {}, {"window_left": 3})
+    step(shared, SHARED, PLAIN, Options(window_left=3))
     graphs, captured = recorded(cuda_graphs=True)
     step(graphs, DECODE)
     checked = set()

@@ -62,20 +62,9 @@ class Batch:
 
     def __post_init__(self) -> None:
         forest, heads = self.forest, self.heads
-        storage: dict[str, Any] = {}
-        if self.scales:
-            storage = {"kv_dtype": FP8, "k_scale": self.scales[0], "v_scale": self.scales[1]}
-        self.attention = backend(
-            self.target,
-            num_qo_heads=heads.qo,
-            num_kv_heads=heads.kv,
-            head_dim=heads.dim,
-            num_pages=forest.num_pages,
-            page_size=forest.page_size,
-            dtype=self.dtype,
-            cascade=ALL,
-            **storage,
-        )
+        stored: dict[str, Any] = {"kv_dtype": FP8, "scales": self.scales} if self.scales else {}
+        sizes = (heads, self.dtype, forest.num_pages, forest.page_size)
+        self.attention = backend(self.target, *sizes, **stored, cascade=ALL)
         generator = torch.Generator().manual_seed(self.seed)
         shape = (2, forest.num_pages * forest.page_size, heads.kv, heads.dim)
         kv = torch.randn(shape, generator=generator).to(self.dtype)
@@ -103,20 +92,14 @@ class Batch:
         so an absolute limit of 0.01 would be one for the data, not for the kernels. `absolute` keeps that error too.
         """
         device = self.attention.device
-        k_cache, v_cache = (x.to(device) for x in self.caches)
+        layer = self.attention._layers[0]
+        for place, cache in zip((layer.k, layer.v), self.caches, strict=True):
+            place.view(torch.uint8).copy_(cache.view(torch.uint8))
         self.attention.plan(self.forest.table())
-        self.attention.append(self.k.to(device), self.v.to(device), k_cache, v_cache)
+        self.attention.append(0, self.k.to(device), self.v.to(device))
         q = self.q.transpose(0, 1).contiguous().to(device).transpose(0, 1)  # as a model hands it over
         out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
-        self.attention.run(
-            q,
-            k_cache,
-            v_cache,
-            out,
-            sm_scale=options.sm_scale,
-            window_left=options.window_left,
-            logits_soft_cap=options.logits_soft_cap,
-        )
+        self.attention.run(0, q, out, options)
         rows = list(out.cpu().split(self.forest.rows))
         self.absolute = error(rows, self.requests, options)
         wanted = torch.cat([dense(request, options) for request in self.requests])

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 import radixkv.attention.flashinfer.kernels
-from radixkv.attention import PageTable
+from radixkv.attention import PageTable, check_device
 from radixkv.attention.flashinfer import FlashInferAttention
-from radixkv.attention.fp8 import FP8
 from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.formats import LayerFormat, fp8, layer_formats
+from radixkv.pool import KVPool
+from radixkv.shape import LayerShape
 from tests.attention.cascade_helpers import ALL
+from tests.attention.helpers import Heads, Options, layer_kv
 from tests.attention.test_attention_errors import BAD_TABLES, TABLE, int32
 from tests.flashinfer.helpers import backend, each_target
-from tests.flashinfer.recorder import DECODE, SIZES, half, recorded
+from tests.flashinfer.recorder import DECODE, SIZES, Recorder, half, recorded
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +29,8 @@ def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tensors(rows: int = 6, device: str | torch.device = "cpu", **change: Any) -> dict[str, Any]:
-    cache = torch.zeros(2, 8, 4, 2, 64, dtype=torch.float16, device=device)
     q, out = (torch.zeros(rows, 6, 64, dtype=torch.float16, device=device) for _ in range(2))
-    return {"q": q, "k_cache": cache[0], "v_cache": cache[1], "out": out} | change
+    return {"layer": 0, "q": q, "out": out} | change
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -99,20 +101,16 @@ def test_tables_of_a_cascade(target: str, change: dict[str, Any], message: str) 
 
 BAD_CALLS = [
     ({"q": half(5, 6, 64)}, r"q has shape \(5, 6, 64\): it must be \(6, 6, 64\)"),
-    ({"q": half(6, 6, 64, dtype=torch.bfloat16)}, "q is torch.bfloat16: it must be torch.float16"),
+    ({"q": half(6, 6, 64, dtype=torch.bfloat16)}, "q is torch.bfloat16: convert it to torch.float16"),
     ({"q": half(6, 6, 64, device="meta")}, "q is on meta: move it to"),
     ({"q": half(6, 6, 128)[:, :, ::2]}, r"q has strides .*: the last must be 1, pass q.contiguous\(\)"),
     ({"q": half(6, 6, 65)[:, :, :64]}, r"q has strides \(390, 65, 1\) .*: rows must begin at multiples of 16 bytes"),
     ({"q": half(6 * 6 * 64 + 1)[1:].view(6, 6, 64)}, "rows must begin at multiples of 16 bytes"),
     ({"out": half(6, 6, 64).transpose(0, 1)}, "out has strides"),
     ({"out": half(7, 6, 64)}, "out has shape"),
-    ({"k_cache": half(7, 4, 2, 64)}, "k_cache has shape"),
-    ({"k_cache": half(8, 4, 2, 64, device="meta")}, "k_cache is on meta"),
-    ({"v_cache": half(8, 4, 2, 64, dtype=torch.bfloat16)}, "v_cache is torch.bfloat16"),
-    ({"v_cache": half(8, 2, 4, 64).transpose(1, 2)}, "they must be equal"),
-    ({"window_left": -2}, "window_left is -2"),
-    ({"logits_soft_cap": float("nan")}, "logits_soft_cap is nan"),
-    ({"sm_scale": float("inf")}, "sm_scale is inf"),
+    ({"options": Options(window_left=-2)}, "window_left is -2"),
+    ({"options": Options(logits_soft_cap=float("nan"))}, "logits_soft_cap is nan"),
+    ({"options": Options(sm_scale=float("inf"))}, "sm_scale is inf"),
 ]
 
 
@@ -130,7 +128,7 @@ def test_scales_that_flashinfer_cannot_take(sm_scale: float) -> None:
     attention, api = recorded()
     attention.plan(TABLE)
     with pytest.raises(BackendUnavailable, match="needs a positive factor"):
-        attention.run(**tensors(), sm_scale=sm_scale)
+        attention.run(**tensors(), options=Options(sm_scale=sm_scale))
     assert api.calls == []
 
 
@@ -142,15 +140,13 @@ def test_scales_that_flashinfer_cannot_take(sm_scale: float) -> None:
         ({"v": half(6, 2, 64, dtype=torch.bfloat16)}, "v is torch.bfloat16"),
         ({"k": half(6, 2, 64, device="meta")}, "k is on meta"),
         ({"k": half(6, 2, 128)[:, :, ::2]}, "k has strides"),
-        ({"k_cache": half(8, 4, 2, 32)}, "k_cache has shape"),
     ],
 )
 def test_append(change: dict[str, Any], message: str) -> None:
     attention, api = recorded()
     attention.plan(TABLE)
-    caches = {name: value for name, value in tensors().items() if name.endswith("cache")}
     with pytest.raises(InvalidArgument, match=message):
-        attention.append(**(caches | {"k": half(6, 2, 64), "v": half(6, 2, 64)} | change))
+        attention.append(0, **({"k": half(6, 2, 64), "v": half(6, 2, 64)} | change))
     assert api.calls == []
 
 
@@ -178,7 +174,7 @@ def test_a_stale_plan_is_noticed_after_a_cascade(target: str) -> None:
             if wrong == rows:
                 attention.run(**arguments)
                 arguments["q"] = arguments["q"].to(torch.bfloat16)
-                with pytest.raises(InvalidArgument, match="q is torch.bfloat16: it must be torch.float16"):
+                with pytest.raises(InvalidArgument, match="q is torch.bfloat16: convert it to torch.float16"):
                     attention.run(**arguments)
             else:
                 with pytest.raises(InvalidArgument, match=rf"it must be \({rows}, 6, 64\)"):
@@ -207,16 +203,13 @@ def test_an_empty_step_launches_nothing(target: str) -> None:
     arguments = tensors(0, attention.device)
     attention.run(**arguments)
     nothing = half(0, 2, 64, device=attention.device)
-    attention.append(nothing, nothing, arguments["k_cache"], arguments["v_cache"])
+    attention.append(0, nothing, nothing)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_kv_heads": 4}, "num_qo_heads is 6 and num_kv_heads is 4"),
-        ({"num_pages": 0}, "num_pages is 0"),
-        ({"page_size": 2.0}, "page_size is 2.0: give an integer"),
-        ({"page_size": 2**30}, "slots are int32"),
+        ({"page_size": 2**30, "device": "meta"}, "slots are int32"),
         ({"kernels": "fa9"}, "kernels is 'fa9': use 'fa2' or 'auto'"),
     ],
 )
@@ -229,7 +222,7 @@ def test_sizes(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"dtype": torch.float32}, "dtype is torch.float32: .* convert the model, or use device='cpu'"),
-        ({"head_dim": 80}, "head_dim is 80: .* pad the heads with zeros, or use device='cpu'"),
+        ({"heads": Heads(6, 2, 80)}, "head_dim is 80: .* pad the heads with zeros, or use device='cpu'"),
     ],
 )
 def test_what_flashinfer_has_no_kernels_for(change: dict[str, Any], message: str) -> None:
@@ -237,30 +230,26 @@ def test_what_flashinfer_has_no_kernels_for(change: dict[str, Any], message: str
         recorded(**change)
 
 
+def test_layers_of_another_dtype() -> None:
+    layer = layer_kv(Heads(6, 2, 64), torch.bfloat16, 8, 4)
+    with pytest.raises(InvalidArgument, match="stored as bfloat16: .* float16, the dtype of k and v, or float8_e4m3fn"):
+        FlashInferAttention([layer], dtype=torch.float16, api=Recorder())
+
+
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
+    ("shapes", "formats", "message"),
     [
-        (
-            {"kv_dtype": torch.float8_e5m2},
-            BackendUnavailable,
-            "kv_dtype is torch.float8_e5m2: use torch.float16, .*e4m3",
-        ),
-        ({"kv_dtype": torch.bfloat16}, BackendUnavailable, "kv_dtype is torch.bfloat16"),
-        ({"kv_dtype": FP8, "k_scale": 0.0}, InvalidArgument, "k_scale is 0.0: use a positive finite factor"),
-        ({"kv_dtype": FP8, "v_scale": float("nan")}, InvalidArgument, "v_scale is nan"),
-        ({"k_scale": 0.5}, InvalidArgument, "k_scale is 0.5 and kv_dtype torch.float16"),
+        ([LayerShape(6, 2, 64), LayerShape(6, 3, 64)], [None, None], "2 kinds: "),
+        ([LayerShape(6, 2, 64), LayerShape(6, 2, 128)], [None, None], "2 kinds: "),
+        ([LayerShape(6, 2, 64)] * 3, [None, fp8(), fp8(0.5)], "3 kinds: "),
+        ([LayerShape(6, 2, 64, 128)], [None], "keys of 64 and values of 128 dimensions"),
     ],
 )
-def test_storage(change: dict[str, Any], kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        recorded(**change)
-
-
-def test_8_bit_caches_are_not_mixed_up_with_others() -> None:
-    attention, _ = recorded(kv_dtype=FP8)
-    attention.plan(TABLE)
-    with pytest.raises(InvalidArgument, match="k_cache is torch.float16: it must be torch.float8_e4m3fn"):
-        attention.run(**tensors())
+def test_layers_that_are_not_alike(shapes: list[LayerShape], formats: list[LayerFormat | None], message: str) -> None:
+    stored = layer_formats(formats, "float16", len(shapes))
+    layers = KVPool(shapes, stored, 8, 4, torch.device("cpu")).layers
+    with pytest.raises(BackendUnavailable, match=f"{message}.*use device='cpu'"):
+        FlashInferAttention(layers, dtype=torch.float16, api=Recorder())
 
 
 def cuda_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
@@ -271,10 +260,10 @@ def cuda_device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (
 
 def test_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(device: str) -> None:
-        FlashInferAttention(**SIZES, device=torch.device(device))
+        check_device(torch.device(device))
 
     with pytest.raises(BackendUnavailable, match="not on meta: use device='cuda' or device='cpu'"):
-        make("meta")
+        FlashInferAttention([layer_kv(**SIZES, device="meta")], dtype=torch.float16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="finds no CUDA device: check nvidia-smi"):
         make("cuda")

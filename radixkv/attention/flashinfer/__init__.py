@@ -79,7 +79,7 @@ class FlashInferAttention:
         kernels: str = "fa2",
         api: Any = None,
     ) -> None:
-        shape, stored = _one_kind(layers)
+        shape, stored = _one_kind(layers, str(dtype).removeprefix("torch."))
         head_dim, page_size, num_pages = shape.k_dim, layers[0].page_size, layers[0].num_pages
         check_supported(dtype, head_dim, kernels)
         if num_pages * page_size >= 2**31:
@@ -267,14 +267,24 @@ class FlashInferAttention:
                 )
 
 
-def _one_kind(layers: Sequence[LayerKV]) -> tuple[LayerShape, LayerFormat]:
+def _one_kind(layers: Sequence[LayerKV], dtype: str) -> tuple[LayerShape, LayerFormat]:
     """The shape and format that all layers have, which is what this backend plans for."""
     kinds = {(kv.shape, kv.format) for kv in layers}
     shape, stored = layers[0].shape, layers[0].format
-    if len(kinds) > 1 or shape.k_dim != shape.v_dim:
+    if len(kinds) > 1:
         raise BackendUnavailable(
-            f"layers of {len(kinds)} kinds, keys of {shape.k_dim} and values of {shape.v_dim} dimensions: on CUDA all "
-            "layers have one shape and format, and K and V the same dimension; use device='cpu' for others"
+            f"layers of {len(kinds)} kinds: on CUDA all layers have one shape and one format; use device='cpu' for "
+            "others"
+        )
+    if shape.k_dim != shape.v_dim:
+        raise BackendUnavailable(
+            f"keys of {shape.k_dim} and values of {shape.v_dim} dimensions: on CUDA they have the same; use "
+            "device='cpu' for others"
+        )
+    if stored.k.dtype != stored.v.dtype or stored.k.dtype not in (dtype, "float8_e4m3fn"):
+        raise InvalidArgument(
+            f"K is stored as {stored.k.dtype}, V is stored as {stored.v.dtype}: both must be {dtype}, the dtype of k "
+            "and v, or float8_e4m3fn"
         )
     return shape, stored
 
