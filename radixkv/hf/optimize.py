@@ -191,7 +191,10 @@ class _Echo:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         self.options[layer] = options
         group = q.shape[1] // k.shape[1]
-        return q - 2 * k.repeat_interleave(group, 1) + 3 * v.repeat_interleave(group, 1)
+        out = 3 * v.repeat_interleave(group, 1)
+        for part in torch.split(q - 2 * k.repeat_interleave(group, 1), v.shape[2], 2):  # keys may be wider than values
+            out[..., : part.shape[2]] += part
+        return out
 
 
 def _attention_options(model: PreTrainedModel) -> dict[int, dict[str, Any]]:

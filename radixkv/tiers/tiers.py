@@ -19,7 +19,7 @@ import numpy as np
 from radixkv import _core
 from radixkv.cache import Lease, PrefixCache
 from radixkv.errors import InvalidArgument
-from radixkv.geometry import parse_bytes
+from radixkv.shape import parse_bytes
 from radixkv.tiers.breaker import Breaker
 from radixkv.tiers.disk import Disk, secret_of
 from radixkv.tiers.fetch import Fetch

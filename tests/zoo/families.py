@@ -54,8 +54,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["moe_shared_expert_intermediate_size", "expert_ffn_hidden_size"], 32),
     **dict.fromkeys(["n_shared_experts", "num_shared_experts", "n_group", "topk_group"], 1),
     **dict.fromkeys(["first_k_dense_replace", "num_dense_layers"], 1),
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"], 16),
-    **dict.fromkeys(["rotary_dim"], 8),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"], 16),
+    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim"], 8),
     **dict.fromkeys(["image_size"], 32),
     **dict.fromkeys(["patch_size", "spatial_patch_size"], 16),
     **dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads", "index_n_heads"], 2),
@@ -87,9 +87,25 @@ BOTH_TYPES = {
     "rope_parameters": {"sliding_attention": ROTARY, "full_attention": ROTARY},
 }
 ALL_HEADS = {"num_key_value_heads": HEADS}
+LATENT = {**ALL_HEADS, "head_dim": 8}  # of the keys' rotary part
 
 # What a family needs besides SIZES; a key like "text_config" changes that part.
 CHANGES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        [
+            "axk1",
+            "deepseek_v2",
+            "deepseek_v3",
+            "glm4_moe_lite",
+            "longcat_flash",
+            "minicpm3",
+            "mistral4",
+            "sarvam_mla",
+            "youtu",
+        ],
+        LATENT,
+    ),
+    "kimi_k25": {"text_config": LATENT},
     "chameleon": {"vocabulary_map": {"<image>": 140}},
     "cohere_compass": {"text_config": BOTH_TYPES},
     "cohere_compass_text": BOTH_TYPES,
@@ -114,7 +130,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "inkling2_loop": {"vision_config": {"text_hidden_size": HIDDEN}},
     "lfm2, with convolutions": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"head_dim": 8},
     "mamba2": {"head_dim": 32},
     "marian": {"decoder_vocab_size": VOCABULARY},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
