@@ -86,6 +86,9 @@ matrix: build .venv-lock/bin/uv  ## the lowest and the newest versions allowed, 
 flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on an emulated CUDA device
 	PYTHON=$(PYTHON) .ci/flashinfer_on_cpu
 
+aarch64: .venv/.deps  ## the attention tests for AArch64 (NEON), cross-compiled, on an emulated processor
+	.ci/aarch64
+
 test-deep: build  ## the state machine with many more examples (RADIXKV_EXAMPLES=20000)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/cache/test_state_machine.py
 
@@ -145,4 +148,4 @@ pictures: build  ## draw the pictures of README and docs
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so
 
-.PHONY: help pictures build demo test flashinfer lint format test-deep zoo mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean
+.PHONY: help pictures build demo test flashinfer aarch64 lint format test-deep zoo mutants asan tsan bench bench-quick peers-venv bench-peers e2e-venv bench-e2e clean
