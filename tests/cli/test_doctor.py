@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from radixkv.attention.native import NativeAttention
 from radixkv.cli import main
 from radixkv.errors import BackendUnavailable
 from tests.attention.helpers import one_torch_thread as one_torch_thread
-from tests.flashinfer.helpers import backend, each_target
+from tests.flashinfer.helpers import backend_over, each_target
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 KINDS = ("decode", "mixed", "extend", "cascade")
@@ -151,7 +152,7 @@ def test_without_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 @each_target
 def test_flashinfer_is_right(target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if target == "twin":
-        monkeypatch.setattr("radixkv.cli.doctor._backend", lambda device, sizes: backend("twin", **sizes))
+        monkeypatch.setattr("radixkv.cli.doctor._backend", functools.partial(backend_over, "twin"))
     device = "cpu" if target == "twin" else "cuda"
     status, found = doctor(capsys, "--device", device, "--dtype", "bfloat16", "--dtype", "float16")
     assert status == 0, [c for c in found["cases"] if not c["ok"]]
@@ -162,6 +163,6 @@ def test_flashinfer_is_right(target: str, capsys: pytest.CaptureFixture[str], mo
 def test_8_bit_cases(target: str) -> None:
     device = torch.device("cpu" if target == "twin" else "cuda")
     for case in (c for c in parity.cases([torch.float16]) if c.fp8):
-        result = parity.run_case(case, 5, lambda sizes: backend(target, **sizes), device, seed=0)
+        result = parity.run_case(case, 5, functools.partial(backend_over, target), device, seed=0)
         assert result.problem is None
         assert result.ok
