@@ -26,7 +26,6 @@ BY_HAND = {
     "qwen2_vl": "",
     "granitemoehybrid": "state between tokens",
     "lfm2, with convolutions": "state between tokens",
-    "deepseek_v3": "latent attention",
     "deepseek_v32": "sparse attention",
     "gpt_oss": "attention sinks",
     "llama4_text": "attention in chunks",
