@@ -19,8 +19,8 @@
 //   low_pairs, high_pairs          within each block a0 a1 b0 b1, or a2 a3 b2 b3
 //   swap_blocks<n>(x)              block i ^ n in the place of block i
 //   transpose_blocks(r)            kLanes / 4 vectors as a square of blocks, in place
-// fma is one rounding where the hardware has it, and a multiplication and an addition elsewhere; within one
-// instruction set it is always the same.
+// fma is one rounding, but in portable.hpp, where it is a multiplication and an addition; within one instruction set it
+// is always the same.
 #pragma once
 
 #include <cstddef>
