@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from radixkv.errors import BackendUnavailable, InvalidArgument
 from radixkv.shape import LayerShape
 
-__all__ = ["LayerFormat", "RowFormat", "fp8", "layer_formats"]
+__all__ = ["LayerFormat", "RowFormat", "aligned", "fp8", "layer_formats"]
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-_ALIGN = 16  # bytes: where every page begins
+_ALIGN = 16  # bytes: where every page begins, and every run in it
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RowFormat:
 
     def page_bytes(self, page_size: int, num_heads: int, dim: int) -> int:
         """Bytes of a page of one layer's K or V: its rows, up to a multiple of 16."""
-        return -(-page_size * num_heads * self.row_bytes(dim) // _ALIGN) * _ALIGN
+        return aligned(page_size * num_heads * self.row_bytes(dim))
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,19 @@ class LayerFormat:
     k: RowFormat
     v: RowFormat
 
+    def token_bytes(self, shape: LayerShape) -> int:
+        """Bytes of a token of this layer, K and V."""
+        return shape.num_kv_heads * (self.k.row_bytes(shape.k_dim) + self.v.row_bytes(shape.v_dim))
+
     def page_bytes(self, page_size: int, shape: LayerShape) -> int:
         """Bytes of a page of this layer, K and V."""
         heads = shape.num_kv_heads
         return self.k.page_bytes(page_size, heads, shape.k_dim) + self.v.page_bytes(page_size, heads, shape.v_dim)
+
+
+def aligned(num_bytes: int) -> int:
+    """Bytes that a run of so many takes in a page: it ends where the next may begin."""
+    return -(-num_bytes // _ALIGN) * _ALIGN
 
 
 def fp8(k_scale: float = 1.0, v_scale: float = 1.0) -> LayerFormat:

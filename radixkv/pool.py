@@ -13,7 +13,8 @@ import torch
 from radixkv import _core
 from radixkv.errors import InvalidArgument
 from radixkv.formats import LayerFormat, RowFormat
-from radixkv.shape import LayerShape, parse_bytes
+from radixkv.memory import bytes_of
+from radixkv.shape import LayerShape
 
 __all__ = ["KVPool", "LayerKV", "pages_for_capacity"]
 
@@ -91,7 +92,7 @@ class KVPool:
                 f.v.page_bytes(page_size, s.num_kv_heads, s.v_dim),
             )
         ]
-        self.bytes_per_page = sum(sizes)
+        self.page_bytes = sum(sizes)
         """Of all layers, K and V."""
         self.num_pages = num_pages
         try:
@@ -101,8 +102,7 @@ class KVPool:
             }
         except RuntimeError as error:
             raise InvalidArgument(
-                f"cannot allocate {num_pages} pages of {self.bytes_per_page} bytes on {device}: "
-                "lower num_pages or capacity"
+                f"cannot allocate {num_pages} pages of {self.page_bytes} bytes on {device}: lower num_pages or capacity"
             ) from error
         if device.type == "cpu":
             for block in self._blocks.values():
@@ -121,7 +121,7 @@ class KVPool:
 
     @property
     def nbytes(self) -> int:
-        return self.num_pages * self.bytes_per_page
+        return self.num_pages * self.page_bytes
 
     def copy_pages(self, source: npt.NDArray[np.int32], target: npt.NDArray[np.int32]) -> None:
         """Copies pages `source` [n] onto pages `target` [n], K and V of all layers. No page is in both."""
@@ -132,17 +132,23 @@ class KVPool:
             else:
                 copy_batched(block, source, target)
 
-    def read_pages(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
-        """uint8 [n, bytes_per_page] on the CPU: for each page its K and V of layer 0, then of layer 1, and so on."""
-        index = torch.from_numpy(pages.astype(np.int64)).to(self.device)
-        return torch.cat([p.index_select(0, index) for p in self._pages], dim=1).cpu()
+    def read_pages(self, pages: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> None:
+        """Copy pages [n] to `out` [n, page_bytes]: for each its K and V of layer 0, then of layer 1, and so on."""
+        index, target = self._index(pages), torch.from_numpy(out)
+        for place, part in zip(self._pages, self._parts(target), strict=True):
+            part.copy_(place.index_select(0, index))
 
-    def write_pages(self, pages: npt.NDArray[np.int32], data: torch.Tensor) -> None:
-        """Write what `read_pages` gave into pages [n]; data: uint8 [n, bytes_per_page]."""
-        index = torch.from_numpy(pages.astype(np.int64)).to(self.device)
-        parts = torch.split(data.to(self.device), [p.shape[1] for p in self._pages], dim=1)
-        for place, part in zip(self._pages, parts, strict=True):
-            place.index_copy_(0, index, part)
+    def write_pages(self, pages: npt.NDArray[np.int32], data: npt.NDArray[np.uint8]) -> None:
+        """Copy `data` [n, page_bytes], laid out as by `read_pages`, to pages [n]."""
+        index, source = self._index(pages), torch.from_numpy(data)
+        for place, part in zip(self._pages, self._parts(source), strict=True):
+            place.index_copy_(0, index, part.to(self.device))
+
+    def _index(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(pages.astype(np.int64)).to(self.device)
+
+    def _parts(self, data: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(data, [place.shape[1] for place in self._pages], dim=1)
 
 
 def copy_batched(
@@ -154,19 +160,17 @@ def copy_batched(
         block[:, t] = block[:, s]
 
 
-def pages_for_capacity(capacity: str | float, bytes_per_page: int, device: torch.device) -> int:
+def pages_for_capacity(capacity: str | float, page_bytes: int, device: torch.device) -> int:
     """Pages that fit: "4GiB", a number of bytes (int), or a share of the device's free memory (float in (0, 1])."""
-    if isinstance(capacity, str):
-        num_bytes = parse_bytes(capacity)
-    elif isinstance(capacity, int) and not isinstance(capacity, bool) and capacity > 0:
-        num_bytes = capacity
-    elif isinstance(capacity, float) and 0.0 < capacity <= 1.0:
+    if isinstance(capacity, float):
+        if not 0.0 < capacity <= 1.0:
+            raise InvalidArgument(f"capacity must be a share in (0, 1], '4GiB' or a number of bytes; got {capacity!r}")
         num_bytes = int(capacity * _free_bytes(device))
     else:
-        raise InvalidArgument(f"capacity must be like '4GiB', a number of bytes or a share in (0, 1]; got {capacity!r}")
-    if num_bytes < bytes_per_page:
-        raise InvalidArgument(f"{num_bytes} bytes hold no page: one takes {bytes_per_page} bytes")
-    return num_bytes // bytes_per_page
+        num_bytes = bytes_of("capacity", capacity)
+    if num_bytes < page_bytes:
+        raise InvalidArgument(f"{num_bytes} bytes hold no page: one takes {page_bytes} bytes")
+    return num_bytes // page_bytes
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,19 +1,13 @@
-"""What the layers of a model attend with, and amounts of memory."""
+"""What the layers of a model attend with."""
 
 from __future__ import annotations
 
 import operator
-import re
 from dataclasses import dataclass
 
 from radixkv.errors import InvalidArgument
 
-__all__ = ["LayerShape", "checked_size", "parse_bytes"]
-
-_UNITS = {
-    "": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-}  # fmt: skip
+__all__ = ["LayerShape", "checked_size"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +39,3 @@ def checked_size(name: str, value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= operator.index(value) < 2**31:
         raise InvalidArgument(f"{name} must be an int from 1 to 2**31 - 1; got {value!r}")
     return operator.index(value)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in "4GiB", "512 MiB", "2.5GB" (GB is 10**9, GiB 2**30) or "1048576".
-
-    Raises:
-        InvalidArgument: not a positive amount in a known unit.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise InvalidArgument(f"cannot read {text!r} as an amount of memory: write it like '4GiB' or '512MiB'")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

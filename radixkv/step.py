@@ -9,6 +9,7 @@ import torch
 
 from radixkv import _core
 from radixkv.attention import Options
+from radixkv.attention.checks import layer_at
 from radixkv.cache import Lease
 from radixkv.errors import InvalidArgument, LeaseError
 
@@ -140,10 +141,8 @@ class Step(_core.Step):
         if not self.is_open:
             raise LeaseError("the step is not open: attend inside `with engine.step(leases) as step`")
         engine = self._engine
-        if not 0 <= layer < len(engine.layers):
-            raise InvalidArgument(f"layer {layer}: the engine has layers 0 to {len(engine.layers) - 1}")
+        shape = layer_at(engine.pool.layers, layer).shape
         self._check_window(window_left)
-        shape = engine.layers[layer]
         out = torch.empty((self._rows, shape.num_qo_heads, shape.v_dim), dtype=engine.dtype, device=engine.device)
         engine.attention.append(layer, k, v)
         engine.attention.run(layer, q, out, Options(sm_scale, window_left, logits_soft_cap))

@@ -41,6 +41,7 @@ AttentionPlan::AttentionPlan(std::vector<LayerKV> layers, DType dtype, std::int3
       page_size_(page_size),
       kernel_(kernel(isa)),
       pool_(num_threads) {
+  if (dtype == DType::f8) invalid("dtype is float8_e4m3fn: q, k, v and out are float32, bfloat16 or float16");
   if (page_size < 1) invalid("page_size is " + str(page_size) + ": it must be at least 1");
   if (num_pages < 1) invalid("num_pages is " + str(num_pages) + ": it must be at least 1");
   if (static_cast<std::int64_t>(num_pages) * page_size > INT32_MAX) {
@@ -100,14 +101,20 @@ void AttentionPlan::set_costs(const CascadeCosts& costs) {
   finder_.costs = costs;
 }
 
+const LayerKV& AttentionPlan::layer_at(std::size_t layer) const {
+  if (layer >= layers_.size()) invalid("layer is " + str(layer) + ": there are " + str(layers_.size()));
+  return layers_[layer];
+}
+
 void AttentionPlan::append(std::size_t layer, const Rows& k, const Rows& v) {
+  const LayerKV& kv = layer_at(layer);
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
   const std::int64_t rows = num_rows();
   const auto store = [&](std::int64_t item, int) {
     const std::int64_t begin = item * kAppendRows;
     const std::int64_t end = std::min(rows, begin + kAppendRows);
-    append_kv(kernel_, layers_[layer], dtype_, page_size_, k, v, table_.slots.data(), begin, end);
+    append_kv(kernel_, kv, dtype_, page_size_, k, v, table_.slots.data(), begin, end);
   };
   pool_.for_each((rows + kAppendRows - 1) / kAppendRows, store);
 }
@@ -134,10 +141,10 @@ void AttentionPlan::reserve(const Schedule& schedule) {
 }
 
 void AttentionPlan::run(std::size_t layer, const Rows& q, void* out, const Options& options) {
+  const LayerKV& kv = layer_at(layer);
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
   const Schedule& schedule = schedule_of(layer);
-  const LayerKV& kv = layers_[layer];
   const Options scaled{options.sm_scale * kv.k.scale, options.window_left, options.logits_soft_cap};
   const Batch batch{
       kv, dtype_, table_.view(), scaled, q, out, carried_rows_.rows.data(), carried_rows_.positions.data()};

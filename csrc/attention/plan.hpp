@@ -29,6 +29,7 @@ class AttentionPlan {
   void plan(const StepTable& table);
 
   // Writes k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of a layer.
+  // Throws Error (InvalidArgument) for a layer that there is not; so does run.
   void append(std::size_t layer, const Rows& k, const Rows& v);
 
   // Attends q [rows, num_qo_heads, k_dim] to a layer; out: [rows, num_qo_heads, v_dim].
@@ -50,6 +51,7 @@ class AttentionPlan {
   enum class Carried { state, open_even, open_odd };
 
   void plan_again();
+  const LayerKV& layer_at(std::size_t layer) const;
   Schedule& schedule_of(std::size_t layer);
   void reserve(const Schedule& schedule);
   std::int64_t carried_floats(const LayerShape& shape) const;

@@ -42,7 +42,6 @@ Cache cache_at(std::uintptr_t address, const std::string& dtype, std::int32_t he
   return Cache{reinterpret_cast<char*>(address), dtype_named(dtype), dim, scale, page_bytes, heads * head, head};
 }
 
-// What of the core is a tuple in Python: what keeps the memory alive is Python's business.
 Rows rows_of(std::uintptr_t address, std::int64_t row_stride, std::int64_t head_stride) {
   return Rows{reinterpret_cast<const void*>(address), row_stride, head_stride};
 }
@@ -52,9 +51,8 @@ class Plan {
  public:
   Plan(const std::vector<LayerKV>& layers, const std::string& dtype, std::int32_t num_pages, std::int32_t page_size,
        int num_threads, const std::string& isa)
-      : plan_(layers, dtype_named(dtype), num_pages, page_size, num_threads, isa.c_str()), num_layers_(layers.size()) {}
-
-  void plan(const PyTable& t) {
+      : plan_(layers, dtype_named(dtype), num_pages, page_size, num_threads, isa.c_str()) {}
+        void plan(const PyTable& t) {
     const StepTable& table = t.table();
     const nb::gil_scoped_release release;
     plan_.plan(table);
@@ -62,14 +60,12 @@ class Plan {
 
   void append(std::size_t layer, std::uintptr_t k, std::int64_t k_row, std::int64_t k_head, std::uintptr_t v,
               std::int64_t v_row, std::int64_t v_head) {
-    check(layer);
     const nb::gil_scoped_release release;
     plan_.append(layer, rows_of(k, k_row, k_head), rows_of(v, v_row, v_head));
   }
 
   void run(std::size_t layer, std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t out,
            float sm_scale, std::int32_t window_left, float logits_soft_cap) {
-    check(layer);
     const nb::gil_scoped_release release;
     plan_.run(layer, rows_of(q, q_row, q_head), reinterpret_cast<void*>(out),
               Options{sm_scale, window_left, logits_soft_cap});
@@ -96,12 +92,7 @@ class Plan {
   }
 
  private:
-  void check(std::size_t layer) const {
-    if (layer >= num_layers_) invalid("layer is " + str(layer) + ": there are " + str(num_layers_));
-  }
-
   AttentionPlan plan_;
-  std::size_t num_layers_;
 };
 
 }  // namespace

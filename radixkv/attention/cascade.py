@@ -26,6 +26,7 @@ import numpy.typing as npt
 from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.checks import core_table
+from radixkv.memory import format_bytes
 
 __all__ = ["FLASHINFER", "NATIVE", "OFF", "CascadeCosts", "CascadePlan", "Level", "Segment", "core_costs"]
 
@@ -297,12 +298,12 @@ class CascadePlan:
         lines = [
             f"{requests} requests, {len(self.segments)} shared segments, {sum(s.used for s in self.segments)} used in "
             f"{self.core.levels} levels: a layer reads K and V of {read - saved} tokens instead of {read}"
-            + (f", {_bytes(saved * self.token_bytes)} less" if self.token_bytes else "")
+            + (f", {format_bytes(saved * self.token_bytes)} less" if self.token_bytes else "")
         ]
         for index, s in enumerate(self.segments):
             after = "the root" if s.parent is None else f"segment {s.parent}"
             tokens = s.token_end - s.token_begin
-            bytes_saved = f" ({_bytes(s.tokens_saved * self.token_bytes)})" if self.token_bytes else ""
+            bytes_saved = f" ({format_bytes(s.tokens_saved * self.token_bytes)})" if self.token_bytes else ""
             lines.append(
                 f"  segment {index} after {after}: {len(s.users)} users {_some(s.users)}, pages {s.page_begin} to "
                 f"{s.page_end - 1}, serves {tokens} tokens: {self._why(s, bytes_saved)}"
@@ -342,11 +343,3 @@ def _runs(begins: npt.NDArray[Any], counts: npt.NDArray[Any]) -> npt.NDArray[np.
 def _some(users: tuple[int, ...]) -> str:
     shown = ", ".join(map(str, users[:8]))
     return f"({shown}, ...)" if len(users) > 8 else f"({shown})"
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.4g} GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable
 from radixkv.errors import InvalidArgument
+from radixkv.pool import LayerKV
 
-__all__ = ["check_int32", "check_options", "check_rows", "check_threads", "core_table"]
+__all__ = ["check_int32", "check_options", "check_rows", "check_threads", "core_table", "layer_at"]
 
 _INT32 = np.dtype(np.int32)
 
@@ -23,6 +25,13 @@ def check_int32(name: str, array: Any) -> None:
     if not ok:
         kind = f"{array.dtype} with {array.ndim} dimensions" if hasattr(array, "dtype") else type(array).__name__
         raise InvalidArgument(f"{name} is {kind}: pass a contiguous one-dimensional int32 numpy array")
+
+
+def layer_at(layers: Sequence[LayerKV], layer: int) -> LayerKV:
+    """The layer of this number; `InvalidArgument` where there is none."""
+    if not 0 <= layer < len(layers):
+        raise InvalidArgument(f"layer {layer}: the pool has layers 0 to {len(layers) - 1}")
+    return layers[layer]
 
 
 def check_threads(num_threads: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs
 from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan
-from radixkv.attention.checks import check_options, check_rows, check_threads, core_table
+from radixkv.attention.checks import check_options, check_rows, check_threads, core_table, layer_at
 from radixkv.errors import InvalidArgument
 from radixkv.pool import LayerKV
 
@@ -58,7 +58,7 @@ class NativeAttention:
         self._plan = _core.AttentionPlan([kv.core for kv in layers], name, *self._pages, threads, isa or "")
         self._plan.set_costs(_core.CascadeCosts(*astuple(cascade)))
         self._costs = cascade
-        self._token_bytes = sum(kv.format.page_bytes(1, kv.shape) for kv in layers) // len(layers)
+        self._token_bytes = sum(kv.format.token_bytes(kv.shape) for kv in layers) // len(layers)
         self._dtype = dtype
         self._rows = 0
 
@@ -101,7 +101,7 @@ class NativeAttention:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v into the slots of the step's rows, in the layer's format."""
-        shape, rows, dtype = self._layers[layer].shape, self._rows, self._dtype
+        shape, rows, dtype = layer_at(self._layers, layer).shape, self._rows, self._dtype
         k_shape, v_shape = (rows, shape.num_kv_heads, shape.k_dim), (rows, shape.num_kv_heads, shape.v_dim)
         k_stride, v_stride = k.stride(), v.stride()
         if not (
@@ -119,7 +119,7 @@ class NativeAttention:
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = _PLAIN) -> None:
         """Attend q to the layer's pages and write out."""
-        shape, rows, dtype = self._layers[layer].shape, self._rows, self._dtype
+        shape, rows, dtype = layer_at(self._layers, layer).shape, self._rows, self._dtype
         q_shape, out_shape = (rows, shape.num_qo_heads, shape.k_dim), (rows, shape.num_qo_heads, shape.v_dim)
         q_stride = q.stride()
         if not (
@@ -134,7 +134,6 @@ class NativeAttention:
         ):
             check_rows("q", q, q_shape, dtype, _CPU)
             check_rows("out", out, out_shape, dtype, _CPU)
-        if options is not _PLAIN:
-            check_options(options)
+        check_options(options)
         sm_scale = shape.k_dim**-0.5 if options.sm_scale is None else options.sm_scale
         self._plan.run(layer, q.data_ptr(), q_stride[0], q_stride[1], out.data_ptr(), sm_scale, *options[1:])

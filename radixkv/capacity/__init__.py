@@ -12,7 +12,7 @@ from radixkv.capacity.fit import Fit, Need, fit, need_for, paging_waste, preallo
 from radixkv.capacity.formats import FORMATS, Format, Row, format_named
 from radixkv.capacity.read import known_models, read_model
 from radixkv.capacity.sizes import Layer, Model, bytes_per_page, bytes_per_request, bytes_per_token
-from radixkv.capacity.units import format_bytes
+from radixkv.memory import format_bytes
 
 __all__ = [
     "FORMATS",

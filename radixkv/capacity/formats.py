@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from radixkv.errors import InvalidArgument
+from radixkv.formats import aligned
 
 __all__ = ["FORMATS", "Format", "Row", "format_named"]
-
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,11 @@ class Row:
         return self._codes(dim) + self.scale_bytes if dim else 0
 
     def page_bytes(self, num_heads: int, dim: int, page_size: int) -> int:
-        """Bytes of the rows of a page: codes, then scales, each from a multiple of 16 on where there are scales."""
+        """Bytes of the rows of a page: codes, then scales, each from a multiple of 16 on."""
         if dim == 0:
             return 0
         rows = page_size * num_heads
-        if self.scale_bytes == 0:
-            return rows * self._codes(dim)
-        return _aligned(rows * self._codes(dim)) + _aligned(rows * self.scale_bytes)
+        return aligned(rows * self._codes(dim)) + aligned(rows * self.scale_bytes)
 
     def _codes(self, dim: int) -> int:
         if dim * self.bits % 8:
@@ -68,7 +65,3 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise InvalidArgument(f"no KV format {name!r:.60}: give one of {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from radixkv.capacity.units import format_bytes
+from radixkv.memory import format_bytes
 from radixkv.observe import svg
 
 __all__ = ["formats_svg"]

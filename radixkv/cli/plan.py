@@ -35,7 +35,7 @@ from radixkv.cli.common import (
     text_output,
 )
 from radixkv.errors import InvalidArgument
-from radixkv.shape import parse_bytes
+from radixkv.memory import parse_bytes
 
 __all__ = ["COMMAND"]
 

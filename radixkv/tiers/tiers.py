@@ -19,7 +19,7 @@ import numpy as np
 from radixkv import _core
 from radixkv.cache import Lease, PrefixCache
 from radixkv.errors import InvalidArgument
-from radixkv.shape import parse_bytes
+from radixkv.memory import bytes_of
 from radixkv.tiers.breaker import Breaker
 from radixkv.tiers.disk import Disk, secret_of
 from radixkv.tiers.fetch import Fetch
@@ -98,7 +98,7 @@ class Tiers:
         identity = {**identity, "page_size": cache.page_size, "format": 1}
         self._keys = Keys(identity, _secret(options), cache.page_size)
         self._layout = Layout(pages.page_bytes, cache.page_size, self._keys.fingerprint)
-        ram = _HUB_PAGES * self._layout.stride if options.ram is None else _bytes("ram", options.ram)
+        ram = _HUB_PAGES * self._layout.stride if options.ram is None else bytes_of("ram", options.ram)
         if ram < 2 * self._layout.stride:
             raise InvalidArgument(f"ram is {ram} bytes: two pages take {2 * self._layout.stride}")
         self.hub = Hub(ram // self._layout.stride, self._layout.stride)
@@ -125,7 +125,7 @@ class Tiers:
     def _open_disk(self, options: TierOptions, identity: Mapping[str, Any]) -> Disk | None:
         if options.disk is None:
             return None
-        capacity = _bytes("disk_capacity", options.disk_capacity)
+        capacity = bytes_of("disk_capacity", options.disk_capacity)
         if capacity < self._layout.stride:
             raise InvalidArgument(f"disk_capacity is {capacity} bytes: a page takes {self._layout.stride}")
         try:
@@ -449,14 +449,6 @@ class Tiers:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _bytes(name: str, amount: str | int) -> int:
-    if isinstance(amount, str):
-        return parse_bytes(amount)
-    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
-        raise InvalidArgument(f"{name} must be like '4GiB' or a number of bytes; got {amount!r}")
-    return amount
 
 
 def _secret(options: TierOptions) -> bytes:

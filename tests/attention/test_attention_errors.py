@@ -179,9 +179,11 @@ def test_nothing_is_planned_at_first() -> None:
 
 
 def test_no_such_layer() -> None:
-    for layer in (1, 5):
-        with pytest.raises((IndexError, InvalidArgument)):
+    for layer in (-1, 1, 5):
+        with pytest.raises(InvalidArgument, match=f"layer {layer}: the pool has layers 0 to 0"):
             planned().run(layer, **tensors())
+        with pytest.raises(InvalidArgument, match=f"layer {layer}: the pool has layers 0 to 0"):
+            planned().append(layer, torch.ones(6, 2, 64), torch.ones(6, 2, 64))
 
 
 def test_isa_from_the_environment() -> None:

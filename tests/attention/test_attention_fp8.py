@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from radixkv import _core
 from radixkv.attention import PageTable
 from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
@@ -182,6 +183,8 @@ def test_tensors_that_are_refused() -> None:
     backend = NativeAttention([layer], dtype=torch.bfloat16)
     with pytest.raises(InvalidArgument, match="dtype is torch.float8_e4m3fn"):
         NativeAttention([layer], dtype=FP8)
+    with pytest.raises(InvalidArgument, match="dtype is float8_e4m3fn: q, k, v and out are"):
+        _core.AttentionPlan([layer.core], "float8_e4m3fn", 1, 1, 1)
     with pytest.raises(InvalidArgument, match="stored neither in the dtype of k and v nor as float8_e4m3fn"):
         NativeAttention([layer_kv(Heads(1, 1, 64), torch.bfloat16, 1, 1)], dtype=torch.float16)
     backend.plan(one_row())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 
@@ -25,6 +26,8 @@ from radixkv.capacity import (
     read_model,
 )
 from radixkv.errors import InvalidArgument, ModelNotFound
+from radixkv.formats import LayerFormat, RowFormat
+from radixkv.shape import LayerShape
 from radixkv.traces.curve import capacity_curve
 from radixkv.traces.replay import replay
 from radixkv.traces.workload import generate
@@ -320,3 +323,14 @@ def test_a_real_gguf_is_read_as_its_own_library_reads_it():
     assert len(model.layers) == fields["llama.block_count"].contents()
     assert {layer.num_kv_heads for layer in model.layers} == {fields["llama.attention.head_count_kv"].contents()}
     assert bytes_per_token(model, BF16) == 23_040
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8"])
+def test_a_page_is_what_the_pool_allocates(name):
+    """For the formats that there are: padding included, and K and V of different dimensions."""
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
+    stored = LayerFormat(RowFormat(dtypes[name]), RowFormat(dtypes[name]))
+    for heads, k_dim, v_dim, page_size in itertools.product((1, 3, 8), (8, 64, 192), (8, 128), (1, 5, 16)):
+        shape, model = LayerShape(heads, heads, k_dim, v_dim), Model("m", (Layer(heads, heads, k_dim, v_dim),))
+        assert bytes_per_page(model, FORMATS[name], page_size) == stored.page_bytes(page_size, shape)
+        assert bytes_per_token(model, FORMATS[name]) == stored.token_bytes(shape)

@@ -9,8 +9,9 @@ torch = pytest.importorskip("torch")
 
 import radixkv  # noqa: E402
 from radixkv.formats import LayerFormat, RowFormat, fp8, layer_formats  # noqa: E402
+from radixkv.memory import parse_bytes  # noqa: E402
 from radixkv.pool import KVPool, copy_batched  # noqa: E402
-from radixkv.shape import LayerShape, parse_bytes  # noqa: E402
+from radixkv.shape import LayerShape  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 3, 4, 2, 16, 50
 torch.manual_seed(0)
@@ -114,7 +115,7 @@ def test_a_hit_never_changes_the_answer(dtype, storage):
 
 def test_8_bits_halve_the_pool_and_stay_near_the_oracle():
     engine, plain = (make_engine(dtype=torch.bfloat16, **options) for options in (FP8_STORAGE, {}))
-    assert engine.pool.nbytes * 2 == plain.pool.nbytes == 64 * plain.pool.bytes_per_page
+    assert engine.pool.nbytes * 2 == plain.pool.nbytes == 64 * plain.pool.page_bytes
     assert {kv.k.dtype for kv in engine.pool.layers} == {torch.float8_e4m3fn}
     assert make_engine(num_pages=None, capacity="1MiB", **FP8_STORAGE).num_pages == 4 * (2**20 // 3072) + 1
     tokens = random_tokens(np.random.default_rng(0), 30)
@@ -246,8 +247,8 @@ def test_capacity_in_bytes_and_as_a_share():
 
 def test_known_sizes_of_a_token():
     bf16 = layer_formats(None, "bfloat16", 1)[0]
-    assert 32 * bf16.page_bytes(1, LayerShape(32, 8, 128)) == 131_072  # Llama-3 8B
-    assert 30 * bf16.page_bytes(1, LayerShape(9, 3, 64)) == 23_040  # SmolLM2
+    assert 32 * bf16.token_bytes(LayerShape(32, 8, 128)) == 131_072  # Llama-3 8B
+    assert 30 * bf16.token_bytes(LayerShape(9, 3, 64)) == 23_040  # SmolLM2
     assert fp8().page_bytes(16, LayerShape(9, 3, 64)) == 16 * 3 * 2 * 64
     assert fp8().page_bytes(1, LayerShape(1, 1, 8)) == 2 * 16, "pages begin at multiples of 16 bytes"
 
@@ -270,7 +271,13 @@ def test_a_page_of_a_layer_is_one_run_of_bytes():
             assert 0 <= pages.shape[1] - rows[3].nbytes < 16
             runs.append((pages.data_ptr(), pages.data_ptr() + pages.nbytes))
     assert all(end <= begin for (_, end), (begin, _) in zip(sorted(runs), sorted(runs)[1:], strict=False))
-    assert pool.nbytes == sum(end - begin for begin, end in runs) == 12 * pool.bytes_per_page
+    assert pool.nbytes == sum(end - begin for begin, end in runs) == 12 * pool.page_bytes
+
+
+def read(pool, pages):
+    out = np.empty((len(pages), pool.page_bytes), np.uint8)
+    pool.read_pages(np.asarray(pages, np.int32), out)
+    return torch.from_numpy(out)
 
 
 def filled():
@@ -291,18 +298,18 @@ def test_pages_are_copied_alike_one_by_one_and_in_batches(most_bytes):
     for block in batched._blocks.values():
         copy_batched(block, source, target, most_bytes)
     everything = np.arange(12, dtype=np.int32)
-    want = before.read_pages(everything)
+    want = read(before, everything)
     want[target] = want[source]
-    assert torch.equal(one.read_pages(everything), want)
-    assert torch.equal(batched.read_pages(everything), want)
+    assert torch.equal(read(one, everything), want)
+    assert torch.equal(read(batched, everything), want)
 
 
 def test_pages_are_read_and_written_as_bytes():
     pool, other = filled(), filled()
-    data = pool.read_pages(np.array([4, 9], np.int32))
-    assert data.shape == (2, pool.bytes_per_page)
+    data = read(pool, [4, 9])
+    assert data.shape == (2, pool.page_bytes)
     assert torch.equal(data[0, : pool.layers[0].k_pages.shape[1]], pool.layers[0].k_pages[4])
-    other.write_pages(np.array([1, 0], np.int32), data)
+    other.write_pages(np.array([1, 0], np.int32), data.numpy())
     for ours, theirs in zip(pool.layers, other.layers, strict=True):
         assert torch.equal(theirs.k_pages[1], ours.k_pages[4])
         assert torch.equal(theirs.v_pages[0], ours.v_pages[9])

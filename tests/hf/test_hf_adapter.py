@@ -16,19 +16,12 @@ from tests.hf.helpers import (
     SIZES,
     assert_drains,
     build,
-    one_thread,
     random_model,
     random_prompts,
     stock_tokens,
     tiny,
     vision_model,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

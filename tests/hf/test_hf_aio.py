@@ -13,15 +13,9 @@ import pytest
 
 from radixkv import InvalidArgument, InvalidTokens, LeaseError, PoolExhausted, QueueFull
 from radixkv.hf import AsyncGenerator, engine_for
-from tests.hf.helpers import assert_drains, one_thread, random_prompts, stock_tokens, tiny
+from tests.hf.helpers import assert_drains, random_prompts, stock_tokens, tiny
 
 COUNT = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

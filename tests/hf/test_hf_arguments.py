@@ -9,15 +9,9 @@ import torch
 
 from radixkv import Engine, InvalidArgument, InvalidTokens, LeaseError
 from radixkv.hf import Generator, engine_for
-from tests.hf.helpers import VOCABULARY, one_thread, stock_tokens, tiny
+from tests.hf.helpers import VOCABULARY, stock_tokens, tiny
 
 GEOMETRY = {"num_layers": 3, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

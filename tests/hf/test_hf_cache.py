@@ -12,7 +12,6 @@ from tests.hf.helpers import (
     IMAGE,
     assert_drains,
     build,
-    one_thread,
     random_prompts,
     stock_tokens,
     tiny,
@@ -21,12 +20,6 @@ from tests.hf.helpers import (
 )
 
 LlamaForCausalLM = transformers.LlamaForCausalLM
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

@@ -8,15 +8,9 @@ import pytest
 
 from radixkv import InvalidArgument, InvalidLogits, LeaseError, QueueFull
 from radixkv.hf import Generator, engine_for
-from tests.hf.helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
+from tests.hf.helpers import VOCABULARY, assert_drains, random_prompts, stock_tokens, tiny
 
 COUNT = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ from radixkv import PoolExhausted
 from radixkv.hf import Generator, engine_for
 from radixkv.hf.sampling import sample
 from radixkv.scheduling import space
-from tests.hf.helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny
+from tests.hf.helpers import VOCABULARY, assert_drains, random_prompts, stock_tokens, tiny
 
 COUNT = 16
 SAMPLED = {"temperature": 1.3, "top_k": 40, "top_p": 0.95}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

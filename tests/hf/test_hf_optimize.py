@@ -15,7 +15,6 @@ from tests.hf.helpers import (
     VOCABULARY,
     assert_drains,
     build,
-    one_thread,
     random_prompts,
     stock_tokens,
     tiny,
@@ -23,12 +22,6 @@ from tests.hf.helpers import (
 
 COUNT = 12
 TAKEN = ("llama", "qwen2", "mistral-window")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 def optimized(architecture="llama", dtype=torch.float32):

@@ -12,16 +12,10 @@ from radixkv import InvalidArgument, InvalidLogits
 from radixkv.hf import AsyncGenerator, Generator, Sampling, engine_for
 from radixkv.hf.sampling import Draw, Sampler, sample
 from radixkv.scheduling import space
-from tests.hf.helpers import VOCABULARY, assert_drains, one_thread, random_prompts, stock_tokens, tiny, transformers
+from tests.hf.helpers import VOCABULARY, assert_drains, random_prompts, stock_tokens, tiny, transformers
 
 COUNT = 12
 SAID = "Hello wörld 🙂🙂, to be or not to be.\n\nThe END, or so. STOP!"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,12 @@ from radixkv.hf import Generator, engine_for
 from radixkv.hf.adapter import probe
 from radixkv.scheduling import space
 from radixkv.scheduling.room import PoolShape, Room, room_for
-from tests.hf.helpers import assert_drains, build, one_thread, random_prompts, stock_tokens, tiny
+from tests.hf.helpers import assert_drains, build, random_prompts, stock_tokens, tiny
 
 WINDOW = 9  # as transformers counts: the row itself and 8 before it
 PAGE = 4
 LEAST = (WINDOW - 1 + PAGE) // PAGE  # pages that a long answer needs
 COUNT = 120
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded():
-    with one_thread():
-        yield
 
 
 def mistral(window):

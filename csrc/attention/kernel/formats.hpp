@@ -1,4 +1,4 @@
-// How numbers are stored: reading and writing every format, and K and V in 8 bits. Part of attention_kernel.hpp; see
+// How numbers are stored: reading and writing every format, and K and V in 8 bits. Part of block.hpp; see
 // simd.hpp.
 #pragma once
 

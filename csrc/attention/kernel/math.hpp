@@ -1,5 +1,5 @@
 // exp2, tanh, sums over lanes and the two matrix products that the attention kernel is made of. Part of
-// attention_kernel.hpp; see simd.hpp.
+// block.hpp; see simd.hpp.
 #pragma once
 
 #include "attention/kernel/formats.hpp"

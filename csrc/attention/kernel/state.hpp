@@ -1,5 +1,5 @@
 // What becomes of the states of chunks: they are merged from left to right and written out. Part of
-// attention_kernel.hpp; see there.
+// block.hpp; see there.
 #pragma once
 
 #include "attention/kernel/math.hpp"

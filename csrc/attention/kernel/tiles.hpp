@@ -1,4 +1,4 @@
-// Where the keys of a tile lie, and getting them into the cache in time. Part of attention_kernel.hpp; see there.
+// Where the keys of a tile lie, and getting them into the cache in time. Part of block.hpp; see there.
 #pragma once
 
 #include "attention/attention.hpp"

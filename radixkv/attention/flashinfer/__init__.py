@@ -22,7 +22,7 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs
 from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, core_costs
-from radixkv.attention.checks import check_options, check_rows, core_table
+from radixkv.attention.checks import check_options, check_rows, core_table, layer_at
 from radixkv.attention.flashinfer.cascade import CascadeRun, merge, plan_cascade
 from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
 from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_supported, preparing
@@ -94,7 +94,7 @@ class FlashInferAttention:
         self._dtype = dtype
         self._heads = (shape.num_qo_heads, shape.num_kv_heads, head_dim)
         self._pages = (num_pages, page_size)
-        self._token_bytes = stored.page_bytes(1, shape)
+        self._token_bytes = stored.token_bytes(shape)
         self._common = head_dim in COMMON_HEAD_DIMS
         self._costs = replace(cascade, granularity=1) if self._common else OFF  # pages are served whole
         large_group = shape.num_qo_heads // shape.num_kv_heads >= _TENSOR_CORE_GROUP
@@ -193,7 +193,8 @@ class FlashInferAttention:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""
-        k_cache, v_cache = self._layers[layer].k, self._layers[layer].v
+        kv = layer_at(self._layers, layer)
+        k_cache, v_cache = kv.k, kv.v
         self._check({"k": k, "v": v}, self._kv_shape)
         if self._step is None:
             return
@@ -217,7 +218,7 @@ class FlashInferAttention:
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = _PLAIN) -> None:
         """Attend q [rows, num_qo_heads, head_dim] to the layer's pages and write out, contiguous, of the same shape."""
-        kv = self._layers[layer]
+        kv = layer_at(self._layers, layer)
         self._check({"q": q, "out": out}, self._q_shape)
         check_options(options)
         sm_scale, window_left, logits_soft_cap = options
