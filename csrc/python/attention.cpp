@@ -52,7 +52,7 @@ class Plan {
   Plan(const std::vector<LayerKV>& layers, const std::string& dtype, std::int32_t num_pages, std::int32_t page_size,
        int num_threads, const std::string& isa)
       : plan_(layers, dtype_named(dtype), num_pages, page_size, num_threads, isa.c_str()) {}
-        void plan(const PyTable& t) {
+  void plan(const PyTable& t) {
     const StepTable& table = t.table();
     const nb::gil_scoped_release release;
     plan_.plan(table);
