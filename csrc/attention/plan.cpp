@@ -63,7 +63,7 @@ void AttentionPlan::set_num_threads(int num_threads) {
   const std::lock_guard lock(mutex_);
   pool_.set_num_threads(num_threads);
   scratch_.resize(static_cast<std::size_t>(num_threads));
-  plan_again();
+  schedule();
 }
 
 void AttentionPlan::plan(const StepTable& table) {
@@ -74,18 +74,13 @@ void AttentionPlan::plan(const StepTable& table) {
   const std::lock_guard lock(mutex_);
   finder_.find(table);
   table_ = table;
-  plan_again();
+  schedule();
 }
 
-void AttentionPlan::plan_again() {
-  carried_rows_.find(table_.view(), *finder_.found());
-  for (Schedule& schedule : schedules_) schedule.made = false;
-}
-
-Schedule& AttentionPlan::schedule_of(std::size_t layer) {
-  Schedule& schedule = schedules_[schedule_of_layer_[layer]];
-  if (!schedule.made) schedule.make(table_.view(), *finder_.found(), carried_rows_, pool_.num_threads());
-  return schedule;
+void AttentionPlan::schedule() {
+  const PageTableView table = table_.view();
+  carried_rows_.find(table, *finder_.found());
+  for (Schedule& schedule : schedules_) schedule.make(table, *finder_.found(), carried_rows_, pool_.num_threads());
 }
 
 std::pair<StepTable, std::shared_ptr<const Cascade>> AttentionPlan::planned() {
@@ -144,7 +139,7 @@ void AttentionPlan::run(std::size_t layer, const Rows& q, void* out, const Optio
   const LayerKV& kv = layer_at(layer);
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
-  const Schedule& schedule = schedule_of(layer);
+  const Schedule& schedule = schedules_[schedule_of_layer_[layer]];
   const Options scaled{options.sm_scale * kv.k.scale, options.window_left, options.logits_soft_cap};
   const Batch batch{
       kv, dtype_, table_.view(), scaled, q, out, carried_rows_.rows.data(), carried_rows_.positions.data()};

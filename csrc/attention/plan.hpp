@@ -50,9 +50,8 @@ class AttentionPlan {
  private:
   enum class Carried { state, open_even, open_odd };
 
-  void plan_again();
+  void schedule();
   const LayerKV& layer_at(std::size_t layer) const;
-  Schedule& schedule_of(std::size_t layer);
   void reserve(const Schedule& schedule);
   std::int64_t carried_floats(const LayerShape& shape) const;
   RowState carried(const Schedule& schedule, Carried which, const Item& item);
@@ -70,7 +69,7 @@ class AttentionPlan {
   StepTable table_;
   CascadeFinder finder_;
   CarriedRows carried_rows_;
-  std::vector<Schedule> schedules_;  // one for each shape of layers; made when the first of them runs
+  std::vector<Schedule> schedules_;  // one for each shape of layers
   std::vector<std::size_t> schedule_of_layer_;
   std::unique_ptr<std::atomic<std::int32_t>[]> pending_;  // parts of each split not yet done
   std::size_t num_pending_ = 0;

@@ -118,7 +118,6 @@ void Schedule::make(const PageTableView& table, const Cascade& cascade, const Ca
   phase_ends.assign(totals.size(), 0);
   for (const Item& item : items) ++phase_ends[item.phase];
   std::partial_sum(phase_ends.begin(), phase_ends.end(), phase_ends.begin());
-  made = true;
 }
 
 // A block that would keep one thread busy while the others idle is split into its chunks.

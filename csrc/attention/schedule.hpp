@@ -67,7 +67,6 @@ class Schedule {
   std::int64_t states_floats = 0;
   std::int64_t max_block_vectors = 0;
   bool serial = true;  // too little work to wake a thread for
-  bool made = false;   // for the step that is planned
 
  private:
   struct Step {
