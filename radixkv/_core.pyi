@@ -198,23 +198,22 @@ class CascadeFinder:
     def __init__(self, costs: CascadeCosts) -> None: ...
     def find(self, table: Table) -> Cascade: ...
 
-class LayerKV:
+class LayerCache:
     def __init__(
         self,
         *,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        k: int,
-        k_dtype: str,
-        k_dim: int,
-        k_scale: float,
-        k_page_bytes: int,
-        v: int,
-        v_dtype: str,
-        v_dim: int,
-        v_scale: float,
-        v_page_bytes: int,
+        address: int,
+        dtype: str,
+        num_heads: int,
+        dim: int,
+        scale: float,
+        rotated: bool,
+        page_bytes: int,
+        scales: int,
     ) -> None: ...
+
+class LayerKV:
+    def __init__(self, *, num_qo_heads: int, num_kv_heads: int, k: LayerCache, v: LayerCache) -> None: ...
 
 class AttentionPlan:
     def __init__(

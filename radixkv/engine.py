@@ -139,7 +139,7 @@ class Engine:
 
     def __repr__(self) -> str:
         kinds = {(kv.shape, kv.format): None for kv in self.pool.layers}
-        what = ", ".join(f"{shape} as {stored.k.dtype}" for shape, stored in kinds)
+        what = ", ".join(f"{shape} as {stored.name}" for shape, stored in kinds)
         return f"Engine({len(self.layers)} layers: {what}, {self.dtype}, {self.device}, {self.cache!r})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class LayerKV:
     """One layer's memory in the pool. A page of its K, and of its V, is one contiguous run of bytes.
 
     `k` and `v` are views of the pages as the stored numbers, ``[num_pages, page_size, num_kv_heads, dim]``
-    (FlashInfer's NHD); a page's rows lie one after the other.
+    (FlashInfer's NHD); a page's rows lie one after the other. Rows of int4 are bytes of two codes: half of `dim`.
     """
 
     shape: LayerShape
@@ -37,16 +38,30 @@ class LayerKV:
     v_pages: torch.Tensor
     k: torch.Tensor = field(init=False)
     v: torch.Tensor = field(init=False)
+    k_scales: torch.Tensor | None = field(init=False)
+    """bfloat16 [num_pages, page_size, num_kv_heads], where rows have a scale of their own."""
+    v_scales: torch.Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self._rows(self.k_pages, self.format.k, self.shape.k_dim))
-        object.__setattr__(self, "v", self._rows(self.v_pages, self.format.v, self.shape.v_dim))
+        for name, pages, stored, dim in (
+            ("k", self.k_pages, self.format.k, self.shape.k_dim),
+            ("v", self.v_pages, self.format.v, self.shape.v_dim),
+        ):
+            object.__setattr__(self, name, self._rows(pages, stored, dim))
+            object.__setattr__(self, f"{name}_scales", self._scales(pages, stored, dim))
 
     def _rows(self, pages: torch.Tensor, stored: RowFormat, dim: int) -> torch.Tensor:
-        heads = self.shape.num_kv_heads
-        used = pages[:, : self.page_size * heads * stored.row_bytes(dim)]
-        shape = (len(pages), self.page_size, heads, dim)
-        return used.view(getattr(torch, stored.dtype)).view(shape)
+        dtype = torch.uint8 if stored.dtype == "int4" else getattr(torch, stored.dtype)
+        width = dim // 2 if stored.dtype == "int4" else dim
+        shape = (len(pages), self.page_size, self.shape.num_kv_heads, width)
+        return pages[:, : math.prod(shape[1:]) * dtype.itemsize].view(dtype).view(shape)
+
+    def _scales(self, pages: torch.Tensor, stored: RowFormat, dim: int) -> torch.Tensor | None:
+        if not stored.has_row_scales:
+            return None
+        shape = (len(pages), self.page_size, self.shape.num_kv_heads)
+        begin = stored.scales_offset(*shape[1:], dim)
+        return pages[:, begin : begin + 2 * math.prod(shape[1:])].view(torch.bfloat16).view(shape)
 
     @property
     def num_pages(self) -> int:
@@ -55,13 +70,19 @@ class LayerKV:
     @property
     def core(self) -> _core.LayerKV:
         """Addresses and sizes for the native kernels; valid as long as the pages are."""
-        shape, k, v = self.shape, self.format.k, self.format.v
+        shape = self.shape
         return _core.LayerKV(
-            num_qo_heads=shape.num_qo_heads, num_kv_heads=shape.num_kv_heads,
-            k=self.k_pages.data_ptr(), k_dtype=k.dtype, k_dim=shape.k_dim, k_scale=k.scale,
-            k_page_bytes=self.k_pages.stride(0),
-            v=self.v_pages.data_ptr(), v_dtype=v.dtype, v_dim=shape.v_dim, v_scale=v.scale,
-            v_page_bytes=self.v_pages.stride(0),
+            num_qo_heads=shape.num_qo_heads,
+            num_kv_heads=shape.num_kv_heads,
+            k=self._core(self.k_pages, self.format.k, shape.k_dim),
+            v=self._core(self.v_pages, self.format.v, shape.v_dim),
+        )
+
+    def _core(self, pages: torch.Tensor, stored: RowFormat, dim: int) -> _core.LayerCache:
+        heads = self.shape.num_kv_heads
+        return _core.LayerCache(
+            address=pages.data_ptr(), dtype=stored.dtype, num_heads=heads, dim=dim, scale=stored.scale,
+            rotated=stored.rotated, page_bytes=pages.stride(0), scales=stored.scales_offset(self.page_size, heads, dim),
         )  # fmt: skip
 
 

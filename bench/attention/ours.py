@@ -17,17 +17,24 @@ from radixkv.shape import LayerShape
 class Layers:
     """So many layers of one pool that going round them always reads memory that has left the cache."""
 
-    def __init__(self, num_pages: int, heads: Heads, dtype: torch.dtype, minimum_bytes: int = 1) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        heads: Heads,
+        dtype: torch.dtype,
+        minimum_bytes: int = 1,
+        kv_format: str | None = None,
+    ) -> None:
         shape = LayerShape(heads.qo, heads.kv, heads.dim)
-        (format,) = layer_formats(None, str(dtype).removeprefix("torch."), 1)
+        (format,) = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
         self.bytes = num_pages * format.page_bytes(PAGE_SIZE, shape)
         count = -(-minimum_bytes // self.bytes)
         self.kv = KVPool([shape] * count, [format] * count, num_pages, PAGE_SIZE, torch.device("cpu")).layers
         self.dtype = dtype
         self.at = 0
         for layer in self.kv:
-            layer.k.uniform_()
-            layer.v.uniform_()
+            fill(layer.k_pages, layer.k, layer.k_scales)
+            fill(layer.v_pages, layer.v, layer.v_scales)
 
     def backend(self, threads: int, **options: Any) -> NativeAttention:
         return NativeAttention(self.kv, dtype=self.dtype, num_threads=threads, **options)
@@ -35,6 +42,17 @@ class Layers:
     def next(self) -> int:
         self.at = (self.at + 1) % len(self.kv)
         return self.at
+
+
+def fill(pages: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Numbers from 0 to 1, or random codes with a scale that makes them about as large."""
+    if scales is not None:
+        pages.random_(0, 256)
+        scales.fill_(1 / 1024)
+    elif rows.dtype == torch.float8_e4m3fn:
+        rows.copy_(torch.rand(rows.shape))
+    else:
+        rows.uniform_()
 
 
 def isa() -> str:

@@ -106,10 +106,10 @@ struct Kernel {
   // Merges the state of a later chunk into the state of the chunks before it: `heads` heads of `vectors` each.
   void (*merge)(std::int64_t heads, std::int64_t vectors, std::int64_t v_dim, const RowState& later,
                 const RowState& state);
-  // Writes the values' scale * acc / sum to the block's rows of batch.out.
+  // Writes acc / sum, rotated back and scaled, to the block's rows of batch.out.
   void (*finish)(const Batch& batch, const Block& block, const RowState& state);
-  // Stores a row x of one head, of `dtype`, in the format of `to`, whose row begins at `row`.
-  void (*store_row)(DType dtype, const void* x, const Cache& to, char* row);
+  // Stores a row x of one head, of `dtype`, in the format of `to`, whose row and its scale begin at `row` and `scale`.
+  void (*store_row)(DType dtype, const void* x, const Cache& to, char* row, char* scale);
 };
 
 // Stores row r of k and v, of `dtype`, into slot slots[r] = page * page_size + offset, for every r in [begin, end).

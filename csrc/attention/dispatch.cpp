@@ -36,19 +36,22 @@ std::vector<const Kernel*> supported_kernels() {
 
 void store_rows(const Kernel& kernel, DType dtype, std::int32_t num_heads, std::int32_t page_size, const Cache& cache,
                 const Rows& rows, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
-  const std::int64_t bytes = element_size(dtype);
+  const std::int64_t bytes = row_bytes(dtype, 1);
   const auto* data = static_cast<const char*>(rows.data);
-  const auto row_bytes = static_cast<std::size_t>(cache.dim * bytes);
   for (std::int64_t r = begin; r < end; ++r) {
-    char* to = cache.data + slots[r] / page_size * cache.page_stride + slots[r] % page_size * cache.slot_stride;
+    char* const page = cache.data + slots[r] / page_size * cache.page_stride;
+    const std::int64_t slot = slots[r] % page_size;
+    char* to = page + slot * cache.slot_stride;
+    char* scale = page + cache.scales + slot * cache.scales_slot_stride;
     const char* from = data + r * rows.row_stride * bytes;
     for (std::int32_t h = 0; h < num_heads; ++h) {
       if (cache.dtype == dtype) {
-        std::memcpy(to, from, row_bytes);
+        std::memcpy(to, from, static_cast<std::size_t>(cache.row_bytes()));
       } else {
-        kernel.store_row(dtype, from, cache, to);
+        kernel.store_row(dtype, from, cache, to, scale);
       }
       to += cache.head_stride;
+      scale += kScaleBytes;
       from += rows.head_stride * bytes;
     }
   }

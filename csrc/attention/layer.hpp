@@ -1,27 +1,55 @@
 // What a layer attends with, and where and how its K and V are stored.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace radixkv::attention {
 
-// f8: e4m3fn, no infinity, largest 448.
-enum class DType : std::uint8_t { f32, bf16, f16, f8 };
+// f8: e4m3fn, no infinity, largest 448. i8 and i4: rows of codes, each row with a scale of its own (see quantize.hpp).
+enum class DType : std::uint8_t { f32, bf16, f16, f8, i8, i4 };
 
-constexpr std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f8 ? 1 : 2; }
+constexpr std::int64_t row_bytes(DType dtype, std::int64_t dim) {
+  if (dtype == DType::i4) return dim / 2;
+  return dim * (dtype == DType::f32 ? 4 : dtype == DType::bf16 || dtype == DType::f16 ? 2 : 1);
+}
+constexpr std::int64_t kScaleBytes = 2;  // of a row's scale: bf16
+constexpr bool has_row_scales(DType dtype) { return dtype == DType::i8 || dtype == DType::i4; }
 
 constexpr int kMaxHeadDim = 256;
 
+// Elements that a Hadamard rotation mixes: rows are rotated block by block.
+constexpr std::int32_t rotation_size(std::int32_t dim) { return dim & -dim; }
+
+// What the 16 codes of i4 stand for: a Lloyd-Max quantizer's levels for a Gaussian, rounded to integers.
+constexpr int kLevels = 16;
+alignas(16) constexpr signed char kCodebook[kLevels] = {-127, -96, -75, -58, -44, -31, -18, -6,
+                                                        6,    18,  31,  44,  58,  75,  96,  127};
+
 // A layer's keys or its values: rows of `dim` elements for every page, slot and kv head. Strides are in bytes; a page is
-// one run of memory. What is stored times `scale` is the value; it is 1 but for 8 bits.
+// one run of memory. What is stored times `scale`, and times the row's own where rows have one, is the value, or its
+// normalised rotation.
 struct Cache {
   char* data;
   DType dtype;
   std::int32_t dim;
   float scale;
+  bool rotated;
   std::int64_t page_stride;
   std::int64_t slot_stride;
   std::int64_t head_stride;
+  std::int64_t scales;              // from a page's first byte to its rows' scales: bf16, by slot and head
+  std::int64_t scales_slot_stride;  // to those of the next slot
+
+  std::int64_t row_bytes() const { return attention::row_bytes(dtype, dim); }
+  // Times this, what is stored is the value or its rotation with a matrix of 1 and -1. Rows with a scale of their own
+  // include in it what such a rotation adds.
+  float stored_scale() const { return rotated && dtype == DType::f8 ? scale * root_of_rotation() : scale; }
+  // Times this, a product with what is stored is one with the value, where the other factor is rotated as well.
+  float product_scale() const { return rotated ? stored_scale() / static_cast<float>(rotation_size(dim)) : scale; }
+
+ private:
+  float root_of_rotation() const { return std::sqrt(static_cast<float>(rotation_size(dim))); }
 };
 
 struct LayerKV {

@@ -15,8 +15,15 @@ void check_cache(const std::string& who, const Cache& cache, DType dtype) {
   if (cache.dim < 8 || cache.dim > kMaxHeadDim || cache.dim % 8 != 0) {
     invalid(who + " is " + str(cache.dim) + ": it must be a multiple of 8 from 8 to " + str(kMaxHeadDim));
   }
-  if (cache.dtype != dtype && cache.dtype != DType::f8) {
-    invalid(who + " is stored neither in the dtype of k and v nor as float8_e4m3fn");
+  if (cache.dtype == DType::i4 && cache.dim % 16 != 0) {
+    invalid(who + " is " + str(cache.dim) + ": rows of int4 need a multiple of 16");
+  }
+  const bool quantized = cache.dtype == DType::f8 || has_row_scales(cache.dtype);
+  if (cache.dtype != dtype && !quantized) {
+    invalid(who + " is stored neither in the dtype of k and v nor as float8_e4m3fn, int8 or int4");
+  }
+  if (has_row_scales(cache.dtype) ? !cache.rotated : cache.rotated && cache.dtype != DType::f8) {
+    invalid(who + ": rows of int8 and int4 are rotated, those of float8_e4m3fn may be, and no others");
   }
 }
 
@@ -28,7 +35,6 @@ void check_layer(std::size_t index, const LayerKV& layer, DType dtype) {
   }
   check_cache(who + "k_dim", layer.k, dtype);
   check_cache(who + "v_dim", layer.v, dtype);
-  if (layer.k.dtype != layer.v.dtype) invalid(who + "K and V must be stored in the same format");
 }
 
 }  // namespace
@@ -41,7 +47,9 @@ AttentionPlan::AttentionPlan(std::vector<LayerKV> layers, DType dtype, std::int3
       page_size_(page_size),
       kernel_(kernel(isa)),
       pool_(num_threads) {
-  if (dtype == DType::f8) invalid("dtype is float8_e4m3fn: q, k, v and out are float32, bfloat16 or float16");
+  if (dtype == DType::f8 || has_row_scales(dtype)) {
+    invalid("dtype is of 8 or 4 bits: q, k, v and out are float32, bfloat16 or float16");
+  }
   if (page_size < 1) invalid("page_size is " + str(page_size) + ": it must be at least 1");
   if (num_pages < 1) invalid("num_pages is " + str(num_pages) + ": it must be at least 1");
   if (static_cast<std::int64_t>(num_pages) * page_size > INT32_MAX) {
@@ -140,7 +148,7 @@ void AttentionPlan::run(std::size_t layer, const Rows& q, void* out, const Optio
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
   const Schedule& schedule = schedules_[schedule_of_layer_[layer]];
-  const Options scaled{options.sm_scale * kv.k.scale, options.window_left, options.logits_soft_cap};
+  const Options scaled{options.sm_scale * kv.k.product_scale(), options.window_left, options.logits_soft_cap};
   const Batch batch{
       kv, dtype_, table_.view(), scaled, q, out, carried_rows_.rows.data(), carried_rows_.positions.data()};
   reserve(schedule);

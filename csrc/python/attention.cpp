@@ -32,14 +32,18 @@ DType dtype_named(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   if (name == "float8_e4m3fn") return DType::f8;
-  invalid("dtype is " + name + ": it must be float32, bfloat16, float16 or float8_e4m3fn");
+  if (name == "int8") return DType::i8;
+  if (name == "int4") return DType::i4;
+  invalid("dtype is " + name + ": it must be float32, bfloat16, float16, float8_e4m3fn, int8 or int4");
 }
 
-// Rows of `heads` heads, one after the other.
+// Rows of `heads` heads, one after the other; scales: bytes from a page's first to its rows' scales.
 Cache cache_at(std::uintptr_t address, const std::string& dtype, std::int32_t heads, std::int32_t dim, float scale,
-               std::int64_t page_bytes) {
-  const std::int64_t head = dim * attention::element_size(dtype_named(dtype));
-  return Cache{reinterpret_cast<char*>(address), dtype_named(dtype), dim, scale, page_bytes, heads * head, head};
+               bool rotated, std::int64_t page_bytes, std::int64_t scales) {
+  const DType stored = dtype_named(dtype);
+  const std::int64_t row = attention::row_bytes(stored, dim);
+  return Cache{reinterpret_cast<char*>(address), stored, dim, scale, rotated, page_bytes, heads * row, row, scales,
+               heads * attention::kScaleBytes};
 }
 
 Rows rows_of(std::uintptr_t address, std::int64_t row_stride, std::int64_t head_stride) {
@@ -104,18 +108,23 @@ void bind_attention(nb::module_& m) {
   m.attr("CHUNK_KEYS") = attention::kChunkKeys;
   m.def("isas", &attention::supported_isas, "The instruction sets that this machine supports, best first.");
 
+  nb::class_<attention::Cache>(m, "LayerCache",
+                               "Where the pages of one layer's keys, or of its values, lie, and how rows do in them.")
+      .def(
+          "__init__",
+          [](attention::Cache* self, std::uintptr_t address, const std::string& dtype, std::int32_t num_heads,
+             std::int32_t dim, float scale, bool rotated, std::int64_t page_bytes, std::int64_t scales) {
+            new (self) attention::Cache{cache_at(address, dtype, num_heads, dim, scale, rotated, page_bytes, scales)};
+          },
+          nb::kw_only(), "address"_a, "dtype"_a, "num_heads"_a, "dim"_a, "scale"_a, "rotated"_a, "page_bytes"_a,
+          "scales"_a);
+
   nb::class_<LayerKV>(m, "LayerKV", "Where one layer's K and V pages lie; see radixkv.pool.LayerKV.")
       .def(
           "__init__",
-          [](LayerKV* self, std::int32_t num_qo_heads, std::int32_t num_kv_heads, std::uintptr_t k,
-             const std::string& k_dtype, std::int32_t k_dim, float k_scale, std::int64_t k_page_bytes, std::uintptr_t v,
-             const std::string& v_dtype, std::int32_t v_dim, float v_scale, std::int64_t v_page_bytes) {
-            new (self)
-                LayerKV{num_qo_heads, num_kv_heads, cache_at(k, k_dtype, num_kv_heads, k_dim, k_scale, k_page_bytes),
-                        cache_at(v, v_dtype, num_kv_heads, v_dim, v_scale, v_page_bytes)};
-          },
-          nb::kw_only(), "num_qo_heads"_a, "num_kv_heads"_a, "k"_a, "k_dtype"_a, "k_dim"_a, "k_scale"_a,
-          "k_page_bytes"_a, "v"_a, "v_dtype"_a, "v_dim"_a, "v_scale"_a, "v_page_bytes"_a);
+          [](LayerKV* self, std::int32_t num_qo_heads, std::int32_t num_kv_heads, const attention::Cache& k,
+             const attention::Cache& v) { new (self) LayerKV{num_qo_heads, num_kv_heads, k, v}; },
+          nb::kw_only(), "num_qo_heads"_a, "num_kv_heads"_a, "k"_a, "v"_a);
 
   nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
       .def(nb::init<const std::vector<LayerKV>&, const std::string&, std::int32_t, std::int32_t, int,

@@ -9,25 +9,22 @@ Nothing here loads a model or needs torch.
 
 from radixkv.capacity.config import model_from_config
 from radixkv.capacity.fit import Fit, Need, fit, need_for, paging_waste, preallocation_waste
-from radixkv.capacity.formats import FORMATS, Format, Row, format_named
 from radixkv.capacity.read import known_models, read_model
 from radixkv.capacity.sizes import Layer, Model, bytes_per_page, bytes_per_request, bytes_per_token
+from radixkv.formats import FORMATS
 from radixkv.memory import format_bytes
 
 __all__ = [
     "FORMATS",
     "Fit",
-    "Format",
     "Layer",
     "Model",
     "Need",
-    "Row",
     "bytes_per_page",
     "bytes_per_request",
     "bytes_per_token",
     "fit",
     "format_bytes",
-    "format_named",
     "known_models",
     "model_from_config",
     "need_for",

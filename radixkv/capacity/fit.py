@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from radixkv.capacity.formats import Format
 from radixkv.capacity.sizes import Model, bytes_per_page
 from radixkv.errors import InvalidArgument
+from radixkv.formats import LayerFormat
 
 if TYPE_CHECKING:
     from radixkv.traces.curve import CapacityCurve
@@ -38,7 +38,7 @@ class Fit:
 
 def fit(
     model: Model,
-    kv_format: Format,
+    kv_format: LayerFormat,
     memory_bytes: int,
     weight_bytes: int = 0,
     reserve: float = 0.1,

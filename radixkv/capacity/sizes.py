@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from radixkv.capacity.formats import Format
 from radixkv.errors import InvalidArgument
+from radixkv.formats import LayerFormat
 
 __all__ = ["Layer", "Model", "bytes_per_page", "bytes_per_request", "bytes_per_token", "checked_layers"]
 
@@ -77,26 +77,26 @@ def checked_layers(count: int, name: str) -> int:
     return count
 
 
-def bytes_per_token(model: Model, kv_format: Format) -> int:
+def bytes_per_token(model: Model, kv_format: LayerFormat) -> int:
     """Bytes that all layers keep of one token, scales included: for 16 bits 2 * layers * kv_heads * head_dim * 2."""
     return sum(count * _row(layer, kv_format) for layer, count in model.groups())
 
 
-def bytes_per_page(model: Model, kv_format: Format, page_size: int = 16) -> int:
+def bytes_per_page(model: Model, kv_format: LayerFormat, page_size: int = 16) -> int:
     """Bytes of a page of all layers, with the padding that a page of a small format has."""
     if page_size < 1:
         raise InvalidArgument(f"page_size must be at least 1, not {page_size}")
     return sum(
         count
         * (
-            kv_format.k.page_bytes(layer.num_kv_heads, layer.k_dim, page_size)
-            + kv_format.v.page_bytes(layer.num_kv_heads, layer.v_dim, page_size)
+            kv_format.k.page_bytes(page_size, layer.num_kv_heads, layer.k_dim)
+            + kv_format.v.page_bytes(page_size, layer.num_kv_heads, layer.v_dim)
         )
         for layer, count in model.groups()
     )
 
 
-def bytes_per_request(model: Model, kv_format: Format, length: int, keep_windows_only: bool = False) -> int:
+def bytes_per_request(model: Model, kv_format: LayerFormat, length: int, keep_windows_only: bool = False) -> int:
     """Bytes of one token each, ``length`` times.
 
     ``keep_windows_only``: a layer with a window keeps no more tokens than it sees. Such a request can be served, but
@@ -111,7 +111,7 @@ def bytes_per_request(model: Model, kv_format: Format, length: int, keep_windows
     return kept
 
 
-def _row(layer: Layer, kv_format: Format) -> int:
+def _row(layer: Layer, kv_format: LayerFormat) -> int:
     k = kv_format.k.row_bytes(layer.k_dim)
     v = kv_format.v.row_bytes(layer.v_dim)
     return layer.num_kv_heads * (k + v)

@@ -8,7 +8,6 @@ from typing import Any
 from radixkv.capacity import (
     FORMATS,
     Fit,
-    Format,
     Model,
     bytes_per_page,
     bytes_per_request,
@@ -35,9 +34,12 @@ from radixkv.cli.common import (
     text_output,
 )
 from radixkv.errors import InvalidArgument
+from radixkv.formats import LayerFormat
 from radixkv.memory import parse_bytes
 
 __all__ = ["COMMAND"]
+
+_SHOWN = {name: f for name, f in FORMATS.items() if name not in ("fp16", "fp8_rotated")}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -150,11 +152,11 @@ def _describe(model: Model, args: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": weights,
         "reserve": args.reserve,
         "chosen": row,
-        "formats": [_row(model, f, weights, args) for f in FORMATS.values() if f.name != "fp16"],
+        "formats": [_row(model, f, weights, args) for f in _SHOWN.values()],
     }  # fmt: skip
 
 
-def _row(model: Model, kv_format: Format, weights: int | None, args: argparse.Namespace) -> dict[str, Any]:
+def _row(model: Model, kv_format: LayerFormat, weights: int | None, args: argparse.Namespace) -> dict[str, Any]:
     token = bytes_per_token(model, kv_format)
     row: dict[str, Any] = {
         "format": kv_format.name,
@@ -191,7 +193,7 @@ def _for_target(model: Model, args: argparse.Namespace) -> dict[str, Any]:
 
     with ProgressLine() as progress:
         curve = capacity_curve(requests_of(args), args.page_size, progress)
-    pages = {f.name: bytes_per_page(model, f, args.page_size) for f in FORMATS.values() if f.name != "fp16"}
+    pages = {name: bytes_per_page(model, f, args.page_size) for name, f in _SHOWN.items()}
     need = need_for(curve, args.target, bytes_per_page(model, FORMATS[args.format], args.page_size))
     return {
         "trace": args.trace,

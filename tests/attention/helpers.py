@@ -13,11 +13,11 @@ import torch
 
 from radixkv import _core
 from radixkv.attention import Options, PageTable
-from radixkv.attention.fp8 import FP8, quantize
 from radixkv.attention.native import NativeAttention
-from radixkv.formats import fp8, layer_formats
+from radixkv.formats import LayerFormat, fp8, layer_formats
 from radixkv.pool import KVPool, LayerKV
 from radixkv.shape import LayerShape
+from tests.attention import storing
 
 FORCED_ISA = os.environ.get("RADIXKV_ISA")
 ISAS = [FORCED_ISA] if FORCED_ISA else list(_core.isas())
@@ -88,21 +88,53 @@ def dense(request: Request, options: Options = PLAIN) -> torch.Tensor:
 
 
 SCALES = (0.5, 0.0625)
-"""k_scale and v_scale of pools in 8 bits."""
+"""k_scale and v_scale of pools in fp8."""
+
+FORMATS: dict[str, str | LayerFormat | None] = {
+    "": None,
+    "fp8": fp8(*SCALES),
+    "fp8_rotated": fp8(*SCALES, rotated=True),
+    "int8": "int8",
+    "k8v4": "k8v4",
+    "int4": "int4",
+}
+each_format = pytest.mark.parametrize("kv_format", FORMATS.values(), ids=FORMATS.keys())
+each_quantized = pytest.mark.parametrize("kv_format", list(FORMATS.values())[1:], ids=list(FORMATS)[1:])
 
 
-def as_stored(sequence: Tokens, scales: tuple[float, float] = SCALES) -> Tokens:
-    """The sequence with K and V as 8 bits hold them, in float64."""
-    k, v = (quantize(x, s).double() * s for x, s in zip(sequence[1:], scales, strict=True))
+def as_stored(sequence: Tokens, layer: LayerKV) -> Tokens:
+    """The sequence with K and V as the layer holds them, in float64."""
+    k, v = storing.as_stored(sequence.k, layer.format.k), storing.as_stored(sequence.v, layer.format.v)
     return Tokens(sequence.q, k, v)
 
 
-def fill_nan(cache: torch.Tensor, index: object = ...) -> None:
-    """Sets the rows to NaN; torch indexes no 8-bit floats."""
-    if cache.dtype == FP8:
-        cache.view(torch.uint8)[index] = 0x7F  # type: ignore[index]
-    else:
-        cache[index] = torch.nan  # type: ignore[index]
+def takes(kv_format: str | LayerFormat | None, heads: Heads) -> bool:
+    """Whether the format has rows of this size."""
+    return heads.dim % 16 == 0 or kv_format not in ("k8v4", "int4")
+
+
+def garble(layer: LayerKV) -> None:
+    """Makes the pages garbage: bytes of ones are NaN as a float of any size, and as the scale of a row of codes."""
+    layer.k_pages.fill_(0xFF)
+    layer.v_pages.fill_(0xFF)
+
+
+def put(layer: LayerKV, pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Writes rows as the reference stores them."""
+    for rows, cache, scales, stored in (
+        (k, layer.k, layer.k_scales, layer.format.k),
+        (v, layer.v, layer.v_scales, layer.format.v),
+    ):
+        codes, row_scales = storing.store(rows, stored)
+        cache.view(as_bytes(cache))[pages, slots] = codes.view(as_bytes(cache))
+        if scales is not None:
+            assert row_scales is not None
+            scales[pages, slots] = row_scales
+
+
+def as_bytes(cache: torch.Tensor) -> torch.dtype:
+    """torch indexes no 8-bit floats."""
+    return torch.uint8 if cache.dtype.itemsize == 1 else cache.dtype
 
 
 @dataclass
@@ -115,19 +147,17 @@ class Pool:
     page_size: int = 16
     num_threads: int = 1
     isa: str | None = None
-    kv_dtype: torch.dtype | None = None
-    scales: tuple[float, float] = SCALES  # if kv_dtype is FP8
+    kv_format: str | LayerFormat | None = None
     backend: NativeAttention = field(init=False)
 
     def __post_init__(self) -> None:
-        layer = layer_kv(self.heads, self.dtype, self.num_pages, self.page_size, self.kv_dtype, self.scales)
-        self.k, self.v = layer.k, layer.v
-        self.backend = NativeAttention([layer], dtype=self.dtype, num_threads=self.num_threads, isa=self.isa)
+        self.layer = layer_of(self.heads, self.dtype, self.num_pages, self.page_size, self.kv_format)
+        self.k, self.v = self.layer.k, self.layer.v
+        self.backend = NativeAttention([self.layer], dtype=self.dtype, num_threads=self.num_threads, isa=self.isa)
 
     def load(self, requests: Sequence[Request], rng: np.random.Generator) -> PageTable:
         """Give every request random pages, write its cached tokens, leave NaN everywhere else; returns the table."""
-        fill_nan(self.k)
-        fill_nan(self.v)
+        garble(self.layer)
         counts = [-(-r.length // self.page_size) for r in requests]
         pages = rng.permutation(self.num_pages)[: sum(counts)].astype(np.int32)
         kv_indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -138,10 +168,7 @@ class Pool:
             slot = mine[position // self.page_size] * self.page_size + position % self.page_size
             cached = r.length - r.rows
             page, offset = torch.from_numpy(slot[:cached] // self.page_size), torch.from_numpy(position[:cached])
-            for cache, rows, scale in zip((self.k, self.v), r.sequence[1:], self.scales, strict=True):
-                if self.kv_dtype == FP8:
-                    cache, rows = cache.view(torch.uint8), quantize(rows, scale).view(torch.uint8)
-                cache[page, offset % self.page_size] = rows[:cached]
+            put(self.layer, page, offset % self.page_size, r.sequence.k[:cached], r.sequence.v[:cached])
             slots.append(slot[cached:])
         return PageTable(
             np.concatenate([[0], np.cumsum([r.rows for r in requests])]).astype(np.int32),
@@ -165,6 +192,20 @@ class Pool:
         return list(out.split([r.rows for r in requests]))
 
 
+def layer_of(
+    heads: Heads,
+    dtype: torch.dtype,
+    num_pages: int,
+    page_size: int,
+    kv_format: str | LayerFormat | None = None,
+    device: str | torch.device = "cpu",
+) -> LayerKV:
+    """One layer of a pool."""
+    formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
+    shape = LayerShape(heads.qo, heads.kv, heads.dim)
+    return KVPool([shape], formats, num_pages, page_size, torch.device(device)).layers[0]
+
+
 def layer_kv(
     heads: Heads,
     dtype: torch.dtype,
@@ -175,10 +216,7 @@ def layer_kv(
     device: str | torch.device = "cpu",
 ) -> LayerKV:
     """One layer of a pool, stored as `dtype` or, if kv_dtype is FP8, in 8 bits with these scales."""
-    kv_format = None if kv_dtype is None else fp8(*scales)
-    formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
-    shape = LayerShape(heads.qo, heads.kv, heads.dim)
-    return KVPool([shape], formats, num_pages, page_size, torch.device(device)).layers[0]
+    return layer_of(heads, dtype, num_pages, page_size, None if kv_dtype is None else fp8(*scales), device)
 
 
 def packed(parts: list[torch.Tensor]) -> torch.Tensor:

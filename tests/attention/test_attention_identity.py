@@ -12,8 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from radixkv.attention.fp8 import FP8
-from tests.attention.helpers import ISAS, Heads, Options, Pool, Request, Tokens, random_sequence
+from radixkv.formats import LayerFormat
+from tests.attention.helpers import (
+    FORMATS,
+    ISAS,
+    Heads,
+    Options,
+    Pool,
+    Request,
+    Tokens,
+    each_format,
+    random_sequence,
+    takes,
+)
 from tests.attention.helpers import one_torch_thread as one_torch_thread
 
 HEADS = Heads(4, 2, 16)
@@ -47,12 +58,12 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor, request: Request, po
 
 
 @each_isa
-@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["", "fp8"])
+@each_format
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options", [Options(), Options(window_left=70), Options(0.2, 9, 3.0)], ids=["plain", "window", "cap"]
 )
-def test_random_splits(isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, options: Options) -> None:
+def test_random_splits(isa: str, dtype: torch.dtype, kv_format: str | LayerFormat | None, options: Options) -> None:
     """150 splits for each instruction set, dtype, storage and set of options."""
     rng = np.random.default_rng(len(isa))
     tokens = sequences(dtype)
@@ -64,7 +75,7 @@ def test_random_splits(isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | Non
             page_size=size,
             num_threads=threads,
             isa=isa,
-            kv_dtype=kv_dtype,
+            kv_format=kv_format,
         )
         for size in PAGE_SIZES
         for threads in (1, 2, 3)
@@ -85,10 +96,12 @@ def test_random_splits(isa: str, dtype: torch.dtype, kv_dtype: torch.dtype | Non
 def test_every_cut_of_a_short_sequence(isa: str, heads: Heads) -> None:
     """Cached part 0, 1, 2, ... for sizes that end inside pages, tiles and vectors."""
     rng = np.random.default_rng(0)
-    for dtype, kv_dtype in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, FP8)):
+    for dtype, kv_format in [(torch.float32, None), *((torch.bfloat16, f) for f in FORMATS.values())]:
+        if not takes(kv_format, heads):
+            continue
         tokens = sequences(dtype, heads, 75, 1)
-        pool = Pool(heads, dtype, num_pages=40, page_size=5, isa=isa, kv_dtype=kv_dtype)
-        alone = Pool(heads, dtype, num_pages=2, page_size=64, isa=isa, kv_dtype=kv_dtype)
+        pool = Pool(heads, dtype, num_pages=40, page_size=5, isa=isa, kv_format=kv_format)
+        alone = Pool(heads, dtype, num_pages=2, page_size=64, isa=isa, kv_format=kv_format)
         want = references(tokens, alone, Options())[0]
         for cached in range(75):
             request = Request(tokens[0], 75, 75 - cached)

@@ -17,7 +17,6 @@ from radixkv.capacity import (
     bytes_per_token,
     fit,
     format_bytes,
-    format_named,
     known_models,
     model_from_config,
     need_for,
@@ -92,7 +91,7 @@ def test_kinds():
      ("k8v4", 100, 196), ("int4", 68, 132)],
 )  # fmt: skip
 def test_bytes_of_a_head_by_format(name, dim_64, dim_128):
-    sizes = [bytes_per_token(Model("m", (Layer(1, 1, dim, dim),)), format_named(name)) for dim in (64, 128)]
+    sizes = [bytes_per_token(Model("m", (Layer(1, 1, dim, dim),)), FORMATS[name]) for dim in (64, 128)]
     assert sizes == [dim_64, dim_128]
 
 

@@ -18,6 +18,7 @@ torch.manual_seed(0)
 EMBEDDING = torch.randn(VOCAB, HEADS, DIM)
 WEIGHT = torch.randn(LAYERS, 3, HEADS, DIM)
 FP8_STORAGE = {"kv_format": fp8(k_scale=0.1, v_scale=0.3)}
+STORAGES = [{}, FP8_STORAGE, *({"kv_format": name} for name in ("fp8_rotated", "int8", "k8v4", "int4"))]
 
 
 def make_engine(num_pages=64, page_size=4, dtype=torch.float32, **options):
@@ -80,7 +81,7 @@ def test_answers_match_a_dense_oracle_in_mixed_batches(page_size):
     assert engine.cache.stats().hit_tokens > 0
 
 
-@pytest.mark.parametrize("storage", [{}, FP8_STORAGE], ids=["", "fp8"])
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: str(s.get("kv_format", ""))[:12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_hit_never_changes_the_answer(dtype, storage):
     """Bit-identical last rows: fresh engine, warm engine with any cached part, thrashing engine, any batch."""
@@ -214,7 +215,7 @@ def test_bad_engines():
         ({"page_size": 0}, "page_size must be"),
         ({"dtype": torch.int8}, "dtype"),
         ({"dtype": "float32"}, "dtype is 'float32': give a torch.dtype"),
-        ({"kv_format": "int3"}, "kv_format is 'int3': use None, 'fp8' or a LayerFormat"),
+        ({"kv_format": "int3"}, "kv_format is 'int3': use None, one of fp32, "),
         ({"kv_format": ["fp8"]}, "kv_format has 1 formats for 3 layers"),
         ({"layers": [LayerShape(4, 2, 16)]}, "give layers, or num_layers, num_qo_heads, num_kv_heads and head_dim"),
         ({"device": "gpu"}, "device is 'gpu': give 'cpu'"),
@@ -232,7 +233,7 @@ def test_bad_engines():
     with pytest.raises(radixkv.InvalidArgument, match="or layers, where they differ"):
         radixkv.Engine(num_layers=3, num_pages=4)
     half = RowFormat("bfloat16")
-    with pytest.raises(radixkv.BackendUnavailable, match="stores K as bfloat16 and V as bfloat16: use float32"):
+    with pytest.raises(radixkv.BackendUnavailable, match="stores K as bfloat16: use float32"):
         make_engine(kv_format=LayerFormat(half, half))
     with pytest.raises(radixkv.BackendUnavailable, match="CUDA device|float32"):
         make_engine(device="cuda")

@@ -39,6 +39,20 @@ RADIXKV_INLINE F load_f8(const void* p, int) {
   return vmulq_n_f32(vcvt_f32_f16(half), 256.0f);
 }
 
+RADIXKV_INLINE F load_i8(const void* p, int) {
+  std::uint32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
+}
+
+// The levels of kCodebook for the low and for the high halves of 8 bytes.
+RADIXKV_INLINE void unpack_i4(const char* p, char* low, char* high) {
+  const int8x16_t levels = vld1q_s8(kCodebook);
+  const uint8x8_t bytes = vld1_u8(reinterpret_cast<const std::uint8_t*>(p));
+  vst1_s8(reinterpret_cast<std::int8_t*>(low), vqtbl1_s8(levels, vand_u8(bytes, vdup_n_u8(15))));
+  vst1_s8(reinterpret_cast<std::int8_t*>(high), vqtbl1_s8(levels, vshr_n_u8(bytes, 4)));
+}
+
 RADIXKV_INLINE void store_f32(void* p, F x, int) { store(static_cast<float*>(p), x); }
 
 RADIXKV_INLINE void store_bf16(void* p, F x, int) {

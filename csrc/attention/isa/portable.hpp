@@ -87,6 +87,18 @@ RADIXKV_INLINE F load_f8(const void* p, int) {
   for (int i = 0; i < kLanes; ++i) x[i] = f8_to_float(static_cast<const std::uint8_t*>(p)[i]);
   return load(x);
 }
+RADIXKV_INLINE F load_i8(const void* p, int) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<const signed char*>(p)[i];
+  return load(x);
+}
+RADIXKV_INLINE void unpack_i4(const char* p, char* low, char* high) {
+  for (int i = 0; i < 8; ++i) {
+    const unsigned byte = static_cast<unsigned char>(p[i]);
+    low[i] = static_cast<char>(kCodebook[byte & 15u]);
+    high[i] = static_cast<char>(kCodebook[byte >> 4]);
+  }
+}
 RADIXKV_INLINE void store_f32(void* p, F x, int) { store(static_cast<float*>(p), x); }
 RADIXKV_INLINE void store_bf16(void* p, F x, int) {
   std::uint16_t halves[kLanes];

@@ -9,7 +9,8 @@
 //   kBlockRows                     query vectors in the largest register block of a product, which is 2 vectors wide
 //   load, store, zero, set1        of fp32
 //   set4(p)                        the four numbers at p in every block; a block is four lanes, 16 bytes
-//   load_f32/bf16/f16/f8(p, n)     n <= kLanes elements at p, widened to fp32; the other lanes are zero
+//   load_f32/bf16/f16/f8/i8(p, n)  n <= kLanes elements at p, widened to fp32; the other lanes are zero
+//   unpack_i4(p, low, high)        the levels of the low, and of the high halves of 8 bytes at p
 //   store_f32/bf16/f16(p, x, n)    the first n lanes, rounded to nearest even
 //   add, sub, mul, div, max, fma   lane by lane; max returns its second operand where one is NaN
 //   round, pow2                    to the nearest integer; 2^x of an integer -127 <= x <= 127 (2^-127 is 0)
@@ -25,6 +26,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "attention/layer.hpp"
 
 #define RADIXKV_INLINE static inline __attribute__((always_inline))
 

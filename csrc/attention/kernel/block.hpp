@@ -3,8 +3,8 @@
 //
 // One block = some consecutive rows of one request, or some rows that share a prefix, with the query heads of some
 // consecutive kv heads. For every tile of keys and every kv head: scores = Q K^T for all query vectors, kLanes keys at
-// a time; softmax; acc += P V. Few query vectors read K and V where they lie, once; for many, or where products do not
-// take them as they are stored, they are packed in scratch memory first.
+// a time; softmax; acc += P V. Products are of fp32, or of pairs of bf16; rows that are stored otherwise are widened in
+// scratch memory first. Few query vectors read rows as they lie; for many, keys become columns and values one array.
 #pragma once
 
 #include "attention/attention.hpp"
@@ -13,6 +13,8 @@
 namespace radixkv::attention::RADIXKV_ISA {
 
 constexpr int kTileVectors = kTileKeys / kLanes;
+// Up to so many query vectors read keys that were widened as rows: making columns of them costs more.
+constexpr int kRowsOfWidened = 4 * kBlockRows;
 
 // Scratch memory of one thread, in floats and all 64-byte aligned.
 struct Scratch {
@@ -21,6 +23,7 @@ struct Scratch {
   float* keys;    // of kLanes keys: see KeyColumns
   float* values;  // [kTileKeys / kStep, padded_dim]
   float* single;  // [padded_dim]: of one step
+  float* rows;    // [kLanes, max(k_dim, v_dim)]: rows of K, or of V, as products take them
   float* zeros;   // [kMaxHeadDim]
   RowState chunk;
 };
@@ -29,7 +32,8 @@ constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 1
 
 static std::size_t scratch_bytes(std::int64_t rows, std::int64_t k_dim, std::int64_t v_dim) {
   const std::int64_t floats = aligned_floats(rows * k_dim) + rows * kTileKeys + k_dim * kLanes +
-                              (kTileKeys + 1) * padded_dim(v_dim) + kMaxHeadDim + state_floats(rows, v_dim);
+                              (kTileKeys + 1) * padded_dim(v_dim) + aligned_floats(kLanes * max_int64(k_dim, v_dim)) +
+                              kMaxHeadDim + state_floats(rows, v_dim);
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
 
@@ -43,6 +47,7 @@ RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t
   s.keys = at, at += k_dim * kLanes;
   s.values = at, at += kTileKeys * padded_dim(v_dim);
   s.single = at, at += padded_dim(v_dim);
+  s.rows = at, at += aligned_floats(kLanes * max_int64(k_dim, v_dim));
   s.zeros = at, at += kMaxHeadDim;
   const std::int64_t padded = padded_dim(v_dim);
   s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at, vectors};
@@ -66,9 +71,9 @@ struct BlockKernel {
   const std::int64_t* positions;           // of every row, if the block is shared
   Tiles tiles;
   bool values_in_place = false;
+  const char* widened[kLanes];  // the rows of s.rows
 
-  BlockKernel(const Batch& batch, const Block& block, void* scratch)
-      : batch(batch), block(block), tiles(batch, block, Format::kBytes) {
+  BlockKernel(const Batch& batch, const Block& block, void* scratch) : batch(batch), block(block), tiles(batch, block) {
     k_dim = batch.layer.k.dim;
     v_dim = batch.layer.v.dim;
     group = batch.layer.group();
@@ -77,6 +82,10 @@ struct BlockKernel {
     heads = block.head_end - block.head_begin;
     s = scratch_at(scratch, heads, static_cast<std::int64_t>(rows) * group, k_dim, v_dim);
     for (int i = 0; i < kMaxHeadDim; ++i) s.zeros[i] = 0.0f;
+    for (int i = 0; i < kLanes; ++i) widened[i] = reinterpret_cast<const char*>(s.rows + i * row_stride());
+    for (int key = 0; key < kTileKeys; ++key) {  // what stands behind a value that widen_rows leaves there
+      for (int d = v_dim; d < vectors * kLanes; ++d) s.values[key * vectors * kLanes + d] = 0.0f;
+    }
     const std::int64_t kv_len = batch.table.kv_len(block.request);
     first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
     positions = block.shared ? batch.carried_positions + block.row_begin : nullptr;
@@ -93,7 +102,7 @@ struct BlockKernel {
 
   void pack_queries() {
     const auto* data = static_cast<const char*>(batch.q.data);
-    const std::int64_t bytes = element_size(batch.dtype);
+    const std::int64_t bytes = row_bytes(batch.dtype, 1);
     const std::int64_t first_row = batch.table.qo_indptr[block.request] + block.row_begin;
     const int vectors_of_q = rows * group, fours = k_dim / kStep / 4;
     float vector[kMaxHeadDim];
@@ -107,6 +116,7 @@ struct BlockKernel {
           __builtin_memcpy(vector, from, static_cast<std::size_t>(k_dim) * 2);
         } else {
           widen(batch.dtype, from, vector, k_dim);
+          if (batch.layer.k.rotated) rotate(vector, k_dim);
         }
         float* to = s.q + (static_cast<std::int64_t>(h) * fours * vectors_of_q + i) * 4;
         for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
@@ -118,13 +128,20 @@ struct BlockKernel {
   std::int64_t key_offset() const { return head * batch.layer.k.head_stride; }
   std::int64_t value_offset() const { return head * batch.layer.v.head_stride; }
 
-  // Whether to read the head's keys and values where they lie: once, and in a format that products take as it is.
-  bool in_place(int vectors_of_q) const { return Format::kNative && vectors_of_q <= kBlockRows; }
+  static bool is_product(const Cache& cache) { return cache.dtype == Format::kStored && !cache.rotated; }
+  std::int64_t row_stride() const { return max_int(k_dim, v_dim); }
 
-  // kLanes keys from `first` on, for score_block.
-  KeyRows<Format> key_rows(int first) const { return {tiles.here().keys + first, key_offset()}; }
-  KeyColumns pack_keys(int first) {
-    const KeyRows<Format> from = key_rows(first);
+  // kLanes keys from `first` on, as products take them: where they lie, or widened.
+  KeyRows<Format> key_rows(int first) {
+    const Addresses& here = tiles.here();
+    if (is_product(batch.layer.k)) return {here.keys + first, key_offset()};
+    const StoredRows stored{here.keys + first, key_offset(), here.key_scales + first, head * kScaleBytes};
+    widen_rows<Format>(batch.layer.k, stored, kLanes, s.rows, row_stride());
+    return {widened, 0};
+  }
+
+  // The same as columns, for score_block.
+  KeyColumns pack_keys(const KeyRows<Format>& from) {
     const int depth = k_dim / kStep;
     const auto pack = [&](int half, int d, int n) __attribute__((always_inline)) {
       F column[2][kLanes / 4];
@@ -143,15 +160,31 @@ struct BlockKernel {
     return KeyColumns{s.keys};
   }
 
+  // The tile's values as one array.
   void pack_values() {
-    const std::int64_t stride = vectors * kLanes, offset = value_offset();
-    const Addresses& here = tiles.here();
-    for (int key = 0; key < here.count; key += kStep) {
-      const bool alone = key + 1 == here.count;
-      pack_value(here.values[key] + offset, alone ? zeros() : here.values[key + 1] + offset,
-                 s.values + key / kStep * stride);
-      if (key % 16 == 0) tiles.tick();
+    const std::int64_t stride = vectors * kLanes;
+    const int count = tiles.here().count;
+    for (int key = 0; key < count; key += 16) {
+      const int end = min_int(key + 16, count);
+      if constexpr (kPairs) {
+        for (int i = key; i < end; i += kStep) {
+          pack_value(value_row(i, 0), i + 1 == end ? zeros() : value_row(i + 1, 1), s.values + i / kStep * stride);
+        }
+      } else {
+        widen_rows<Format>(batch.layer.v, stored_values(key), end - key, s.values + key * stride, stride);
+      }
+      tiles.tick();
     }
+  }
+  StoredRows stored_values(int key) const {
+    const Addresses& here = tiles.here();
+    return {here.values + key, value_offset(), here.value_scales + key, head * kScaleBytes};
+  }
+  // A value as products take it: where it lies, or widened in place `i`.
+  const char* value_row(int key, int i) {
+    if (is_product(batch.layer.v)) return tiles.here().values[key] + value_offset();
+    widen_rows<Format>(batch.layer.v, stored_values(key), 1, s.rows + i * row_stride(), 0);
+    return widened[i];
   }
   const char* zeros() const { return reinterpret_cast<const char*>(s.zeros); }
 
@@ -285,9 +318,7 @@ struct BlockKernel {
     if (begin >= end) return;
     const std::int64_t stride = vectors * kLanes;
     if (values_in_place) {
-      if constexpr (Format::kNative) {
-        weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, value_offset()}, begin, end - begin);
-      }
+      weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, value_offset()}, begin, end - begin);
     } else {
       weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
     }
@@ -295,7 +326,7 @@ struct BlockKernel {
 
   // Of a pair of keys only one.
   void accumulate_half(int i, int n, int key, bool second) {
-    const char* const row = tiles.here().values[key] + value_offset();
+    const char* const row = value_row(key, 0);
     pack_value(second ? zeros() : row, second ? row : zeros(), s.single);
     weigh(i, n, ValueColumns{s.single, 0}, key / 2, 1);
   }
@@ -370,8 +401,10 @@ struct BlockKernel {
     if (block.shared) begin = next_row(begin, end, tile, true);
     if (begin >= end) return;
     const int count = tiles.here().count;
-    values_in_place = in_place((end - begin) * group);
-    expect_ticks((end - begin) * group, count);
+    const int num_vectors = (end - begin) * group;
+    const bool keys_in_rows = num_vectors <= (is_product(batch.layer.k) ? kBlockRows : kRowsOfWidened);
+    values_in_place = is_product(batch.layer.v) && num_vectors <= kBlockRows;
+    expect_ticks(num_vectors, count);
     const auto each_range = [&](auto call) __attribute__((always_inline)) {
       if (!block.shared) return call(begin * group, end * group);
       for (int from = begin; from < end;) {
@@ -382,14 +415,13 @@ struct BlockKernel {
     };
     for (head = 0; head < heads; ++head) {
       for (int first = 0; first < count; first += kLanes) {
-        if constexpr (Format::kNative) {
-          if (values_in_place) {
-            each_range([&](int from, int to) { score(key_rows(first), from, to, first); });
-            continue;
-          }
+        const KeyRows<Format> keys = key_rows(first);
+        if (keys_in_rows) {
+          each_range([&](int from, int to) { score(keys, from, to, first); });
+        } else {
+          const KeyColumns columns = pack_keys(keys);
+          each_range([&](int from, int to) { score(columns, from, to, first); });
         }
-        const KeyColumns keys = pack_keys(first);
-        each_range([&](int from, int to) { score(keys, from, to, first); });
       }
       if (!values_in_place) pack_values();
       each_range([&](int from, int to) { consume(from, to, tile); });
@@ -476,23 +508,9 @@ void BlockKernel<Format>::attend(const Span& span, const RowState& state) {
 
 static void attend(const Batch& batch, const Block& block, const Span& span, const RowState& state, void* scratch) {
 #if defined(RADIXKV_SIMD_PAIRS)
-  using BF16 = FormatPairs;
-  if (batch.dtype == DType::bf16 && batch.layer.k.dtype == DType::f8) {
-    return BlockKernel<FormatF8Pairs>(batch, block, scratch).attend(span, state);
-  }
-#else
-  using BF16 = FormatBF16;
+  if (in_pairs(batch)) return BlockKernel<FormatPairs>(batch, block, scratch).attend(span, state);
 #endif
-  switch (batch.layer.k.dtype) {
-    case DType::f32:
-      return BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
-    case DType::bf16:
-      return BlockKernel<BF16>(batch, block, scratch).attend(span, state);
-    case DType::f16:
-      return BlockKernel<FormatF16>(batch, block, scratch).attend(span, state);
-    case DType::f8:
-      return BlockKernel<FormatF8>(batch, block, scratch).attend(span, state);
-  }
+  BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

@@ -1,5 +1,4 @@
-// How numbers are stored: reading and writing every format, and K and V in 8 bits. Part of block.hpp; see
-// simd.hpp.
+// How numbers are stored: reading rows of every format. Part of block.hpp; see simd.hpp.
 #pragma once
 
 #include "attention/attention.hpp"
@@ -23,47 +22,47 @@ struct DotPairs {
 };
 #endif
 
-// Storage formats. load: n <= kLanes units for products with Op, of kStep elements each. kNative: products take rows as
-// they are stored, so that loading them again costs nothing.
+// Numbers that products and outputs are made of. load: n <= kLanes units for products with Op, of kStep elements each.
 struct FormatF32 {
   using Op = Fma;
+  static constexpr DType kStored = DType::f32;
   static constexpr int kBytes = 4;
-  static constexpr bool kNative = true;
   RADIXKV_INLINE F load(const void* p, int n) { return load_f32(p, n); }
   RADIXKV_INLINE void store(void* p, F x, int n) { store_f32(p, x, n); }
 };
 struct FormatBF16 {
   using Op = Fma;
   static constexpr int kBytes = 2;
-  static constexpr bool kNative = false;
   RADIXKV_INLINE F load(const void* p, int n) { return load_bf16(p, n); }
   RADIXKV_INLINE void store(void* p, F x, int n) { store_bf16(p, x, n); }
 };
 struct FormatF16 {
   using Op = Fma;
   static constexpr int kBytes = 2;
-  static constexpr bool kNative = false;
   RADIXKV_INLINE F load(const void* p, int n) { return load_f16(p, n); }
   RADIXKV_INLINE void store(void* p, F x, int n) { store_f16(p, x, n); }
 };
 struct FormatF8 {
   using Op = Fma;
   static constexpr int kBytes = 1;
-  static constexpr bool kNative = false;
   RADIXKV_INLINE F load(const void* p, int n) { return load_f8(p, n); }
+};
+struct FormatI8 {
+  using Op = Fma;
+  static constexpr int kBytes = 1;
+  RADIXKV_INLINE F load(const void* p, int n) { return load_i8(p, n); }
 };
 #if defined(RADIXKV_SIMD_PAIRS)
 // Products of bf16 accumulated in fp32, probabilities rounded to bf16. load: of n pairs.
 struct FormatPairs {
   using Op = DotPairs;
+  static constexpr DType kStored = DType::bf16;
   static constexpr int kBytes = 2;
-  static constexpr bool kNative = true;
   RADIXKV_INLINE F load(const void* p, int n) { return load_f32(p, n); }
 };
 struct FormatF8Pairs {
   using Op = DotPairs;
   static constexpr int kBytes = 1;
-  static constexpr bool kNative = false;
   RADIXKV_INLINE F load(const void* p, int n) { return load_f8_pairs(p, n); }
 };
 #endif
@@ -85,24 +84,64 @@ static void widen(DType dtype, const void* from, float* to, int n) {
   widen_from<FormatF16>(from, to, n);
 }
 
-// x in e4m3: clamped to 448, rounded to nearest even; NaN stays NaN.
-RADIXKV_INLINE std::uint8_t float_to_f8(float x) {
-  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
-  const std::uint32_t sign = (bits >> 24) & 0x80u, size = bits & 0x7fffffffu;
-  const std::uint32_t bounded = size < 0x43e00000u ? size : 0x43e00000u;  // 448
-  // Below 2^-6 the last bit is 2^-9, which adding 2^14 aligns with fp32's last.
-  const float aligned = __builtin_bit_cast(float, bounded) + 0x1p14f;
-  const std::uint32_t subnormal = __builtin_bit_cast(std::uint32_t, aligned) - 0x46800000u;
-  const std::uint32_t normal = (bounded + 0x7ffffu + ((bounded >> 20) & 1u) - (120u << 23)) >> 20;
-  const std::uint32_t number = bounded < 0x3c800000u ? subnormal : normal;
-  return static_cast<std::uint8_t>(sign | (size > 0x7f800000u ? 0x7fu : number));
+// Some rows of a cache: where each lies and where its scale does, each so many bytes further on.
+struct StoredRows {
+  const char* const* rows;
+  std::int64_t offset;
+  const char* const* scales;
+  std::int64_t scale_offset;
+
+  const char* row(int i) const { return rows[i] + offset; }
+  float scale(int i) const {
+    std::uint16_t half;
+    __builtin_memcpy(&half, scales[i] + scale_offset, sizeof half);
+    return __builtin_bit_cast(float, static_cast<std::uint32_t>(half) << 16);
+  }
+};
+
+template <class Stored>
+RADIXKV_INLINE void widen_floats(const StoredRows& from, int dim, int count, float* to, std::int64_t stride) {
+  for (int i = 0; i < count; ++i) widen_from<Stored>(from.row(i), to + i * stride, dim);
 }
 
-// A row in 8 bits: x / scale.
-static void store_row(DType dtype, const void* x, const Cache& to, char* row) {
-  float values[kMaxHeadDim];
-  widen(dtype, x, values, to.dim);
-  for (int i = 0; i < to.dim; ++i) reinterpret_cast<std::uint8_t*>(row)[i] = float_to_f8(values[i] / to.scale);
+// Codes times the row's scale, which fp32 holds exactly.
+RADIXKV_INLINE void widen_codes(const void* codes, float row_scale, int dim, float* to) {
+  const F scale = set1(row_scale);
+  for (int d = 0; d < dim; d += kLanes) {
+    const int n = min_int(dim - d, kLanes);
+    store_f32(to + d, mul(load_i8(static_cast<const char*>(codes) + d, n), scale), n);
+  }
+}
+
+// `count` rows as products take them, `stride` floats apart.
+template <class Product>
+static void widen_rows(const Cache& cache, const StoredRows& from, int count, float* to, std::int64_t stride) {
+#if defined(RADIXKV_SIMD_PAIRS)
+  if constexpr (Product::Op::kStep == 2) {
+    if (cache.dtype == DType::f8) return widen_floats<FormatF8Pairs>(from, cache.dim, count, to, stride);
+    return widen_floats<FormatPairs>(from, cache.dim, count, to, stride);
+  }
+#endif
+  switch (cache.dtype) {
+    case DType::f32:
+      return widen_floats<FormatF32>(from, cache.dim, count, to, stride);
+    case DType::bf16:
+      return widen_floats<FormatBF16>(from, cache.dim, count, to, stride);
+    case DType::f16:
+      return widen_floats<FormatF16>(from, cache.dim, count, to, stride);
+    case DType::f8:
+      return widen_floats<FormatF8>(from, cache.dim, count, to, stride);
+    case DType::i8:
+      for (int i = 0; i < count; ++i) widen_codes(from.row(i), from.scale(i), cache.dim, to + i * stride);
+      return;
+    case DType::i4:
+      for (int i = 0; i < count; ++i) {
+        char codes[kMaxHeadDim];
+        for (int d = 0; d < cache.dim / 2; d += 8) unpack_i4(from.row(i) + d, codes + d, codes + cache.dim / 2 + d);
+        widen_codes(codes, from.scale(i), cache.dim, to + i * stride);
+      }
+      return;
+  }
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

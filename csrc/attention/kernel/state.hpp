@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/kernel/math.hpp"
+#include "attention/kernel/quantize.hpp"
 #include "attention/kernel/tiles.hpp"
 
 namespace radixkv::attention::RADIXKV_ISA {
@@ -37,13 +38,27 @@ static void merge(std::int64_t heads, std::int64_t vectors, std::int64_t v_dim, 
   }
 }
 
+// Whether products are of pairs of bf16, which hold the query and all that is stored exactly.
+RADIXKV_INLINE bool in_pairs(const Batch& batch) {
+#if defined(RADIXKV_SIMD_PAIRS)
+  const auto exact = [](const Cache& cache) {
+    return !cache.rotated && (cache.dtype == DType::bf16 || cache.dtype == DType::f8);
+  };
+  return batch.dtype == DType::bf16 && exact(batch.layer.k) && exact(batch.layer.v);
+#else
+  static_cast<void>(batch);
+  return false;
+#endif
+}
+
 template <class Format, class Op>
 static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
   const int v_dim = batch.layer.v.dim, group = batch.layer.group();
   const std::int64_t stride = padded_dim(v_dim);
   const std::int64_t out_heads = batch.layer.num_qo_heads;
   const std::int64_t first_row = batch.table.qo_indptr[block.request];
-  const F scale = set1(batch.layer.v.scale);
+  const F scale = set1(batch.layer.v.product_scale());
+  float rotated[kMaxHeadDim + kLanes];
   for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
     std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
     for (int row = block.row_begin; row < block.row_end; ++row) {
@@ -51,7 +66,12 @@ static void finish_rows(const Batch& batch, const Block& block, const RowState& 
         const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
         char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * v_dim * Format::kBytes;
         const F sum = set1(state.sum[i]);
-        const float* const acc = state.acc + i * stride;
+        const float* acc = state.acc + i * stride;
+        if (batch.layer.v.rotated) {
+          __builtin_memcpy(rotated, acc, static_cast<std::size_t>(v_dim) * sizeof(float));
+          rotate(rotated, v_dim);
+          acc = rotated;
+        }
         const auto put = [&](F x, int d) __attribute__((always_inline)) {
           Format::store(to + d * Format::kBytes, mul(div(x, sum), scale), min_int(v_dim - d, kLanes));
         };
@@ -73,10 +93,9 @@ static void finish(const Batch& batch, const Block& block, const RowState& state
       return finish_rows<FormatF32, Fma>(batch, block, state);
     case DType::bf16:
 #if defined(RADIXKV_SIMD_PAIRS)
-      return finish_rows<FormatBF16, DotPairs>(batch, block, state);
-#else
-      return finish_rows<FormatBF16, Fma>(batch, block, state);
+      if (in_pairs(batch)) return finish_rows<FormatBF16, DotPairs>(batch, block, state);
 #endif
+      return finish_rows<FormatBF16, Fma>(batch, block, state);
     default:
       return finish_rows<FormatF16, Fma>(batch, block, state);
   }

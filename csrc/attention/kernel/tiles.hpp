@@ -6,12 +6,14 @@
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-// The addresses of a tile's keys and values in the block's first head. Keys after the last are the last one again, up
-// to whole vectors: their scores are computed and not used.
+// The addresses of a tile's keys and values in the block's first head, and of their scales where rows have some. Keys
+// after the last are the last one again, up to whole vectors: their scores are computed and not used.
 struct Addresses {
   int count;
   const char* keys[kTileKeys];
   const char* values[kTileKeys];
+  const char* key_scales[kTileKeys];
+  const char* value_scales[kTileKeys];
 };
 
 // The tile at hand of one block, and the one after it, which is loaded into the L2 cache meanwhile.
@@ -23,10 +25,10 @@ struct Addresses {
 // of the block, as runs of memory: slots and pages that follow each other are one.
 class Tiles {
  public:
-  Tiles(const Batch& batch, const Block& block, std::int64_t bytes)
+  Tiles(const Batch& batch, const Block& block)
       : batch_(batch), block_(block), caches_{&batch.layer.k, &batch.layer.v} {
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t head = caches_[i]->dim * bytes;
+      const std::int64_t head = caches_[i]->row_bytes();
       row_bytes_[i] = (block.head_end - block.head_begin) * head;
       fetches_ &= caches_[i]->head_stride == head;  // else a row is many runs; such layouts go without
     }
@@ -76,8 +78,8 @@ class Tiles {
     at_ = end_ = nullptr;
     for (int i = 0; i < to.count;) {
       const int slots = min_int(to.count - i, static_cast<int>(page_size - slot));
-      locate(0, pages[page], slot, slots, to.keys + i);
-      locate(1, pages[page], slot, slots, to.values + i);
+      locate(0, pages[page], slot, slots, to.keys + i, to.key_scales + i);
+      locate(1, pages[page], slot, slots, to.values + i, to.value_scales + i);
       i += slots;
       ++page;
       slot = 0;
@@ -87,14 +89,22 @@ class Tiles {
         num_lines_ += static_cast<int>((runs_[of][i].end - runs_[of][i].begin + kLine - 1) / kLine);
     }
     if (to.count == 0) return;
-    for (int i = to.count; i % kLanes != 0; ++i) to.keys[i] = to.keys[to.count - 1];
+    for (int i = to.count; i % kLanes != 0; ++i) {
+      to.keys[i] = to.keys[to.count - 1];
+      to.key_scales[i] = to.key_scales[to.count - 1];
+    }
   }
 
   // The addresses of some slots of a page, of keys (0) or values (1).
-  void locate(int of, std::int32_t page, std::int64_t slot, int slots, const char** to) {
+  void locate(int of, std::int32_t page, std::int64_t slot, int slots, const char** to, const char** scales) {
     const Cache& cache = *caches_[of];
     const std::int64_t at = page * cache.page_stride + slot * cache.slot_stride + block_.head_begin * cache.head_stride;
     for (int i = 0; i < slots; ++i) to[i] = cache.data + at + i * cache.slot_stride;
+    if (has_row_scales(cache.dtype)) {
+      const char* const first = cache.data + page * cache.page_stride + cache.scales + slot * cache.scales_slot_stride +
+                                block_.head_begin * kScaleBytes;
+      for (int i = 0; i < slots; ++i) scales[i] = first + i * cache.scales_slot_stride;
+    }
     if (fetches_) expect_slots(of, at, slots, cache.slot_stride);
   }
 
