@@ -24,7 +24,8 @@ std::vector<const Kernel*> supported_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) kernels.push_back(&kernel_avx512bf16);
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (bf16) kernels.push_back(&kernel_avx512bf16);
   if (avx512) kernels.push_back(&kernel_avx512);
   if (avx2) kernels.push_back(&kernel_avx2);
 #elif defined(__aarch64__)

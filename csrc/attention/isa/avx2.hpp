@@ -96,6 +96,39 @@ RADIXKV_INLINE F swap_blocks(F x) {
   return _mm256_permute2f128_ps(x, x, 0x01);
 }
 
+// Eight pairs or, at the end of a row, four.
+RADIXKV_INLINE F load_i8_pairs(const void* p, int n) {
+  const auto* at = static_cast<const __m128i*>(p);
+  return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(n == kLanes ? _mm_loadu_si128(at) : _mm_loadl_epi64(at)));
+}
+RADIXKV_INLINE F add_i32(F a, F b) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+RADIXKV_INLINE F dot_i16(F a, F b, F c) {
+  return add_i32(c, _mm256_castsi256_ps(_mm256_madd_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b))));
+}
+RADIXKV_INLINE F to_float(F x) { return _mm256_cvtepi32_ps(_mm256_castps_si256(x)); }
+RADIXKV_INLINE void store_i16(float* p, F x) {
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  const __m128i packed = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+RADIXKV_INLINE void interleave(F a, F b, F* pairs) {
+  const __m256i x = _mm256_castps_si256(a), y = _mm256_castps_si256(b);
+  pairs[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(x, y));
+  pairs[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(x, y));
+}
+RADIXKV_INLINE F interleave_half(F a, F b) {
+  const __m256i x = _mm256_castps_si256(a), y = _mm256_castps_si256(b);
+  const __m256i first = _mm256_unpacklo_epi16(x, y), second = _mm256_unpackhi_epi16(x, y);
+  return _mm256_castsi256_ps(_mm256_permute2x128_si256(first, second, 0x20));
+}
+RADIXKV_INLINE void in_order(F& a, F& b) {
+  const F first = _mm256_permute2f128_ps(a, b, 0x20);
+  b = _mm256_permute2f128_ps(a, b, 0x31);
+  a = first;
+}
+
 RADIXKV_INLINE void transpose_blocks(F (&r)[2]) {
   const F first = _mm256_permute2f128_ps(r[0], r[1], 0x20);
   r[1] = _mm256_permute2f128_ps(r[0], r[1], 0x31);

@@ -126,6 +126,47 @@ RADIXKV_INLINE void transpose_blocks(F (&r)[4]) {
   r[3] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
 }
 
+RADIXKV_INLINE F load_i8_pairs(const void* p, int n) {
+  const __mmask32 mask = static_cast<__mmask32>((std::uint64_t{1} << (2 * n)) - 1u);
+  return _mm512_castsi512_ps(_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, p)));
+}
+RADIXKV_INLINE F add_i32(F a, F b) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+RADIXKV_INLINE F dot_i16(F a, F b, F c) {
+#if defined(__AVX512VNNI__)
+  return _mm512_castsi512_ps(
+      _mm512_dpwssd_epi32(_mm512_castps_si512(c), _mm512_castps_si512(a), _mm512_castps_si512(b)));
+#else
+  return add_i32(c, _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b))));
+#endif
+}
+RADIXKV_INLINE F to_float(F x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
+RADIXKV_INLINE void store_i16(float* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+
+// Pairs (a[i], b[i]) of the 32 elements of two vectors, in the order of lanes that costs least: see in_order.
+RADIXKV_INLINE void interleave(F a, F b, F* pairs) {
+  const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+  pairs[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
+  pairs[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
+}
+// The first 16 of them, in order.
+RADIXKV_INLINE F interleave_half(F a, F b) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Lane i of the result takes a[i] as its low half and b[i], element 32 + i of the pair (a, b), as its high half.
+  const __m512i from =
+      _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), _mm512_set1_epi32(32 << 16));
+  return _mm512_castsi512_ps(_mm512_permutex2var_epi16(_mm512_castps_si512(a), from, _mm512_castps_si512(b)));
+}
+// Two vectors with lanes as interleave leaves them, in order.
+RADIXKV_INLINE void in_order(F& a, F& b) {
+  const F first = _mm512_shuffle_f32x4(a, b, 0x44), second = _mm512_shuffle_f32x4(a, b, 0xee);  // a0 a1 b0 b1
+  a = _mm512_shuffle_f32x4(first, first, 0xd8);                                                 // a0 b0 a1 b1
+  b = _mm512_shuffle_f32x4(second, second, 0xd8);
+}
+
 #if defined(RADIXKV_SIMD_PAIRS)
 // bf16 pairs: each fp32 lane holds the bits of two bf16 numbers, the first in its low half.
 
@@ -156,27 +197,6 @@ RADIXKV_INLINE F load_f8_pairs(const void* p, int n) {
   const __m512i all = _mm512_mask_mov_epi16(some, nan, _mm512_set1_epi16(0x7fc0));
   const __m512i sign = _mm512_and_si512(bits, _mm512_set1_epi16(static_cast<short>(0x8000)));
   return _mm512_castsi512_ps(_mm512_or_si512(all, sign));
-}
-
-// Pairs (a[i], b[i]) of the 32 elements of two vectors, in the order of lanes that costs least: see in_order.
-RADIXKV_INLINE void interleave(F a, F b, F* pairs) {
-  const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
-  pairs[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
-  pairs[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
-}
-// The first 16 of them, in order.
-RADIXKV_INLINE F interleave_half(F a, F b) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  // Lane i of the result takes a[i] as its low half and b[i], element 32 + i of the pair (a, b), as its high half.
-  const __m512i from =
-      _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x00010001)), _mm512_set1_epi32(32 << 16));
-  return _mm512_castsi512_ps(_mm512_permutex2var_epi16(_mm512_castps_si512(a), from, _mm512_castps_si512(b)));
-}
-// Two vectors with lanes as interleave leaves them, in order.
-RADIXKV_INLINE void in_order(F& a, F& b) {
-  const F first = _mm512_shuffle_f32x4(a, b, 0x44), second = _mm512_shuffle_f32x4(a, b, 0xee);  // a0 a1 b0 b1
-  a = _mm512_shuffle_f32x4(first, first, 0xd8);                                                 // a0 b0 a1 b1
-  b = _mm512_shuffle_f32x4(second, second, 0xd8);
 }
 
 #endif

@@ -98,4 +98,28 @@ RADIXKV_INLINE F swap_blocks(F x) {
 
 RADIXKV_INLINE void transpose_blocks(F (&)[1]) {}
 
+RADIXKV_INLINE F load_i8_pairs(const void* p, int) {
+  return vreinterpretq_f32_s16(vmovl_s8(vld1_s8(static_cast<const std::int8_t*>(p))));
+}
+RADIXKV_INLINE F add_i32(F a, F b) {
+  return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)));
+}
+RADIXKV_INLINE F dot_i16(F a, F b, F c) {
+  const int16x8_t x = vreinterpretq_s16_f32(a), y = vreinterpretq_s16_f32(b);
+  const int32x4_t first = vmull_s16(vget_low_s16(x), vget_low_s16(y)), second = vmull_high_s16(x, y);
+  return add_i32(c, vreinterpretq_f32_s32(vpaddq_s32(first, second)));
+}
+RADIXKV_INLINE F to_float(F x) { return vcvtq_f32_s32(vreinterpretq_s32_f32(x)); }
+RADIXKV_INLINE void store_i16(float* p, F x) {
+  vst1_s16(reinterpret_cast<std::int16_t*>(p), vqmovn_s32(vcvtnq_s32_f32(x)));
+}
+RADIXKV_INLINE void interleave(F a, F b, F* pairs) {
+  pairs[0] = vreinterpretq_f32_s16(vzip1q_s16(vreinterpretq_s16_f32(a), vreinterpretq_s16_f32(b)));
+  pairs[1] = vreinterpretq_f32_s16(vzip2q_s16(vreinterpretq_s16_f32(a), vreinterpretq_s16_f32(b)));
+}
+RADIXKV_INLINE F interleave_half(F a, F b) {
+  return vreinterpretq_f32_s16(vzip1q_s16(vreinterpretq_s16_f32(a), vreinterpretq_s16_f32(b)));
+}
+RADIXKV_INLINE void in_order(F&, F&) {}
+
 }  // namespace radixkv::attention::RADIXKV_ISA

@@ -151,4 +151,37 @@ RADIXKV_INLINE F swap_blocks(F x) {
 }
 RADIXKV_INLINE void transpose_blocks(F (&)[1]) {}
 
+using Int32s = std::int32_t __attribute__((vector_size(16)));
+using Int16s = std::int16_t __attribute__((vector_size(16)));
+
+RADIXKV_INLINE F load_i8_pairs(const void* p, int) {
+  Int16s x;
+  for (int i = 0; i < 2 * kLanes; ++i) x[i] = static_cast<const signed char*>(p)[i];
+  return (F)x;
+}
+RADIXKV_INLINE F add_i32(F a, F b) { return (F)((Int32s)a + (Int32s)b); }
+RADIXKV_INLINE F dot_i16(F a, F b, F c) {
+  const auto x = (Int16s)a, y = (Int16s)b;
+  auto sum = (Int32s)c;
+  for (int i = 0; i < kLanes; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return (F)sum;
+}
+RADIXKV_INLINE F to_float(F x) { return __builtin_convertvector((Int32s)x, F); }
+RADIXKV_INLINE void store_i16(float* p, F x) {
+  const F whole = round(x);
+  std::int16_t codes[kLanes];
+  for (int i = 0; i < kLanes; ++i) codes[i] = whole[i] == whole[i] ? static_cast<std::int16_t>(whole[i]) : 0;
+  std::memcpy(p, codes, sizeof codes);
+}
+RADIXKV_INLINE void interleave(F a, F b, F* pairs) {
+  const auto x = (Int16s)a, y = (Int16s)b;
+  pairs[0] = (F)Int16s{x[0], y[0], x[1], y[1], x[2], y[2], x[3], y[3]};
+  pairs[1] = (F)Int16s{x[4], y[4], x[5], y[5], x[6], y[6], x[7], y[7]};
+}
+RADIXKV_INLINE F interleave_half(F a, F b) {
+  const auto x = (Int16s)a, y = (Int16s)b;
+  return (F)Int16s{x[0], y[0], x[1], y[1], x[2], y[2], x[3], y[3]};
+}
+RADIXKV_INLINE void in_order(F&, F&) {}
+
 }  // namespace radixkv::attention::RADIXKV_ISA

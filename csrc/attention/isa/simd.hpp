@@ -10,6 +10,7 @@
 //   load, store, zero, set1        of fp32
 //   set4(p)                        the four numbers at p in every block; a block is four lanes, 16 bytes
 //   load_f32/bf16/f16/f8/i8(p, n)  n <= kLanes elements at p, widened to fp32; the other lanes are zero
+//   load_i8_pairs(p, n)            n <= kLanes pairs of 8-bit integers at p, each as two of 16 bits; the others are zero
 //   unpack_i4(p, low, high)        the levels of the low, and of the high halves of 8 bytes at p
 //   store_f32/bf16/f16(p, x, n)    the first n lanes, rounded to nearest even
 //   add, sub, mul, div, max, fma   lane by lane; max returns its second operand where one is NaN
@@ -20,6 +21,13 @@
 //   low_pairs, high_pairs          within each block a0 a1 b0 b1, or a2 a3 b2 b3
 //   swap_blocks<n>(x)              block i ^ n in the place of block i
 //   transpose_blocks(r)            kLanes / 4 vectors as a square of blocks, in place
+// and of vectors whose lanes are integers of 32 bits, or pairs of numbers of 16:
+//   dot_i16(a, b, c)               c + a.first * b.first + a.second * b.second
+//   add_i32, to_float              of integers of 32 bits
+//   store_i16(p, x)                fp32 lanes to the nearest integers of 16 bits, which they fit
+//   interleave(a, b, pairs)        pairs (a[i], b[i]) of the 2 kLanes numbers of each, in the order that costs least
+//   interleave_half(a, b)          the first kLanes of them, in order
+//   in_order(a, b)                 two vectors with lanes as interleave leaves them, in order
 // fma is one rounding, but in portable.hpp, where it is a multiplication and an addition; within one instruction set it
 // is always the same.
 #pragma once

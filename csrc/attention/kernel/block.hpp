@@ -3,8 +3,13 @@
 //
 // One block = some consecutive rows of one request, or some rows that share a prefix, with the query heads of some
 // consecutive kv heads. For every tile of keys and every kv head: scores = Q K^T for all query vectors, kLanes keys at
-// a time; softmax; acc += P V. Products are of fp32, or of pairs of bf16; rows that are stored otherwise are widened in
-// scratch memory first. Few query vectors read rows as they lie; for many, keys become columns and values one array.
+// a time; softmax; acc += P V. Products are of fp32, of pairs of bf16, or of codes of 8 bits with integers of 16; rows
+// that are stored otherwise are widened in scratch memory first. Few query vectors read rows as they lie; for many, keys
+// become columns and values one array.
+//
+// Products of integers: a query vector is rounded to 16 bits with a scale of its own, and so are the weights of a tile,
+// p times each value's scale, in units of the largest of them / 32767. Sums are exact; what depends on the tile is the
+// unit, and tiles lie at absolute positions.
 #pragma once
 
 #include "attention/attention.hpp"
@@ -25,6 +30,11 @@ struct Scratch {
   float* single;  // [padded_dim]: of one step
   float* rows;    // [kLanes, max(k_dim, v_dim)]: rows of K, or of V, as products take them
   float* zeros;   // [kMaxHeadDim]
+  // Of products of integers:
+  float* codes;      // [kTileKeys, padded_dim / 4]: values unpacked to bytes
+  float* q_scales;   // [R]
+  float* units;      // [R]: of the tile's weights
+  float* scales[2];  // [kTileKeys]: of the tile's keys and of its values
   RowState chunk;
 };
 
@@ -33,7 +43,8 @@ constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 1
 static std::size_t scratch_bytes(std::int64_t rows, std::int64_t k_dim, std::int64_t v_dim) {
   const std::int64_t floats = aligned_floats(rows * k_dim) + rows * kTileKeys + k_dim * kLanes +
                               (kTileKeys + 1) * padded_dim(v_dim) + aligned_floats(kLanes * max_int64(k_dim, v_dim)) +
-                              kMaxHeadDim + state_floats(rows, v_dim);
+                              kMaxHeadDim + kTileKeys * padded_dim(v_dim) / 4 + 2 * aligned_floats(rows) +
+                              2 * kTileKeys + state_floats(rows, v_dim);
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
 
@@ -49,6 +60,11 @@ RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t
   s.single = at, at += padded_dim(v_dim);
   s.rows = at, at += aligned_floats(kLanes * max_int64(k_dim, v_dim));
   s.zeros = at, at += kMaxHeadDim;
+  s.codes = at, at += kTileKeys * padded_dim(v_dim) / 4;
+  s.q_scales = at, at += aligned_floats(rows);
+  s.units = at, at += aligned_floats(rows);
+  s.scales[0] = at, at += kTileKeys;
+  s.scales[1] = at, at += kTileKeys;
   const std::int64_t padded = padded_dim(v_dim);
   s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at, vectors};
   return s;
@@ -59,7 +75,8 @@ template <class Format>
 struct BlockKernel {
   using Op = typename Format::Op;
   static constexpr int kStep = Op::kStep;
-  static constexpr bool kPairs = kStep == 2;
+  static constexpr bool kIntegers = Format::kStored == DType::i8;
+  static constexpr bool kPairs = Format::kStored == DType::bf16;  // of bf16
 
   const Batch& batch;
   const Block& block;
@@ -71,7 +88,10 @@ struct BlockKernel {
   const std::int64_t* positions;           // of every row, if the block is shared
   Tiles tiles;
   bool values_in_place = false;
-  const char* widened[kLanes];  // the rows of s.rows
+  ValueRows<Format> values{};       // if so
+  const char* widened[kLanes];      // the rows of s.rows
+  const char* unpacked[kTileKeys];  // those of s.codes
+  bool poisoned = false;            // a value of the tile has no finite scale
 
   BlockKernel(const Batch& batch, const Block& block, void* scratch) : batch(batch), block(block), tiles(batch, block) {
     k_dim = batch.layer.k.dim;
@@ -85,6 +105,7 @@ struct BlockKernel {
     for (int i = 0; i < kLanes; ++i) widened[i] = reinterpret_cast<const char*>(s.rows + i * row_stride());
     for (int key = 0; key < kTileKeys; ++key) {  // what stands behind a value that widen_rows leaves there
       for (int d = v_dim; d < vectors * kLanes; ++d) s.values[key * vectors * kLanes + d] = 0.0f;
+      unpacked[key] = reinterpret_cast<const char*>(s.codes + key * padded_dim(v_dim) / 4);
     }
     const std::int64_t kv_len = batch.table.kv_len(block.request);
     first_position = kv_len - batch.table.num_rows(block.request) + block.row_begin;
@@ -117,6 +138,7 @@ struct BlockKernel {
         } else {
           widen(batch.dtype, from, vector, k_dim);
           if (batch.layer.k.rotated) rotate(vector, k_dim);
+          if constexpr (kIntegers) s.q_scales[h * vectors_of_q + i] = round_query(vector);
         }
         float* to = s.q + (static_cast<std::int64_t>(h) * fours * vectors_of_q + i) * 4;
         for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
@@ -124,11 +146,36 @@ struct BlockKernel {
     }
   }
 
+  // A query vector to 16 bits, in place; returns its scale.
+  float round_query(float* vector) const {
+    const float most = largest(vector, k_dim);
+    const bool usable = most > 1e-30f && most < __builtin_inff();
+    const float scale = usable ? most / 32767.0f : most <= 1e-30f ? 0.0f : __builtin_nanf("");
+    for (int d = 0; d < k_dim; d += kLanes) {
+      const F x = load_f32(vector + d, min_int(k_dim - d, kLanes));
+      store_i16(vector + d / 2, usable ? div(x, set1(scale)) : zero());
+    }
+    return scale;
+  }
+
+  // The scales of the tile's keys and values in the head at hand.
+  void gather_scales() {
+    const Addresses& here = tiles.here();
+    const std::int64_t offset = head * kScaleBytes;
+    const StoredRows keys{here.keys, 0, here.key_scales, offset}, values{here.values, 0, here.value_scales, offset};
+    poisoned = false;
+    for (int i = 0; i < here.count; ++i) {
+      s.scales[0][i] = keys.scale(i);
+      s.scales[1][i] = values.scale(i);
+      poisoned |= s.scales[1][i] != s.scales[1][i];
+    }
+  }
+
   // Bytes from the block's first head to the one at hand.
   std::int64_t key_offset() const { return head * batch.layer.k.head_stride; }
   std::int64_t value_offset() const { return head * batch.layer.v.head_stride; }
 
-  static bool is_product(const Cache& cache) { return cache.dtype == Format::kStored && !cache.rotated; }
+  static bool is_product(const Cache& cache) { return cache.dtype == Format::kStored; }
   std::int64_t row_stride() const { return max_int(k_dim, v_dim); }
 
   // kLanes keys from `first` on, as products take them: where they lie, or widened.
@@ -166,7 +213,7 @@ struct BlockKernel {
     const int count = tiles.here().count;
     for (int key = 0; key < count; key += 16) {
       const int end = min_int(key + 16, count);
-      if constexpr (kPairs) {
+      if constexpr (kStep == 2) {
         for (int i = key; i < end; i += kStep) {
           pack_value(value_row(i, 0), i + 1 == end ? zeros() : value_row(i + 1, 1), s.values + i / kStep * stride);
         }
@@ -185,6 +232,12 @@ struct BlockKernel {
     if (is_product(batch.layer.v)) return tiles.here().values[key] + value_offset();
     widen_rows<Format>(batch.layer.v, stored_values(key), 1, s.rows + i * row_stride(), 0);
     return widened[i];
+  }
+  // The tile's values, where they lie or unpacked to bytes.
+  ValueRows<Format> value_rows() {
+    if (is_product(batch.layer.v)) return {tiles.here().values, value_offset()};
+    widen_rows<Format>(batch.layer.v, stored_values(0), tiles.here().count, s.codes, padded_dim(v_dim) / 4);
+    return {unpacked, 0};
   }
   const char* zeros() const { return reinterpret_cast<const char*>(s.zeros); }
 
@@ -237,7 +290,7 @@ struct BlockKernel {
     float lanes[kLanes];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      scale_logits(s.scores + (i + r) * kTileKeys, x[r]);
+      scale_logits(i + r, x[r]);
       tiles.tick();
       if (lo[r] > 0 || hi[r] < kTileKeys) {
         for (int v = 0; v < kTileVectors; ++v) {
@@ -282,15 +335,58 @@ struct BlockKernel {
     return total;
   }
 
-  __attribute__((always_inline)) void scale_logits(const float* scores, F (&x)[kTileVectors]) const {
+  // Weights p times the values' scales to 16 bits, in units of each row's largest: of kRows query vectors and keys
+  // [lo, hi) of the tile, in place. A weight below 1e-30 is none.
+  template <int kRows>
+  void round_weights(int i, const int* lo, const int* hi) {
+    F w[kRows][kTileVectors], each[4];
+    float most[kLanes];
+    for (int r = 0; r < kRows; ++r) {
+      const float* const p = s.scores + (i + r) * kTileKeys;
+      for (int v = 0; v < kTileVectors; ++v) {
+        w[r][v] = mul(load(p + v * kLanes), load(s.scales[1] + v * kLanes));
+        if (lo[r] > 0 || hi[r] < kTileKeys) w[r][v] = select(w[r][v], lo[r] - v * kLanes, hi[r] - v * kLanes, zero());
+      }
+      each[r] = w[r][0];
+      for (int v = 1; v < kTileVectors; ++v) each[r] = max(each[r], w[r][v]);
+    }
+    for (int r = kRows; r < 4; ++r) each[r] = each[0];
+    store(most, reduce<Max>(each));
+    for (int r = 0; r < kRows; ++r) {
+      const float top = most[r] > 1e-30f ? most[r] : 1e-30f;
+      s.units[i + r] = poisoned && is_poisoned(lo[r], hi[r]) ? __builtin_nanf("") : top / 32767.0f;
+      const F scale = set1(32767.0f / top);
+      float* const codes = s.scores + (i + r) * kTileKeys;
+      for (int v = 0; v < kTileVectors; ++v) store_i16(codes + v * kLanes / 2, mul(w[r][v], scale));
+      tiles.tick();
+    }
+  }
+  bool is_poisoned(int lo, int hi) const {
+    for (int key = lo; key < hi; ++key) {
+      if (s.scales[1][key] != s.scales[1][key]) return true;
+    }
+    return false;
+  }
+
+  // The score of kLanes keys from vector v on, of query vector i of the head.
+  RADIXKV_INLINE F raw_score(const BlockKernel& kernel, int i, int v) {
+    const F score = load(kernel.s.scores + i * kTileKeys + v * kLanes);
+    if constexpr (kIntegers) {
+      const F scale = mul(load(kernel.s.scales[0] + v * kLanes), set1(kernel.s.q_scales[kernel.base() + i]));
+      return mul(to_float(score), scale);
+    }
+    return score;
+  }
+
+  __attribute__((always_inline)) void scale_logits(int i, F (&x)[kTileVectors]) const {
     const float cap = batch.options.logits_soft_cap;
     if (cap > 0.0f) {
       const F inner = set1(batch.options.sm_scale / cap), outer = set1(cap * kLog2E);
-      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(tanh(mul(load(scores + v * kLanes), inner)), outer);
+      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(tanh(mul(raw_score(*this, i, v), inner)), outer);
     } else {
       const F scale = set1(batch.options.sm_scale * kLog2E);
 #pragma GCC unroll 16
-      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(load(scores + v * kLanes), scale);
+      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(raw_score(*this, i, v), scale);
     }
   }
 
@@ -305,7 +401,7 @@ struct BlockKernel {
   // acc[i .. i + n) += P V over keys [lo, hi), touching no other key: its value may be anything, and 0 * NaN is NaN.
   void accumulate(int i, int n, int lo, int hi) {
     if (lo >= hi) return;
-    if constexpr (kStep == 2) {
+    if constexpr (kPairs) {
       if (lo % 2 != 0) accumulate_half(i, n, lo++, true);
       accumulate_steps(i, n, lo / 2, hi / 2);
       if (lo < hi && hi % 2 != 0) accumulate_half(i, n, hi - 1, false);
@@ -318,7 +414,7 @@ struct BlockKernel {
     if (begin >= end) return;
     const std::int64_t stride = vectors * kLanes;
     if (values_in_place) {
-      weigh(i, n, ValueRows<Format>{tiles.here().values + begin * kStep, value_offset()}, begin, end - begin);
+      weigh(i, n, ValueRows<Format>{values.rows + begin * kStep, values.offset}, begin, end - begin);
     } else {
       weigh(i, n, ValueColumns{s.values + begin * stride, stride}, begin, end - begin);
     }
@@ -352,7 +448,7 @@ struct BlockKernel {
       const auto block = [&](int v, auto width_) __attribute__((always_inline)) {
         const int unit = v * kLanes / kStep;
         weigh_block<Op, rows_.value, width_.value>(p, kTileKeys, advanced(values, unit), v_dim / kStep - unit,
-                                                   acc + v * kLanes, stride, depth, ticking());
+                                                   acc + v * kLanes, stride, depth, s.units + i, ticking());
       };
       int v = 0;
       for (; v + kWide <= vectors; v += kWide) block(v, Int<kWide>());
@@ -377,7 +473,13 @@ struct BlockKernel {
       for (int j = 0; j < n; j += 4) {
         with_constant<4>(min_int(n - j, 4), [&](auto rows_) __attribute__((always_inline)) {
           softmax<rows_.value>(i + j, lo + j, hi + j);
+          if constexpr (kIntegers) round_weights<rows_.value>(i + j, lo + j, hi + j);
         });
+      }
+      if constexpr (kIntegers) {
+        accumulate_steps(i, n, 0, (tiles.here().count + 1) / 2);  // weights of unseen keys are 0
+        i += n;
+        continue;
       }
       // What all of them see is done together, what only some see row by row, in the order of the keys.
       const int from = (lo_max + kStep - 1) / kStep * kStep, to = hi_min / kStep * kStep;
@@ -403,7 +505,7 @@ struct BlockKernel {
     const int count = tiles.here().count;
     const int num_vectors = (end - begin) * group;
     const bool keys_in_rows = num_vectors <= (is_product(batch.layer.k) ? kBlockRows : kRowsOfWidened);
-    values_in_place = is_product(batch.layer.v) && num_vectors <= kBlockRows;
+    values_in_place = (is_product(batch.layer.v) || kIntegers) && num_vectors <= kBlockRows;
     expect_ticks(num_vectors, count);
     const auto each_range = [&](auto call) __attribute__((always_inline)) {
       if (!block.shared) return call(begin * group, end * group);
@@ -423,7 +525,12 @@ struct BlockKernel {
           each_range([&](int from, int to) { score(columns, from, to, first); });
         }
       }
-      if (!values_in_place) pack_values();
+      if constexpr (kIntegers) gather_scales();
+      if (values_in_place) {
+        values = value_rows();
+      } else {
+        pack_values();
+      }
       each_range([&](int from, int to) { consume(from, to, tile); });
     }
   }
@@ -510,6 +617,7 @@ static void attend(const Batch& batch, const Block& block, const Span& span, con
 #if defined(RADIXKV_SIMD_PAIRS)
   if (in_pairs(batch)) return BlockKernel<FormatPairs>(batch, block, scratch).attend(span, state);
 #endif
+  if (in_integers(batch)) return BlockKernel<FormatI8>(batch, block, scratch).attend(span, state);
   BlockKernel<FormatF32>(batch, block, scratch).attend(span, state);
 }
 

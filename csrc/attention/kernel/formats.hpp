@@ -6,12 +6,26 @@
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-// kStep: keys (in P V) or dimensions (in Q K^T) per step of a product. in_order: two neighbouring vectors of P V, whose
-// lanes may be in an order of the product's own.
+// kStep: keys (in P V) or dimensions (in Q K^T) per step of a product. sum: of what steps give. begin, end: the
+// accumulator at p as steps go on with it, and what they gave put back; unit: what an integer stands for. in_order: two
+// neighbouring vectors of P V, whose lanes may be in an order of the product's own.
 struct Fma {
   static constexpr int kStep = 1;
   RADIXKV_INLINE void in_order(F&, F&) {}
   RADIXKV_INLINE F step(F a, F b, F c) { return fma(a, b, c); }
+  RADIXKV_INLINE F sum(F a, F b) { return add(a, b); }
+  RADIXKV_INLINE F begin(const float* p) { return load(p); }
+  RADIXKV_INLINE void end(float* p, F x, const float*) { store(p, x); }
+};
+
+// Pairs of 16-bit integers, added up in 32 bits: exact in any order.
+struct IntPairs {
+  static constexpr int kStep = 2;
+  RADIXKV_INLINE void in_order(F& a, F& b) { RADIXKV_ISA::in_order(a, b); }
+  RADIXKV_INLINE F step(F a, F b, F c) { return dot_i16(a, b, c); }
+  RADIXKV_INLINE F sum(F a, F b) { return add_i32(a, b); }
+  RADIXKV_INLINE F begin(const float*) { return zero(); }
+  RADIXKV_INLINE void end(float* p, F x, const float* unit) { store(p, fma(set1(*unit), to_float(x), load(p))); }
 };
 
 #if defined(RADIXKV_SIMD_PAIRS)
@@ -19,6 +33,9 @@ struct DotPairs {
   static constexpr int kStep = 2;
   RADIXKV_INLINE void in_order(F& a, F& b) { RADIXKV_ISA::in_order(a, b); }
   RADIXKV_INLINE F step(F a, F b, F c) { return dot_pairs(a, b, c); }
+  RADIXKV_INLINE F sum(F a, F b) { return add(a, b); }
+  RADIXKV_INLINE F begin(const float* p) { return load(p); }
+  RADIXKV_INLINE void end(float* p, F x, const float*) { store(p, x); }
 };
 #endif
 
@@ -47,10 +64,12 @@ struct FormatF8 {
   static constexpr int kBytes = 1;
   RADIXKV_INLINE F load(const void* p, int n) { return load_f8(p, n); }
 };
+// Codes of 8 bits, for products of integers. load: of n pairs.
 struct FormatI8 {
-  using Op = Fma;
+  using Op = IntPairs;
+  static constexpr DType kStored = DType::i8;
   static constexpr int kBytes = 1;
-  RADIXKV_INLINE F load(const void* p, int n) { return load_i8(p, n); }
+  RADIXKV_INLINE F load(const void* p, int n) { return load_i8_pairs(p, n); }
 };
 #if defined(RADIXKV_SIMD_PAIRS)
 // Products of bf16 accumulated in fp32, probabilities rounded to bf16. load: of n pairs.
@@ -113,11 +132,19 @@ RADIXKV_INLINE void widen_codes(const void* codes, float row_scale, int dim, flo
   }
 }
 
+RADIXKV_INLINE void unpack_row(const char* row, int dim, char* codes) {
+  for (int d = 0; d < dim / 2; d += 8) unpack_i4(row + d, codes + d, codes + dim / 2 + d);
+}
+
 // `count` rows as products take them, `stride` floats apart.
 template <class Product>
 static void widen_rows(const Cache& cache, const StoredRows& from, int count, float* to, std::int64_t stride) {
+  if constexpr (Product::kStored == DType::i8) {
+    for (int i = 0; i < count; ++i) unpack_row(from.row(i), cache.dim, reinterpret_cast<char*>(to + i * stride));
+    return;
+  }
 #if defined(RADIXKV_SIMD_PAIRS)
-  if constexpr (Product::Op::kStep == 2) {
+  if constexpr (Product::kStored == DType::bf16) {
     if (cache.dtype == DType::f8) return widen_floats<FormatF8Pairs>(from, cache.dim, count, to, stride);
     return widen_floats<FormatPairs>(from, cache.dim, count, to, stride);
   }
@@ -137,7 +164,7 @@ static void widen_rows(const Cache& cache, const StoredRows& from, int count, fl
     case DType::i4:
       for (int i = 0; i < count; ++i) {
         char codes[kMaxHeadDim];
-        for (int d = 0; d < cache.dim / 2; d += 8) unpack_i4(from.row(i) + d, codes + d, codes + cache.dim / 2 + d);
+        unpack_row(from.row(i), cache.dim, codes);
         widen_codes(codes, from.scale(i), cache.dim, to + i * stride);
       }
       return;

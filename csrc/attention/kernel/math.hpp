@@ -139,7 +139,6 @@ struct ValueRows {
     constexpr int kStep = Format::Op::kStep;
     const char* const* const row = values.rows + step * kStep;
     if constexpr (kStep == 2) {
-#if defined(RADIXKV_SIMD_PAIRS)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; v += 2) {
         const std::int64_t at = values.offset + v * (kLanes / 2) * kStep * Format::kBytes;
@@ -151,7 +150,6 @@ struct ValueRows {
           column[v] = interleave_half(a, b);
         }
       }
-#endif
     } else {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -213,11 +211,11 @@ static void score_block(const float* q, std::ptrdiff_t q_stride, const Keys& key
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const F two = add(low(sum[r][0], sum[r][1]), high(sum[r][0], sum[r][1]));
+      const F two = Op::sum(low(sum[r][0], sum[r][1]), high(sum[r][0], sum[r][1]));
       if (half == 0) {
         first[r] = two;
       } else {
-        store(scores + r * scores_stride, add(low_pairs(first[r], two), high_pairs(first[r], two)));
+        store(scores + r * scores_stride, Op::sum(low_pairs(first[r], two), high_pairs(first[r], two)));
       }
     }
   }
@@ -227,15 +225,16 @@ static void score_block(const float* q, std::ptrdiff_t q_stride, const Keys& key
 constexpr int kTickSteps = 4;
 
 // acc[kRows][kVectors] += p[kRows][depth] V[depth][kVectors], every element by one chain of steps from 0 to depth - 1,
-// so that it does not depend on how rows and columns are grouped. left: units of V's rows before their end.
+// so that it does not depend on how rows and columns are grouped. left: units of V's rows before their end; units: what
+// a product of integers stands for, of each row.
 template <class Op, int kRows, int kVectors, class Values, class Tick>
 static void weigh_block(const float* p, std::ptrdiff_t p_stride, const Values& values, int left, float* acc,
-                        std::ptrdiff_t acc_stride, int depth, const Tick& tick) {
+                        std::ptrdiff_t acc_stride, int depth, const float* units, const Tick& tick) {
   F sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(acc + r * acc_stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Op::begin(acc + r * acc_stride + v * kLanes);
   }
   const auto step = [&](int i, int n) __attribute__((always_inline)) {
     F column[kVectors];
@@ -265,7 +264,7 @@ static void weigh_block(const float* p, std::ptrdiff_t p_stride, const Values& v
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(acc + r * acc_stride + v * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) Op::end(acc + r * acc_stride + v * kLanes, sum[r][v], units + r);
   }
 }
 

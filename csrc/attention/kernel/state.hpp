@@ -51,6 +51,24 @@ RADIXKV_INLINE bool in_pairs(const Batch& batch) {
 #endif
 }
 
+// Whether they are of codes of 8 bits.
+RADIXKV_INLINE bool in_integers(const Batch& batch) {
+  return has_row_scales(batch.layer.k.dtype) && has_row_scales(batch.layer.v.dtype);
+}
+
+// The sums of a query vector in the order of their dimensions.
+template <class Op>
+RADIXKV_INLINE void put_in_order(const float* acc, int dim, float* to) {
+  int d = 0;
+  for (; d + kLanes < dim; d += 2 * kLanes) {
+    F a = load(acc + d), b = load(acc + d + kLanes);
+    Op::in_order(a, b);
+    store(to + d, a);
+    store(to + d + kLanes, b);
+  }
+  if (d < dim) store(to + d, load(acc + d));
+}
+
 template <class Format, class Op>
 static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
   const int v_dim = batch.layer.v.dim, group = batch.layer.group();
@@ -58,47 +76,37 @@ static void finish_rows(const Batch& batch, const Block& block, const RowState& 
   const std::int64_t out_heads = batch.layer.num_qo_heads;
   const std::int64_t first_row = batch.table.qo_indptr[block.request];
   const F scale = set1(batch.layer.v.product_scale());
-  float rotated[kMaxHeadDim + kLanes];
+  float values[padded_dim(kMaxHeadDim)];
   for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
     std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
     for (int row = block.row_begin; row < block.row_end; ++row) {
       for (int g = 0; g < group; ++g, ++i) {
         const std::int64_t head = static_cast<std::int64_t>(kv_head) * group + g;
         char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * v_dim * Format::kBytes;
+        put_in_order<Op>(state.acc + i * stride, static_cast<int>(stride), values);
+        if (batch.layer.v.rotated) rotate(values, v_dim);
         const F sum = set1(state.sum[i]);
-        const float* acc = state.acc + i * stride;
-        if (batch.layer.v.rotated) {
-          __builtin_memcpy(rotated, acc, static_cast<std::size_t>(v_dim) * sizeof(float));
-          rotate(rotated, v_dim);
-          acc = rotated;
+        for (int d = 0; d < v_dim; d += kLanes) {
+          Format::store(to + d * Format::kBytes, mul(div(load(values + d), sum), scale), min_int(v_dim - d, kLanes));
         }
-        const auto put = [&](F x, int d) __attribute__((always_inline)) {
-          Format::store(to + d * Format::kBytes, mul(div(x, sum), scale), min_int(v_dim - d, kLanes));
-        };
-        int d = 0;
-        for (; d + kLanes < v_dim; d += 2 * kLanes) {
-          F a = load(acc + d), b = load(acc + d + kLanes);
-          Op::in_order(a, b);
-          put(a, d), put(b, d + kLanes);
-        }
-        if (d < v_dim) put(load(acc + d), d);
       }
     }
   }
 }
 
-static void finish(const Batch& batch, const Block& block, const RowState& state) {
-  switch (batch.dtype) {
-    case DType::f32:
-      return finish_rows<FormatF32, Fma>(batch, block, state);
-    case DType::bf16:
+template <class Format>
+static void finish_as(const Batch& batch, const Block& block, const RowState& state) {
 #if defined(RADIXKV_SIMD_PAIRS)
-      if (in_pairs(batch)) return finish_rows<FormatBF16, DotPairs>(batch, block, state);
+  if (in_pairs(batch)) return finish_rows<Format, DotPairs>(batch, block, state);
 #endif
-      return finish_rows<FormatBF16, Fma>(batch, block, state);
-    default:
-      return finish_rows<FormatF16, Fma>(batch, block, state);
-  }
+  if (in_integers(batch)) return finish_rows<Format, IntPairs>(batch, block, state);
+  finish_rows<Format, Fma>(batch, block, state);
+}
+
+static void finish(const Batch& batch, const Block& block, const RowState& state) {
+  if (batch.dtype == DType::f32) return finish_as<FormatF32>(batch, block, state);
+  if (batch.dtype == DType::bf16) return finish_as<FormatBF16>(batch, block, state);
+  finish_as<FormatF16>(batch, block, state);
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA

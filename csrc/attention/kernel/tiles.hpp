@@ -7,7 +7,7 @@
 namespace radixkv::attention::RADIXKV_ISA {
 
 // The addresses of a tile's keys and values in the block's first head, and of their scales where rows have some. Keys
-// after the last are the last one again, up to whole vectors: their scores are computed and not used.
+// after the last are the last one again, up to whole vectors: their scores are computed and not used. So is one value.
 struct Addresses {
   int count;
   const char* keys[kTileKeys];
@@ -89,6 +89,7 @@ class Tiles {
         num_lines_ += static_cast<int>((runs_[of][i].end - runs_[of][i].begin + kLine - 1) / kLine);
     }
     if (to.count == 0) return;
+    if (to.count % 2 != 0) to.values[to.count] = to.values[to.count - 1];
     for (int i = to.count; i % kLanes != 0; ++i) {
       to.keys[i] = to.keys[to.count - 1];
       to.key_scales[i] = to.key_scales[to.count - 1];
