@@ -22,6 +22,7 @@ from radixkv.errors import (
     RadixKVError,
     TraceError,
 )
+from radixkv.kv_plan import KvPlan
 
 if TYPE_CHECKING:
     from radixkv.engine import Engine
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidLogits",
     "InvalidTokens",
+    "KvPlan",
     "Lease",
     "LeaseError",
     "ModelNotFound",

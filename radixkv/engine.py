@@ -14,6 +14,7 @@ from radixkv.attention import backend_for, check_device
 from radixkv.cache import Lease, PrefixCache
 from radixkv.errors import InvalidArgument
 from radixkv.formats import LayerFormat, layer_formats
+from radixkv.kv_plan import KvPlan
 from radixkv.pool import KVPool, pages_for_capacity
 from radixkv.shape import LayerShape, checked_size
 from radixkv.step import Step
@@ -36,8 +37,9 @@ class Engine:
         dtype: of q, k and v: bfloat16, float16 or (on the CPU) float32.
         device: "cpu", or "cuda" for FlashInfer's kernels. These are compiled at their first use: the engine runs them
             once when it is made, which can take minutes the first time, and says so on standard error.
-        kv_format: how K and V are stored: None for dtype, "fp8" for half the memory of 16 bits, a `LayerFormat` such as
-            ``fp8(k_scale=0.5, v_scale=0.25)``, or a list with one of these for each layer.
+        kv_format: how K and V are stored: None for dtype; "int8" for half the memory of 16 bits; another name of
+            `radixkv.formats.FORMATS`; a `LayerFormat` such as ``fp8(k_scale=0.5)``; a list with one of these for each
+            layer; or a `KvPlan`, which `radixkv kv-check` finds for a model.
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
             `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
 
@@ -59,11 +61,13 @@ class Engine:
         capacity: str | float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
-        kv_format: str | LayerFormat | Sequence[str | LayerFormat | None] | None = None,
+        kv_format: str | LayerFormat | KvPlan | Sequence[str | LayerFormat | None] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         self.dtype, device = _dtype(dtype), _device(device)
         self.layers = _layers(layers, num_layers, num_qo_heads, num_kv_heads, head_dim)
+        if isinstance(kv_format, KvPlan):
+            kv_format = kv_format.formats_for(self.layers)
         formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), len(self.layers))
         if (num_pages is None) == (capacity is None):
             raise InvalidArgument("give either num_pages or capacity: the size of the pool")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from radixkv.errors import BackendUnavailable, InvalidArgument
 from radixkv.shape import LayerShape
@@ -82,11 +82,22 @@ class LayerFormat:
 
     k: RowFormat
     v: RowFormat
+    k_centre: tuple[float, ...] = ()
+    """[num_kv_heads * k_dim]: subtracted from every key before it is stored; none if empty. Softmax does not see it, so
+    that what a model has in all its keys need not be stored. `radixkv kv-check` measures it."""
+    usual_scales: tuple[float, float] = field(default=(math.inf, math.inf), compare=False)
+    """The largest scales of rows of K, and of V, that a check saw; rows with larger ones are counted."""
+
+    def __post_init__(self) -> None:
+        if self.k_centre and _BITS[self.k.dtype] > 8:
+            raise InvalidArgument(f"a centre of keys stored as {self.k.dtype}: only those of 8 and 4 bits gain by it")
+        if not all(map(math.isfinite, self.k_centre)):
+            raise InvalidArgument("k_centre has numbers that are not finite")
 
     @property
     def name(self) -> str:
         """Its name in `FORMATS`, or what it is made of."""
-        names = [name for name, stored in FORMATS.items() if stored == self]
+        names = [name for name, stored in FORMATS.items() if (stored.k, stored.v) == (self.k, self.v)]
         return names[0] if names else f"K as {self.k.dtype}, V as {self.v.dtype}"
 
     def token_bytes(self, shape: LayerShape) -> int:
@@ -109,7 +120,8 @@ def fp8(k_scale: float = 1.0, v_scale: float = 1.0, *, rotated: bool = False) ->
 
     Choose scales for which the largest K and V are below 448 times them: what is larger is stored as the largest.
     """
-    return LayerFormat(*(RowFormat("float8_e4m3fn", scale, rotated) for scale in (k_scale, v_scale)))
+    k, v = (RowFormat("float8_e4m3fn", scale, rotated) for scale in (k_scale, v_scale))
+    return LayerFormat(k, v)
 
 
 def _both(dtype: str) -> LayerFormat:

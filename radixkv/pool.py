@@ -41,8 +41,13 @@ class LayerKV:
     k_scales: torch.Tensor | None = field(init=False)
     """bfloat16 [num_pages, page_size, num_kv_heads], where rows have a scale of their own."""
     v_scales: torch.Tensor | None = field(init=False)
+    _centre: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        centre, size = self.format.k_centre, self.shape.num_kv_heads * self.shape.k_dim
+        if centre and len(centre) != size:
+            raise InvalidArgument(f"k_centre has {len(centre)} numbers: this layer's keys have {size} of all heads")
+        object.__setattr__(self, "_centre", torch.tensor(centre, dtype=torch.float32))
         for name, pages, stored, dim in (
             ("k", self.k_pages, self.format.k, self.shape.k_dim),
             ("v", self.v_pages, self.format.v, self.shape.v_dim),
@@ -70,19 +75,22 @@ class LayerKV:
     @property
     def core(self) -> _core.LayerKV:
         """Addresses and sizes for the native kernels; valid as long as the pages are."""
-        shape = self.shape
+        shape, stored = self.shape, self.format
+        centre = self._centre.data_ptr() if len(self._centre) else 0
+        k_usual, v_usual = stored.usual_scales
         return _core.LayerKV(
             num_qo_heads=shape.num_qo_heads,
             num_kv_heads=shape.num_kv_heads,
-            k=self._core(self.k_pages, self.format.k, shape.k_dim),
-            v=self._core(self.v_pages, self.format.v, shape.v_dim),
+            k=self._core(self.k_pages, stored.k, shape.k_dim, centre, k_usual),
+            v=self._core(self.v_pages, stored.v, shape.v_dim, 0, v_usual),
         )
 
-    def _core(self, pages: torch.Tensor, stored: RowFormat, dim: int) -> _core.LayerCache:
+    def _core(self, pages: torch.Tensor, stored: RowFormat, dim: int, centre: int, usual: float) -> _core.LayerCache:
         heads = self.shape.num_kv_heads
         return _core.LayerCache(
             address=pages.data_ptr(), dtype=stored.dtype, num_heads=heads, dim=dim, scale=stored.scale,
             rotated=stored.rotated, page_bytes=pages.stride(0), scales=stored.scales_offset(self.page_size, heads, dim),
+            centre=centre, usual_scale=usual,
         )  # fmt: skip
 
 

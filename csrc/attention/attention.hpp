@@ -109,12 +109,16 @@ struct Kernel {
   // Writes acc / sum, rotated back and scaled, to the block's rows of batch.out.
   void (*finish)(const Batch& batch, const Block& block, const RowState& state);
   // Stores a row x of one head, of `dtype`, in the format of `to`, whose row and its scale begin at `row` and `scale`.
-  void (*store_row)(DType dtype, const void* x, const Cache& to, char* row, char* scale);
+  // centre: the head's, or null. Measures the error if `sampled`.
+  void (*store_row)(DType dtype, const void* x, const Cache& to, const float* centre, char* row, char* scale,
+                    bool sampled, RowCounts& counts);
 };
 
-// Stores row r of k and v, of `dtype`, into slot slots[r] = page * page_size + offset, for every r in [begin, end).
-void append_kv(const Kernel& kernel, const LayerKV& layer, DType dtype, std::int32_t page_size, const Rows& k,
-               const Rows& v, const std::int32_t* slots, std::int64_t begin, std::int64_t end);
+// Stores row r of `rows`, of `dtype`, into slot slots[r] = page * page_size + offset, for every r in [begin, end).
+// before: rows of a head that were stored already; every kSampled-th is sampled.
+RowCounts store_rows(const Kernel& kernel, DType dtype, std::int32_t num_heads, std::int32_t page_size,
+                     const Cache& cache, const Rows& rows, const std::int32_t* slots, std::int64_t begin,
+                     std::int64_t end, std::int64_t before);
 
 // The best kernel that this machine runs, or the one named by the environment variable RADIXKV_ISA. `isa` null or
 // empty: the environment's choice. Throws Error (InvalidArgument) for a name that is unknown or not supported here.

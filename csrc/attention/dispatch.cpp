@@ -35,8 +35,12 @@ std::vector<const Kernel*> supported_kernels() {
   return kernels;
 }
 
-void store_rows(const Kernel& kernel, DType dtype, std::int32_t num_heads, std::int32_t page_size, const Cache& cache,
-                const Rows& rows, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
+}  // namespace
+
+RowCounts store_rows(const Kernel& kernel, DType dtype, std::int32_t num_heads, std::int32_t page_size,
+                     const Cache& cache, const Rows& rows, const std::int32_t* slots, std::int64_t begin,
+                     std::int64_t end, std::int64_t before) {
+  RowCounts counts;
   const std::int64_t bytes = row_bytes(dtype, 1);
   const auto* data = static_cast<const char*>(rows.data);
   for (std::int64_t r = begin; r < end; ++r) {
@@ -49,21 +53,16 @@ void store_rows(const Kernel& kernel, DType dtype, std::int32_t num_heads, std::
       if (cache.dtype == dtype) {
         std::memcpy(to, from, static_cast<std::size_t>(cache.row_bytes()));
       } else {
-        kernel.store_row(dtype, from, cache, to, scale);
+        const float* const centre = cache.centre == nullptr ? nullptr : cache.centre + h * cache.dim;
+        const bool sampled = (before + r * num_heads + h) % kSampled == 0;
+        kernel.store_row(dtype, from, cache, centre, to, scale, sampled, counts);
       }
       to += cache.head_stride;
       scale += kScaleBytes;
       from += rows.head_stride * bytes;
     }
   }
-}
-
-}  // namespace
-
-void append_kv(const Kernel& kernel, const LayerKV& layer, DType dtype, std::int32_t page_size, const Rows& k,
-               const Rows& v, const std::int32_t* slots, std::int64_t begin, std::int64_t end) {
-  store_rows(kernel, dtype, layer.num_kv_heads, page_size, layer.k, k, slots, begin, end);
-  store_rows(kernel, dtype, layer.num_kv_heads, page_size, layer.v, v, slots, begin, end);
+  return counts;
 }
 
 RowState state_at(float* memory, std::int64_t heads, std::int64_t vectors, std::int64_t v_dim) {

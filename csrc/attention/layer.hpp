@@ -28,7 +28,7 @@ alignas(16) constexpr signed char kCodebook[kLevels] = {-127, -96, -75, -58, -44
 
 // A layer's keys or its values: rows of `dim` elements for every page, slot and kv head. Strides are in bytes; a page is
 // one run of memory. What is stored times `scale`, and times the row's own where rows have one, is the value, or its
-// normalised rotation.
+// normalised rotation, less the centre where there is one.
 struct Cache {
   char* data;
   DType dtype;
@@ -40,6 +40,8 @@ struct Cache {
   std::int64_t head_stride;
   std::int64_t scales;              // from a page's first byte to its rows' scales: bf16, by slot and head
   std::int64_t scales_slot_stride;  // to those of the next slot
+  const float* centre;              // [kv heads, dim], or null
+  float usual_scale;                // rows with a larger one of their own are counted; infinite: none are
 
   std::int64_t row_bytes() const { return attention::row_bytes(dtype, dim); }
   // Times this, what is stored is the value or its rotation with a matrix of 1 and -1. Rows with a scale of their own
@@ -51,6 +53,26 @@ struct Cache {
  private:
   float root_of_rotation() const { return std::sqrt(static_cast<float>(rotation_size(dim))); }
 };
+
+// What was stored of the keys, or of the values, of a layer in 8 or 4 bits.
+struct RowCounts {
+  std::int64_t rows = 0;        // of one head
+  std::int64_t not_finite = 0;  // of 8 or 4 bits with a scale: stored as NaN
+  std::int64_t unusual = 0;     // with a scale above the usual, or with numbers that are too large for f8
+  std::int64_t sampled = 0;     // one of kSampled, of which the errors are
+  double error_sum = 0.0;       // ||stored - x|| / ||x||
+  double error_most = 0.0;
+
+  void add(const RowCounts& other) {
+    rows += other.rows;
+    not_finite += other.not_finite;
+    unusual += other.unusual;
+    sampled += other.sampled;
+    error_sum += other.error_sum;
+    error_most = other.error_most > error_most ? other.error_most : error_most;
+  }
+};
+constexpr std::int64_t kSampled = 1024;
 
 struct LayerKV {
   std::int32_t num_qo_heads;

@@ -65,6 +65,7 @@ AttentionPlan::AttentionPlan(std::vector<LayerKV> layers, DType dtype, std::int3
     if (found == schedules_.end()) schedules_.emplace_back(shape);
   }
   scratch_.resize(static_cast<std::size_t>(pool_.num_threads()));
+  counts_.resize(layers_.size());
 }
 
 void AttentionPlan::set_num_threads(int num_threads) {
@@ -114,12 +115,28 @@ void AttentionPlan::append(std::size_t layer, const Rows& k, const Rows& v) {
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
   const std::int64_t rows = num_rows();
+  LayerCounts& counts = counts_[layer];
+  const LayerCounts before = counts;
+  std::mutex counting;
   const auto store = [&](std::int64_t item, int) {
     const std::int64_t begin = item * kAppendRows;
     const std::int64_t end = std::min(rows, begin + kAppendRows);
-    append_kv(kernel_, kv, dtype_, page_size_, k, v, table_.slots.data(), begin, end);
+    const auto put = [&](const Cache& cache, const Rows& from, std::int64_t stored) {
+      return store_rows(kernel_, dtype_, kv.num_kv_heads, page_size_, cache, from, table_.slots.data(), begin, end,
+                        stored);
+    };
+    const RowCounts of_k = put(kv.k, k, before.k.rows), of_v = put(kv.v, v, before.v.rows);
+    const std::lock_guard counts_lock(counting);
+    counts.k.add(of_k);
+    counts.v.add(of_v);
   };
   pool_.for_each((rows + kAppendRows - 1) / kAppendRows, store);
+}
+
+LayerCounts AttentionPlan::counts(std::size_t layer) {
+  layer_at(layer);
+  const std::lock_guard lock(mutex_);
+  return counts_[layer];
 }
 
 // Scratch memory as this schedule needs it.

@@ -16,6 +16,11 @@
 
 namespace radixkv::attention {
 
+struct LayerCounts {
+  RowCounts k;
+  RowCounts v;
+};
+
 class AttentionPlan {
  public:
   // The layers' memory, of num_pages pages each, must outlive the plan. dtype: of q, k, v and out. Throws Error
@@ -42,6 +47,9 @@ class AttentionPlan {
   // of the result. Throws Error (InvalidArgument) unless the granularity is a multiple of kTileKeys.
   void set_costs(const CascadeCosts& costs);
 
+  // What append has stored of a layer in 8 or 4 bits so far.
+  LayerCounts counts(std::size_t layer);
+
   std::int64_t num_rows() const { return table_.num_rows(); }
   const char* isa() const { return kernel_.isa; }
   int num_threads() const { return pool_.num_threads(); }
@@ -59,6 +67,7 @@ class AttentionPlan {
   void run_item(const Schedule& schedule, const Batch& batch, const Item& item, int worker);
 
   const std::vector<LayerKV> layers_;
+  std::vector<LayerCounts> counts_;
   const DType dtype_;
   const std::int32_t num_pages_;
   const std::int32_t page_size_;

@@ -1,5 +1,6 @@
 // radixkv._core's part for attention. Tensors cross as addresses and strides, checked in radixkv/attention/native.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -39,11 +40,21 @@ DType dtype_named(const std::string& name) {
 
 // Rows of `heads` heads, one after the other; scales: bytes from a page's first to its rows' scales.
 Cache cache_at(std::uintptr_t address, const std::string& dtype, std::int32_t heads, std::int32_t dim, float scale,
-               bool rotated, std::int64_t page_bytes, std::int64_t scales) {
+               bool rotated, std::int64_t page_bytes, std::int64_t scales, std::uintptr_t centre, float usual_scale) {
   const DType stored = dtype_named(dtype);
   const std::int64_t row = attention::row_bytes(stored, dim);
-  return Cache{reinterpret_cast<char*>(address), stored, dim, scale, rotated, page_bytes, heads * row, row, scales,
-               heads * attention::kScaleBytes};
+  return Cache{reinterpret_cast<char*>(address),
+               stored,
+               dim,
+               scale,
+               rotated,
+               page_bytes,
+               heads * row,
+               row,
+               scales,
+               heads * attention::kScaleBytes,
+               reinterpret_cast<const float*>(centre),
+               usual_scale};
 }
 
 Rows rows_of(std::uintptr_t address, std::int64_t row_stride, std::int64_t head_stride) {
@@ -73,6 +84,12 @@ class Plan {
     const nb::gil_scoped_release release;
     plan_.run(layer, rows_of(q, q_row, q_head), reinterpret_cast<void*>(out),
               Options{sm_scale, window_left, logits_soft_cap});
+  }
+
+  std::pair<attention::RowCounts, attention::RowCounts> counts(std::size_t layer) {
+    const nb::gil_scoped_release release;
+    const attention::LayerCounts counts = plan_.counts(layer);
+    return {counts.k, counts.v};
   }
 
   PyCascade* cascade() {
@@ -113,11 +130,21 @@ void bind_attention(nb::module_& m) {
       .def(
           "__init__",
           [](attention::Cache* self, std::uintptr_t address, const std::string& dtype, std::int32_t num_heads,
-             std::int32_t dim, float scale, bool rotated, std::int64_t page_bytes, std::int64_t scales) {
-            new (self) attention::Cache{cache_at(address, dtype, num_heads, dim, scale, rotated, page_bytes, scales)};
+             std::int32_t dim, float scale, bool rotated, std::int64_t page_bytes, std::int64_t scales,
+             std::uintptr_t centre, float usual_scale) {
+            new (self) attention::Cache{
+                cache_at(address, dtype, num_heads, dim, scale, rotated, page_bytes, scales, centre, usual_scale)};
           },
           nb::kw_only(), "address"_a, "dtype"_a, "num_heads"_a, "dim"_a, "scale"_a, "rotated"_a, "page_bytes"_a,
-          "scales"_a);
+          "scales"_a, "centre"_a, "usual_scale"_a);
+
+  nb::class_<attention::RowCounts>(m, "RowCounts", "What was stored of one layer's keys, or values, in 8 or 4 bits.")
+      .def_ro("rows", &attention::RowCounts::rows)
+      .def_ro("not_finite", &attention::RowCounts::not_finite)
+      .def_ro("unusual", &attention::RowCounts::unusual)
+      .def_ro("sampled", &attention::RowCounts::sampled)
+      .def_ro("error_sum", &attention::RowCounts::error_sum)
+      .def_ro("error_most", &attention::RowCounts::error_most);
 
   nb::class_<LayerKV>(m, "LayerKV", "Where one layer's K and V pages lie; see radixkv.pool.LayerKV.")
       .def(
@@ -133,6 +160,7 @@ void bind_attention(nb::module_& m) {
       .def("plan", &Plan::plan, "table"_a)
       .def("append", &Plan::append)
       .def("run", &Plan::run)
+      .def("counts", &Plan::counts, "layer"_a)
       .def_prop_ro("cascade", &Plan::cascade)
       .def("set_costs", &Plan::set_costs, "costs"_a)
       .def_prop_ro("num_rows", &Plan::num_rows)

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 import radixkv
-from radixkv.cli import curve, demo, doctor, generate, info, lint, plan, record, replay, view
+from radixkv.cli import curve, demo, doctor, generate, info, kv_check, lint, plan, record, replay, view
 from radixkv.cli.common import flush_output, say
 from radixkv.errors import RadixKVError
 
@@ -21,6 +21,7 @@ COMMANDS = (
     replay.COMMAND,
     curve.COMMAND,
     plan.COMMAND,
+    kv_check.COMMAND,
     view.COMMAND,
     lint.COMMAND,
     generate.COMMAND,

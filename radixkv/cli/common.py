@@ -225,9 +225,10 @@ def printable(name: str) -> str:
 
 
 class ProgressLine:
-    """Counts requests on standard error while it is a terminal, a few times a second, and wipes the line at the end."""
+    """Counts on standard error while it is a terminal, a few times a second, and wipes the line at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "requests") -> None:
+        self._what = what
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._started = self._last = time.monotonic()
 
@@ -240,12 +241,12 @@ class ProgressLine:
             sys.stderr.flush()
 
     def __call__(self, done: int) -> None:
-        """Show that ``done`` requests are done."""
+        """Show that so many are done."""
         if not self._shown:
             return
         now = time.monotonic()
         if now - self._last >= 0.2:
             self._last = now
             rate = done / (now - self._started)
-            sys.stderr.write(f"\r\x1b[K{done:,} requests, {rate:,.0f}/s")
+            sys.stderr.write(f"\r\x1b[K{done:,} {self._what}, {rate:,.3g}/s")
             sys.stderr.flush()

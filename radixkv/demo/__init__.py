@@ -14,6 +14,7 @@ from radixkv.demo.conversation import converse, shared_prefix
 from radixkv.demo.model import find_model, load_model
 from radixkv.demo.report import as_json, compare, pages_by_state, print_report, verdict
 from radixkv.errors import InvalidArgument
+from radixkv.kv_plan import KvPlan
 from radixkv.observe import tree_svg, tree_text
 
 __all__ = ["run"]
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from radixkv.hf import Generator, engine_for
 
-    engine = engine_for(model, num_pages=args.num_pages, page_size=args.page_size)
+    engine = engine_for(model, num_pages=args.num_pages, page_size=args.page_size, kv_format=_kv_format(args.kv_format))
     say(f"loaded in {time.perf_counter() - started:.1f} s: {engine!r}, {torch.get_num_threads()} threads")
     with Generator(model, engine) as generator:
         say("a small model: its speed and its memory are the point, not its wit")
@@ -62,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
         print(tree_text(snapshot, tokenizer.decode))
         print("\n" + verdict(report, args.dtype))
     return int(args.dtype == "float32" and not report["equal"])
+
+
+def _kv_format(named: str | None) -> str | KvPlan | None:
+    """A format's name, or the plan in a file of this name."""
+    return KvPlan.load(named) if named is not None and Path(named).is_file() else named
 
 
 class _Progress:

@@ -27,6 +27,7 @@ from radixkv.shape import LayerShape
 if TYPE_CHECKING:
     from radixkv.engine import Engine
     from radixkv.formats import LayerFormat
+    from radixkv.kv_plan import KvPlan
     from radixkv.step import Step
 
 __all__ = [
@@ -218,7 +219,7 @@ def engine_for(
     capacity: str | float | None = None,
     page_size: int = 16,
     dtype: torch.dtype | None = None,
-    kv_format: str | LayerFormat | Sequence[str | LayerFormat | None] | None = None,
+    kv_format: str | LayerFormat | KvPlan | Sequence[str | LayerFormat | None] | None = None,
 ) -> Engine:
     """An engine with the layers, dtype and device of `model`; layers may differ in heads and dimensions.
 

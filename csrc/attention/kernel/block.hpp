@@ -23,13 +23,14 @@ constexpr int kRowsOfWidened = 4 * kBlockRows;
 
 // Scratch memory of one thread, in floats and all 64-byte aligned.
 struct Scratch {
-  float* q;       // [heads, k_dim / kStep / 4, R / heads, 4]
-  float* scores;  // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
-  float* keys;    // of kLanes keys: see KeyColumns
-  float* values;  // [kTileKeys / kStep, padded_dim]
-  float* single;  // [padded_dim]: of one step
-  float* rows;    // [kLanes, max(k_dim, v_dim)]: rows of K, or of V, as products take them
-  float* zeros;   // [kMaxHeadDim]
+  float* q;          // [heads, k_dim / kStep / 4, R / heads, 4]
+  float* scores;     // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
+  float* keys;       // of kLanes keys: see KeyColumns
+  float* values;     // [kTileKeys / kStep, padded_dim]
+  float* single;     // [padded_dim]: of one step
+  float* rows;       // [kLanes, max(k_dim, v_dim)]: rows of K, or of V, as products take them
+  float* zeros;      // [kMaxHeadDim]
+  float* q_offsets;  // [R]: of every score of a vector, where keys have a centre that shows
   // Of products of integers:
   float* codes;      // [kTileKeys, padded_dim / 4]: values unpacked to bytes
   float* q_scales;   // [R]
@@ -43,7 +44,7 @@ constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 1
 static std::size_t scratch_bytes(std::int64_t rows, std::int64_t k_dim, std::int64_t v_dim) {
   const std::int64_t floats = aligned_floats(rows * k_dim) + rows * kTileKeys + k_dim * kLanes +
                               (kTileKeys + 1) * padded_dim(v_dim) + aligned_floats(kLanes * max_int64(k_dim, v_dim)) +
-                              kMaxHeadDim + kTileKeys * padded_dim(v_dim) / 4 + 2 * aligned_floats(rows) +
+                              kMaxHeadDim + kTileKeys * padded_dim(v_dim) / 4 + 3 * aligned_floats(rows) +
                               2 * kTileKeys + state_floats(rows, v_dim);
   return static_cast<std::size_t>(floats) * sizeof(float);
 }
@@ -62,6 +63,7 @@ RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t
   s.zeros = at, at += kMaxHeadDim;
   s.codes = at, at += kTileKeys * padded_dim(v_dim) / 4;
   s.q_scales = at, at += aligned_floats(rows);
+  s.q_offsets = at, at += aligned_floats(rows);
   s.units = at, at += aligned_floats(rows);
   s.scales[0] = at, at += kTileKeys;
   s.scales[1] = at, at += kTileKeys;
@@ -137,6 +139,7 @@ struct BlockKernel {
           __builtin_memcpy(vector, from, static_cast<std::size_t>(k_dim) * 2);
         } else {
           widen(batch.dtype, from, vector, k_dim);
+          if (offsets_show()) s.q_offsets[h * vectors_of_q + i] = offset_of(vector, block.head_begin + h);
           if (batch.layer.k.rotated) rotate(vector, k_dim);
           if constexpr (kIntegers) s.q_scales[h * vectors_of_q + i] = round_query(vector);
         }
@@ -144,6 +147,15 @@ struct BlockKernel {
         for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
       }
     }
+  }
+
+  // A centre adds the same to all scores of a vector, which softmax does not see unless logits are capped.
+  bool offsets_show() const { return batch.layer.k.centre != nullptr && batch.options.logits_soft_cap > 0.0f; }
+  float offset_of(const float* vector, std::int64_t kv_head) const {
+    const float* const centre = batch.layer.k.centre + kv_head * k_dim;
+    float sum = 0.0f;
+    for (int d = 0; d < k_dim; ++d) sum += vector[d] * centre[d];
+    return sum / batch.layer.k.product_scale();
   }
 
   // A query vector to 16 bits, in place; returns its scale.
@@ -382,7 +394,10 @@ struct BlockKernel {
     const float cap = batch.options.logits_soft_cap;
     if (cap > 0.0f) {
       const F inner = set1(batch.options.sm_scale / cap), outer = set1(cap * kLog2E);
-      for (int v = 0; v < kTileVectors; ++v) x[v] = mul(tanh(mul(raw_score(*this, i, v), inner)), outer);
+      const F offset = offsets_show() ? set1(s.q_offsets[base() + i]) : zero();
+      for (int v = 0; v < kTileVectors; ++v) {
+        x[v] = mul(tanh(mul(add(raw_score(*this, i, v), offset), inner)), outer);
+      }
     } else {
       const F scale = set1(batch.options.sm_scale * kLog2E);
 #pragma GCC unroll 16

@@ -129,25 +129,68 @@ static std::uint16_t quantize_i4(float* y, int dim, float most, char* row) {
   return to_bf16(most * (tree_sum(products, dim) / static_cast<float>(squares)));
 }
 
-// A row in 8 or 4 bits.
-static void store_row(DType dtype, const void* x, const Cache& to, char* row, char* scale) {
-  float y[kMaxHeadDim];
-  widen(dtype, x, y, to.dim);
-  if (to.rotated) rotate(y, to.dim);
-  if (to.dtype == DType::f8) {
-    for (int i = 0; i < to.dim; ++i) reinterpret_cast<std::uint8_t*>(row)[i] = float_to_f8(y[i] / to.stored_scale());
-    return;
+// ||stored - y|| / ||y||; y: what was to be stored, codes: what is, in units of `scale`.
+RADIXKV_INLINE double error_of(const float* y, const float* codes, double scale, int dim) {
+  double error = 0.0, size = 0.0;
+  for (int i = 0; i < dim; ++i) {
+    const double difference = scale * static_cast<double>(codes[i]) - static_cast<double>(y[i]);
+    error += difference * difference;
+    size += static_cast<double>(y[i]) * static_cast<double>(y[i]);
   }
+  return size > 0.0 ? __builtin_sqrt(error / size) : 0.0;
+}
+
+static void sample(const float* y, const Cache& cache, const char* row, const char* scale, RowCounts& counts) {
+  float stored[kMaxHeadDim];
+  const StoredRows rows{&row, 0, &scale, 0};
+  widen_rows<FormatF32>(cache, rows, 1, stored, 0);
+  const double error = error_of(y, stored, static_cast<double>(cache.stored_scale()), cache.dim);
+  if (!(error < static_cast<double>(__builtin_inff()))) return;
+  ++counts.sampled;
+  counts.error_sum += error;
+  counts.error_most = error > counts.error_most ? error : counts.error_most;
+}
+
+static void store_f8(const float* y, const Cache& to, char* row, RowCounts& counts) {
+  const float scale = to.stored_scale();
+  bool fits = true;
+  for (int i = 0; i < to.dim; ++i) {
+    const float x = y[i] / scale;
+    fits &= __builtin_fabsf(x) <= 448.0f || x != x;
+    reinterpret_cast<std::uint8_t*>(row)[i] = float_to_f8(x);
+  }
+  counts.unusual += !fits;
+}
+
+static void store_codes(float* y, const Cache& to, char* row, char* scale, RowCounts& counts) {
   const float most = largest(y, to.dim);
   std::uint16_t row_scale = 0;
   if (most > 0.0f && most < __builtin_inff()) {
     row_scale = to.dtype == DType::i8 ? quantize_i8(y, to.dim, most, reinterpret_cast<signed char*>(row))
                                       : quantize_i4(y, to.dim, most, row);
+    counts.unusual += __builtin_bit_cast(float, static_cast<std::uint32_t>(row_scale) << 16) > to.usual_scale;
   } else {
     __builtin_memset(row, 0, static_cast<std::size_t>(to.row_bytes()));
-    if (most != 0.0f) row_scale = 0x7fc0;  // NaN
+    if (most != 0.0f) row_scale = 0x7fc0, ++counts.not_finite;  // NaN
   }
   __builtin_memcpy(scale, &row_scale, sizeof row_scale);
+}
+
+// A row in 8 or 4 bits.
+static void store_row(DType dtype, const void* x, const Cache& to, const float* centre, char* row, char* scale,
+                      bool sampled, RowCounts& counts) {
+  float y[kMaxHeadDim], codes[kMaxHeadDim];
+  widen(dtype, x, y, to.dim);
+  for (int i = 0; centre != nullptr && i < to.dim; ++i) y[i] -= centre[i];
+  if (to.rotated) rotate(y, to.dim);
+  ++counts.rows;
+  if (to.dtype == DType::f8) {
+    store_f8(y, to, row, counts);
+  } else {
+    __builtin_memcpy(codes, y, static_cast<std::size_t>(to.dim) * sizeof(float));
+    store_codes(codes, to, row, scale, counts);
+  }
+  if (sampled) sample(y, to, row, scale, counts);
 }
 
 }  // namespace radixkv::attention::RADIXKV_ISA
