@@ -158,6 +158,16 @@ class Machine(RuleBasedStateMachine):
             self.model.drop(pair[1], n)
             assert pair[0].drop(n) == self.model.free - free
 
+    @rule(pair=leases, data=st.data())
+    def truncate(self, pair, data):
+        if self.may_change(pair, lambda: pair[0].truncate(len(pair[1].tokens))):
+            n = data.draw(st.integers(0, len(pair[1].tokens) + 1))
+            free = self.model.free
+            done = self.both(
+                lambda: pair[0].truncate(n), lambda: self.model.truncate(pair[1], n), radixkv.InvalidArgument
+            )
+            assert done is None or done[0] == self.model.free - free
+
     @rule(pair=leases)
     def commit(self, pair):
         if self.may_change(pair, pair[0].commit):
