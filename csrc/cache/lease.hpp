@@ -103,8 +103,7 @@ class Lease {
   std::string name_;
   std::vector<PageId> pages_;  // by place in the sequence; kNone where a private page was dropped
   const std::uint64_t id_;     // no other lease's, of any cache, ever
-  std::uint64_t version_ =
-      0;  // of pages_: how often entries were replaced or left at its front; its end does not count
+  std::uint64_t version_ = 0;  // of pages_: how often entries were replaced or left its front; its end does not count
   std::vector<Token> dropped_;  // the tokens before first_page_, whose own places may have new owners
   NodeId root_ = kNone;         // of its namespace, as it was at acquire
   NodeId node_ = kNone;         // locked; its end is the end of the shared pages
