@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
 CORE = (
     "tests/engine/test_drop.py", "tests/cache/test_cache.py", "tests/engine/test_step.py",
-    "tests/cache/test_refusals.py", "tests/cache/test_state_machine.py",
+    "tests/cache/test_refusals.py", "tests/cache/test_truncate.py", "tests/cache/test_state_machine.py",
 )  # fmt: skip
 JOURNAL = ("tests/cache/test_journal.py", "tests/cache/test_state_machine.py")
 ATTENTION = (

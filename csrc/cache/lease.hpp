@@ -101,9 +101,9 @@ class Lease {
   std::shared_ptr<Cache> cache_;
   RadixTree& tree_;
   std::string name_;
-  std::vector<PageId> pages_;  // by place in the sequence; kNone where a private page was dropped
-  const std::uint64_t id_;     // no other lease's, of any cache, ever
-  std::uint64_t version_ = 0;  // of pages_: how often entries were replaced or left its front; its end does not count
+  std::vector<PageId> pages_;   // by place in the sequence; kNone where a private page was dropped
+  const std::uint64_t id_;      // no other lease's, of any cache, ever
+  std::uint64_t version_ = 0;   // of pages_: how often entries were replaced or left its front; its end does not count
   std::vector<Token> dropped_;  // the tokens before first_page_, whose own places may have new owners
   NodeId root_ = kNone;         // of its namespace, as it was at acquire
   NodeId node_ = kNone;         // locked; its end is the end of the shared pages

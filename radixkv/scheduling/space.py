@@ -112,6 +112,8 @@ class Space:
         """Let running requests give back the pages behind the model's window; whether that freed any."""
         freed = 0
         for request in self._running if self._window_left >= 0 else ():
+            if request.drafts:
+                continue  # how much of its lease stays is not known yet
             pages = self._engine.drop(lease_of(request), self._window_left)
             request.dropped |= pages > 0
             freed += pages
