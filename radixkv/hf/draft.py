@@ -22,7 +22,7 @@ from radixkv.scheduling.arguments import check_tokens
 if TYPE_CHECKING:
     from radixkv.hf.request import Request
 
-__all__ = ["Draft", "Guesser", "PromptLookup", "check_draft", "guess"]
+__all__ = ["Draft", "Drafter", "Guesser", "PromptLookup", "check_draft"]
 
 _LOG = logging.getLogger("radixkv")
 
@@ -87,13 +87,35 @@ def check_draft(draft: Any) -> Callable[[Request], Guesser] | None:
     raise InvalidArgument(f"draft is {shown(draft)}: give {names}, a function that makes a request's guesser, or None")
 
 
-def guess(request: Request, count: int, vocabulary: int) -> list[int]:
-    """What the guesser of `request` says; one that raises or gives no tokens is not asked again."""
-    assert request.guesser is not None
-    try:
-        found = list(request.guesser(count))[:count]
-        return check_tokens(found, vocabulary).tolist() if found else []
-    except Exception as error:  # guesses save time, and nothing depends on them
-        _LOG.error("the guesser of request %d raised: it goes on without", request.id, exc_info=error)
-        request.guesser = None
-        return []
+class Drafter:
+    """Asks the guesser of a request: for twice as many tokens after all were right, else for one more than were.
+
+    So it guesses far ahead in a copy, up to `most` tokens, and costs little where guesses are mostly wrong.
+    """
+
+    def __init__(self, request: Request, guesser: Guesser, most: int, vocabulary: int) -> None:
+        self._request, self._most, self._vocabulary = request, most, vocabulary
+        self._guesser: Guesser | None = guesser
+        self._ahead = min(2, most)
+        self._drafted = self._accepted = 0
+
+    def __call__(self, count: int) -> list[int]:
+        """Up to `count` guesses. A guesser that raises or gives no tokens is not asked again."""
+        if self._guesser is None:
+            return []
+        self._look_back()
+        count = min(count, self._ahead)
+        try:
+            found = list(self._guesser(count))[:count]
+            return check_tokens(found, self._vocabulary).tolist() if found else []
+        except Exception as error:  # guesses save time, and nothing depends on them
+            _LOG.error("the guesser of request %d raised: it goes on without", self._request.id, exc_info=error)
+            self._guesser = None
+            return []
+
+    def _look_back(self) -> None:
+        stats = self._request.stats
+        drafted, right = stats.drafted_tokens - self._drafted, stats.accepted_tokens - self._accepted
+        self._drafted, self._accepted = stats.drafted_tokens, stats.accepted_tokens
+        if drafted:
+            self._ahead = min(2 * drafted if right == drafted else right + 1, self._most)

@@ -21,7 +21,7 @@ from radixkv.hf.adapter import attach, forward, probe
 from radixkv.hf.arguments import check_callback, check_engine, check_model, length_for
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
-from radixkv.hf.draft import Draft, check_draft
+from radixkv.hf.draft import Draft, Drafter, check_draft
 from radixkv.hf.processors import Processor, check_processors
 from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Row, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
@@ -56,7 +56,8 @@ class Generator:
     engine's attention and stays so.
 
     `draft="prompt-lookup"` guesses up to `draft_tokens` tokens a step and request from its own earlier text, and the
-    step checks them: fewer steps where text repeats, and the same tokens. `draft` may be a function that is called with
+    step checks them: fewer steps where text repeats, and the same tokens. Guesses that are wrong cost rows, so fewer
+    are made while they are. `draft` may be a function that is called with
     each request and returns its `Guesser`. See `radixkv.hf.draft`.
 
     A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
@@ -209,8 +210,6 @@ class Generator:
             "deadline": _given(deadline, defaults.deadline),
             "num_logprobs": None if logprobs is None else integer("logprobs", logprobs, 0, self._vocabulary),
             "outbox": self._outbox,
-            "num_drafts": self._draft_tokens,
-            "vocabulary": self._vocabulary,
             "on_token": check_callback("on_token", on_token),
             "on_logits": check_callback("on_logits", on_logits),
             "on_done": check_callback("on_done", on_done),
@@ -226,7 +225,7 @@ class Generator:
         ]
         if self._draft is not None:
             for request in requests:
-                request.guesser = self._draft(request)
+                request.drafter = Drafter(request, self._draft(request), self._draft_tokens, self._vocabulary)
         self._scheduler.submit(*requests)
         return requests[0]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from radixkv import scheduling
-from radixkv.hf.draft import Guesser, guess
+from radixkv.hf.draft import Drafter
 from radixkv.hf.sampling import Sampler, TokenLogprob
 from radixkv.hf.text import Text
 from radixkv.scheduling import RequestStats, Status
@@ -58,13 +58,11 @@ class Request(scheduling.Request):
     on_done: OnDone | None = None
     said: Text | None = None
     num_logprobs: int | None = None
-    guesser: Guesser | None = None
-    """Asked for up to `num_drafts` guesses, tokens of a `vocabulary`, in every step; None: no guesses."""
-    num_drafts: int = 0
-    vocabulary: int = 0
 
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     """One for each of `tokens`, if `submit(logprobs=)` asked for them."""
+    drafter: Drafter | None = field(default=None, init=False)
+    """Asked for guesses in every step, if there is one."""
     ended: bool = field(default=False, init=False)
     """Whether it is done and its text complete: the last thing to change."""
     rows: Sequence[Row] = field(default=(), init=False)
@@ -76,7 +74,7 @@ class Request(scheduling.Request):
         return "".join(self.said.pieces) if self.said is not None else ""
 
     def draft(self, count: int) -> Sequence[int]:
-        return guess(self, min(count, self.num_drafts), self.vocabulary) if self.guesser is not None else ()
+        return self.drafter(count) if self.drafter is not None else ()
 
     def accept(self, token: int) -> None:
         (row, *self.rows) = self.rows or [Row(None, None)]
