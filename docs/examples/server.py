@@ -1,6 +1,6 @@
 """An OpenAI-compatible server in one file: chat and text completions, whole or streamed, over `AsyncGenerator`.
 
-    python docs/examples/server.py [--model FOLDER_OR_GGUF] [--port 8000] [--capacity 2GiB]
+    python docs/examples/server.py [--model FOLDER_OR_GGUF] [--port 8000] [--capacity 2GiB] [--dtype bfloat16]
 
 Each API key is a namespace: no client finds, or can time, what another has cached. Who disconnects is cancelled, and
 its pages are free within a step. `/metrics` is for Prometheus. Needs radixkv[hf,serve].
@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import time
 import uuid
 from contextlib import aclosing, asynccontextmanager
@@ -193,6 +194,7 @@ async def unless_gone(http: Request, work: Any) -> bool:
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the others
     import torch
 
     from radixkv.demo.model import find_model, load_model
@@ -201,11 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder of transformers or a GGUF file; by default the demo's")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--capacity", default="2GiB", help="memory for K and V")
     parser.add_argument("--max-waiting", type=int, default=100, help="requests that may wait; more get status 429")
     options = parser.parse_args()
     source = find_model(options.model)
-    model, tokenizer = load_model(source, torch.bfloat16, print)
+    model, tokenizer = load_model(source, getattr(torch, options.dtype), print)
     if options.model is None and model.device.type == "cpu":
         optimize(model)
     engine = engine_for(model, capacity=options.capacity)
