@@ -46,6 +46,14 @@ build: build/dev/.built  ## compile the native core into radixkv/
 demo: build .venv/.model  ## a real model on the CPU, with the cache off and on
 	$(PY) -m radixkv demo
 
+# Until the locks hold the extra `serve`. The test suite takes openai as well, where it is installed.
+.venv/.serve: .venv/.deps
+	@$(PIP) fastapi==0.165.0 uvicorn==0.54.0
+	@touch $@
+
+serve: build .venv/.model .venv/.serve  ## an OpenAI-compatible server of the demo's model (PORT=8000)
+	$(PY) docs/examples/server.py --port $(or $(PORT),8000)
+
 test: build .venv/.model  ## the test suite
 	$(PY) -m pytest
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from radixkv.cache import Lease, Pin, PrefixCache, Stats
+from radixkv.cache import Fit, Lease, Pin, PrefixCache, Stats
 from radixkv.errors import (
     BackendUnavailable,
     InvalidArgument,
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "Engine",
+    "Fit",
     "InvalidArgument",
     "InvalidLogits",
     "InvalidTokens",

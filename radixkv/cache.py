@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
 from radixkv.journal import Journal
 
-__all__ = ["Lease", "Pin", "PrefixCache", "Stats"]
+if TYPE_CHECKING:
+    from radixkv._core import Tokens
+
+__all__ = ["Fit", "Lease", "Pin", "PrefixCache", "Stats"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ class Stats:
         return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a prompt would take of a cache at one moment. True where it fits."""
+
+    needed: int  #: pages that `acquire` would take, besides those of the prompt that are cached
+    free: int  #: pages that hold nothing
+    evictable: int  #: pages that could be taken back for it: not those that it would use itself
+    cached: int  #: tokens of the prompt that are cached; one is always left to compute
+
+    def __bool__(self) -> bool:
+        return self.needed <= self.free + self.evictable
+
+
 class PrefixCache(_core.Cache):
     """A radix tree that maps token prefixes to refcounted pages and evicts them least recently used.
 
@@ -62,6 +79,14 @@ class PrefixCache(_core.Cache):
     def stats(self) -> Stats:
         """Pages by state, and counts since the cache was made. O(live leases)."""
         return Stats(**self._stats())
+
+    def would_fit(self, tokens: Tokens, namespace: str = "") -> Fit:
+        """Whether `acquire` would find the pages for this prompt, and what it would find cached. Changes nothing.
+
+        Raises:
+            InvalidTokens, InvalidArgument: as `acquire`. LeaseError: the cache is closed.
+        """
+        return Fit(*self._would_fit(tokens, namespace))
 
     def journal(self) -> Journal:
         """What enters and leaves the tree and which requests end, from now on: see `radixkv.journal`.

@@ -23,7 +23,17 @@ class RadixKVError(Exception):
 
 
 class PoolExhausted(RadixKVError, MemoryError):
-    """The pool has too few free and evictable pages for what was asked."""
+    """The pool has too few free and evictable pages for what was asked.
+
+    Attributes:
+        needed: pages that it takes, besides those of its prompt that are cached.
+        free, evictable: pages that there were; those of the cached prompt are not among them.
+        cached: tokens of the prompt that are cached.
+    """
+
+    def __init__(self, message: str, *, needed: int = 0, free: int = 0, evictable: int = 0, cached: int = 0) -> None:
+        super().__init__(message)
+        self.needed, self.free, self.evictable, self.cached = needed, free, evictable, cached
 
 
 class LeaseError(RadixKVError, RuntimeError):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
 CORE = (
     "tests/engine/test_drop.py", "tests/cache/test_cache.py", "tests/engine/test_step.py",
-    "tests/cache/test_refusals.py", "tests/cache/test_state_machine.py",
+    "tests/cache/test_refusals.py", "tests/cache/test_truncate.py", "tests/cache/test_state_machine.py",
 )  # fmt: skip
 JOURNAL = ("tests/cache/test_journal.py", "tests/cache/test_state_machine.py")
 ATTENTION = (
@@ -77,6 +77,20 @@ MUTANTS = [
            "const std::int32_t own = first_page_;"),
     Mutant("what was dropped is published", "cache/lease.cpp",
            "if (first_page_ > num_shared_) return;  ", "  "),
+    Mutant("published tokens are taken back", "cache/lease.cpp", "tail_ != kNone ? num_tokens_ : shared", "shared"),
+    Mutant("a copy goes into a page that was taken back", "cache/lease.cpp",
+           "source_ != kNone ? shared + copy_.tokens : 0", "0"),
+    Mutant("tokens found in the cache are taken back", "cache/lease.cpp", "{1}, num_cached_, published,",
+           "{1}, published,"),
+    Mutant("dropped tokens are taken back", "cache/lease.cpp", "copied, first_page_ * page_size}", "copied}"),
+    Mutant("a page that was taken back is lost", "cache/lease.cpp",
+           "  for (std::int32_t i = freed; i > 0; --i) {\n    tree_.give_back(pages_.back());\n",
+           "  for (std::int32_t i = freed; i > 0; --i) {\n"),
+    Mutant("tokens taken back count as written", "cache/lease.cpp",
+           "  num_written_ = std::min(num_written_, num_tokens);\n", ""),
+    Mutant("a lease is truncated inside an open step", "cache/lease.cpp",
+           "std::int64_t Lease::truncate(std::int64_t num_tokens) {\n  change();",
+           "std::int64_t Lease::truncate(std::int64_t num_tokens) {\n  use();"),
     Mutant("eviction takes one page too many", "cache/radix_tree.cpp",
            "while (out.pages < count &&", "while (out.pages <= count &&"),
     Mutant("a partly matched page is one token short", "cache/radix_tree.cpp",

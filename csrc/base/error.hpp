@@ -15,6 +15,18 @@ class Error : public std::runtime_error {
   const ErrorKind kind;
 };
 
+// Pages that something needs and those that there are; tokens of its prompt that are cached.
+struct PageCounts {
+  std::int64_t needed, free, evictable, cached;
+};
+
+class Exhausted final : public Error {
+ public:
+  Exhausted(const PageCounts& counts, const std::string& what)
+      : Error(ErrorKind::PoolExhausted, what), counts(counts) {}
+  const PageCounts counts;
+};
+
 [[noreturn]] inline void fail(ErrorKind kind, const std::string& what) { throw Error(kind, what); }
 [[noreturn]] inline void invalid(const std::string& what) { fail(ErrorKind::InvalidArgument, what); }
 

@@ -42,24 +42,29 @@ void Cache::check_tokens(const Token* tokens, std::int64_t n, std::int64_t from)
        "token " + str(tokens[at]) + " at index " + str(at) + ": tokens are ids, 0 <= token < 2**31");
 }
 
+void Cache::check_prompt(std::int64_t n) {
+  if (n == 0) fail(ErrorKind::InvalidTokens, "a prompt needs at least one token; got 0");
+}
+
 // What dropped pages freed does not count: an answer behind a window may outgrow the pool.
 void Cache::check_length(std::int64_t num_tokens, std::int64_t freed) const {
   const std::int64_t need = (num_tokens + page_size() - 1) / page_size() - freed;
   if (need > num_pages()) {
-    fail(ErrorKind::PoolExhausted, "need " + str(need) + " pages for " + str(num_tokens) + " tokens" +
-                                       (freed > 0 ? ", " + str(freed) + " pages of which were dropped" : "") +
-                                       "; the whole pool has " + str(num_pages()) + " pages of " + str(page_size()) +
-                                       " tokens: shorten the request or raise num_pages");
+    throw Exhausted({need, tree_.num_free(), tree_.num_evictable(), 0},
+                    "need " + str(need) + " pages for " + str(num_tokens) + " tokens" +
+                        (freed > 0 ? ", " + str(freed) + " pages of which were dropped" : "") +
+                        "; the whole pool has " + str(num_pages()) + " pages of " + str(page_size()) +
+                        " tokens: shorten the request or raise num_pages");
   }
 }
 
-void Cache::require_pages(std::int64_t need, std::int64_t lost) {
+void Cache::require_pages(std::int64_t need, std::int64_t lost, std::int64_t cached) {
   const std::int64_t free = tree_.num_free(), evictable = tree_.num_evictable() - lost;
   const bool refused = need > 0 && refuse_in_ >= 0 && refuse_in_-- == 0;
   if (need <= free + evictable && !refused) return;
-  fail(ErrorKind::PoolExhausted, "need " + str(need) + " pages; " + str(free) + " free, " + str(evictable) +
-                                     " evictable, " + str(num_pages() - free - evictable) +
-                                     " leased or pinned: release a lease or raise num_pages");
+  throw Exhausted({need, free, evictable, cached},
+                  "need " + str(need) + " pages; " + str(free) + " free, " + str(evictable) + " evictable, " +
+                      str(num_pages() - free - evictable) + " leased or pinned: release a lease or raise num_pages");
 }
 
 // --- match, acquire, pin ---------------------------------------------------------------------------------------------
@@ -78,10 +83,25 @@ std::int64_t Cache::match(const Token* tokens, std::int64_t n, std::string_view 
   return shared + partial;
 }
 
+// The counts that acquire() would find. A closed cache has none to give.
+PageCounts Cache::would_fit(const Token* tokens, std::int64_t n, std::string_view name) {
+  Guard guard(mutex_);
+  check_open();
+  check_prompt(n);
+  const NodeId root = tree_.find_root(name);
+  Match m{kNone, 0, 0};
+  if (root != kNone) m = tree_.match(root, tokens, n - 1, nullptr);
+  const std::int64_t shared = static_cast<std::int64_t>(m.pages) * page_size();
+  check_tokens(tokens, n, shared);
+  const std::int64_t lost = root != kNone ? tree_.evictable_on_path(m) : 0;
+  return {(n + page_size() - 1) / page_size() - m.pages, tree_.num_free(), tree_.num_evictable() - lost,
+          shared + m.partial};
+}
+
 std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::string_view name) {
   Guard guard(mutex_);
   check_open();
-  if (n == 0) fail(ErrorKind::InvalidTokens, "a prompt needs at least one token; got 0");
+  check_prompt(n);
   check_length(n, 0);
   auto lease = std::make_unique<Lease>(shared_from_this(), name);
   lease->pages_.resize(lease->pages_for(n));
@@ -90,7 +110,8 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   if (known != kNone) m = tree_.match(known, tokens, n - 1, lease->pages_.data());  // one token is left to compute
   check_tokens(tokens, n, static_cast<std::int64_t>(m.pages) * page_size());
   const auto need = static_cast<std::int32_t>(lease->pages_.size()) - m.pages;
-  require_pages(need, known != kNone ? tree_.evictable_on_path(m) : 0);
+  require_pages(need, known != kNone ? tree_.evictable_on_path(m) : 0,
+                static_cast<std::int64_t>(m.pages) * page_size() + m.partial);
   lease->root_ = tree_.make_root(name);
   if (known == kNone) m.node = lease->root_;
 
@@ -131,9 +152,10 @@ std::unique_ptr<Pin> Cache::pin(const Token* tokens, std::int64_t n, std::string
   }
   const std::int64_t pinned = tree_.num_pinned(), more = tree_.unpinned_on_path(m), most = most_pinned(num_pages());
   if (pinned + more > most) {
-    fail(ErrorKind::PoolExhausted, "pinning " + str(more) + " pages besides " + str(pinned) +
-                                       " pinned ones would starve the pool: at most " + str(most) + " of " +
-                                       str(num_pages()) + " may be pinned; unpin a prefix or raise num_pages");
+    throw Exhausted({more, tree_.num_free(), tree_.num_evictable(), n},
+                    "pinning " + str(more) + " pages besides " + str(pinned) +
+                        " pinned ones would starve the pool: at most " + str(most) + " of " + str(num_pages()) +
+                        " may be pinned; unpin a prefix or raise num_pages");
   }
   std::list<NodeId> entry{kNone};  // what may run out of memory comes first
   auto pin = std::make_unique<Pin>(shared_from_this(), n, entry.begin());

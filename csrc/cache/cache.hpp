@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/error.hpp"
 #include "base/fork_mutex.hpp"
 #include "cache/lease.hpp"
 #include "cache/radix_tree.hpp"
@@ -48,6 +49,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
   std::unique_ptr<Lease> acquire(const Token* tokens, std::int64_t n, std::string_view name);
   std::int64_t match(const Token* tokens, std::int64_t n, std::string_view name);
+  PageCounts would_fit(const Token* tokens, std::int64_t n, std::string_view name);
   std::unique_ptr<Pin> pin(const Token* tokens, std::int64_t n, std::string_view name);
   std::int64_t evict(std::int64_t num_pages);
   std::int64_t clear();
@@ -80,10 +82,11 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
   void check_open() const;
   static void check_tokens(const Token* tokens, std::int64_t n, std::int64_t from);
+  static void check_prompt(std::int64_t n);
   void check_length(std::int64_t num_tokens, std::int64_t freed) const;
 
   // All below with the mutex held.
-  void require_pages(std::int64_t need, std::int64_t lost);
+  void require_pages(std::int64_t need, std::int64_t lost, std::int64_t cached = 0);
   void enlist(Lease& lease);
   void delist(Lease& lease);
   void move_pins(NodeId from, NodeId to);

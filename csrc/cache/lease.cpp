@@ -211,6 +211,38 @@ std::int64_t Lease::drop(std::int64_t num_tokens) {
   return std::max(0, first - own);
 }
 
+// What truncate() leaves in any case: what the tree has of it, found or published, and where a copy is still to go.
+std::int64_t Lease::least_tokens() const {
+  const std::int64_t page_size = tree_.page_size(), shared = num_shared_ * page_size;
+  const std::int64_t published = tail_ != kNone ? num_tokens_ : shared;
+  const std::int64_t copied = source_ != kNone ? shared + copy_.tokens : 0;
+  return std::max({std::int64_t{1}, num_cached_, published, copied, first_page_ * page_size});
+}
+
+// Private pages are freed, last first.
+std::int64_t Lease::truncate(std::int64_t num_tokens) {
+  change();
+  Cache::Guard guard(cache_->mutex_);
+  if (num_tokens > num_tokens_) {
+    invalid("truncate to " + str(num_tokens) + " tokens: the lease has " + str(num_tokens_) +
+            "; extend() makes it longer");
+  }
+  if (const std::int64_t least = least_tokens(); num_tokens < least) {
+    invalid("truncate to " + str(num_tokens) + " tokens: the first " + str(least) +
+            " were found in the cache, published by commit() or dropped, and stay: keep those, or release() this lease "
+            "and acquire() the shorter prompt");
+  }
+  const std::int32_t keep = pages_for(num_tokens), freed = static_cast<std::int32_t>(pages_.size()) - keep;
+  for (std::int32_t i = freed; i > 0; --i) {
+    tree_.give_back(pages_.back());
+    pages_.pop_back();
+  }
+  num_tokens_ = num_tokens;
+  num_written_ = std::min(num_written_, num_tokens);
+  num_prompt_ = std::min(num_prompt_, num_tokens);
+  return freed;
+}
+
 // --- it publishes: from its own place in the tree, O(new pages) -----------------------------------------------------
 
 void Lease::commit() {

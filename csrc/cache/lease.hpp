@@ -7,6 +7,7 @@
 //   locked through `node`                    page that a
 //                                            commit published
 //
+// Tokens that no page of the tree holds can be taken back (truncate): a guess that was wrong.
 // A lease may drop its first pages from its view, once no later row sees them (a sliding window): shared ones stay in
 // the tree, locked as before; private ones are freed, and then nothing from there on can be published any more.
 //
@@ -56,8 +57,9 @@ class Lease {
 
   // These change it. Each throws LeaseError as those above do, and while a step is open over it.
   void extend(const Token* tokens, std::int64_t n);
-  void advance(std::int64_t n);                // n < 0: all
-  std::int64_t drop(std::int64_t num_tokens);  // returns the pages freed
+  void advance(std::int64_t n);                    // n < 0: all
+  std::int64_t drop(std::int64_t num_tokens);      // returns the pages freed
+  std::int64_t truncate(std::int64_t num_tokens);  // keeps the first ones; returns the pages freed
   void commit();
   void release(bool commit);
   std::unique_ptr<Lease> fork();
@@ -75,6 +77,7 @@ class Lease {
   void check_free() const;
 
   std::int32_t pages_for(std::int64_t tokens) const;
+  std::int64_t least_tokens() const;
   std::int64_t num_private() const {
     return static_cast<std::int64_t>(pages_.size()) - std::max(num_shared_, first_page_) - (tail_ != kNone ? 1 : 0);
   }
@@ -100,7 +103,7 @@ class Lease {
   std::string name_;
   std::vector<PageId> pages_;   // by place in the sequence; kNone where a private page was dropped
   const std::uint64_t id_;      // no other lease's, of any cache, ever
-  std::uint64_t version_ = 0;   // of pages_: how often entries were replaced or left the view; appending does not count
+  std::uint64_t version_ = 0;   // of pages_: how often entries were replaced or left its front; its end does not count
   std::vector<Token> dropped_;  // the tokens before first_page_, whose own places may have new owners
   NodeId root_ = kNone;         // of its namespace, as it was at acquire
   NodeId node_ = kNone;         // locked; its end is the end of the shared pages

@@ -39,6 +39,8 @@ Cost: O(tokens) comparisons of memory, O(1) a page evicted.)";
 constexpr const char* kMatchDoc =
     "Tokens of the longest cached prefix, up to len(tokens). Changes nothing, recency included. O(tokens matched).";
 
+constexpr const char* kWouldFitDoc = "(needed, free, evictable, cached) of a prompt: see PrefixCache.would_fit.";
+
 constexpr const char* kPinDoc =
     R"(Keep a cached prefix (a system prompt, few-shot examples) resident until unpin() is called on the result.
 
@@ -139,6 +141,13 @@ std::int64_t match(PyCache& c, nb::handle tokens, nb::handle name) {
   return c.work(t.size(), [&] { return c.cache->match(t.data(), t.size(), space); });
 }
 
+nb::tuple would_fit(PyCache& c, nb::handle tokens, nb::handle name) {
+  const Tokens t(tokens);
+  const std::string_view space = namespace_from(name);
+  const PageCounts fit = c.work(t.size(), [&] { return c.cache->would_fit(t.data(), t.size(), space); });
+  return nb::make_tuple(fit.needed, fit.free, fit.evictable, fit.cached);
+}
+
 PyPin pin(nb::handle self, nb::handle tokens, nb::handle name) {
   CacheRef cache(self);
   const Tokens t(tokens);
@@ -165,6 +174,7 @@ void bind_cache(nb::module_& m) {
           "acquire", [](PyCache& c, nb::handle tokens, nb::handle name) { return acquire(nb::find(c), tokens, name); },
           "tokens"_a.none(), "namespace"_a.none() = "", kAcquireDoc)
       .def("match", &match, "tokens"_a.none(), "namespace"_a.none() = "", kMatchDoc)
+      .def("_would_fit", &would_fit, "tokens"_a.none(), "namespace"_a.none() = "", kWouldFitDoc)
       .def(
           "pin", [](PyCache& c, nb::handle tokens, nb::handle name) { return pin(nb::find(c), tokens, name); },
           "tokens"_a.none(), "namespace"_a.none() = "", kPinDoc)

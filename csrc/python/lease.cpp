@@ -37,6 +37,18 @@ Returns:
 Raises:
     InvalidArgument: more than the tokens written.)";
 
+constexpr const char* kTruncateDoc =
+    R"(Keep the first num_tokens tokens and take the others back, written or not: drafts that were wrong, a branch given up.
+
+Pages that hold none of the kept tokens are freed, and extend() goes on from there. What later requests may have found
+stays: tokens that came from the cache, were published by commit(), or were dropped.
+
+Returns:
+    The number of pages freed.
+
+Raises:
+    InvalidArgument: more than the lease has, or fewer than must stay; it gives both numbers.)";
+
 constexpr const char* kExtendDoc =
     R"(Room for more tokens. O(new tokens).
 
@@ -99,6 +111,11 @@ std::int64_t drop(PyLease& l, nb::handle num_tokens) {
   return l.owner->work(0, [&] { return l.lease->drop(n); });
 }
 
+std::int64_t truncate(PyLease& l, nb::handle num_tokens) {
+  const std::int64_t n = int_from(num_tokens, "num_tokens");
+  return l.owner->work(0, [&] { return l.lease->truncate(n); });
+}
+
 PyLease fork(PyLease& l) {
   auto forked = l.owner->work(0, [&] { return l.lease->fork(); });
   return PyLease(l.owner, std::move(forked));
@@ -141,6 +158,7 @@ void bind_lease(nb::module_& m) {
       .def("advance", &advance, "n"_a = nb::none(),
            "K and V of the next n tokens (all by default) are written, and pending copies made.")
       .def("drop", &drop, "num_tokens"_a.none(), kDropDoc)
+      .def("truncate", &truncate, "num_tokens"_a.none(), kTruncateDoc)
       .def(
           "commit", [](PyLease& l) { l.owner->work(0, [&] { l.lease->commit(); }); },
           "Publish what is written, so that other requests match it. Duplicates of pages that another request "

@@ -38,9 +38,18 @@ const char* class_of(ErrorKind kind) {
   return "RadixKVError";
 }
 
+void raise_exhausted(const Exhausted& e) {
+  const nb::object type = nb::module_::import_("radixkv.errors").attr("PoolExhausted");
+  const nb::object error = type(e.what(), "needed"_a = e.counts.needed, "free"_a = e.counts.free,
+                                "evictable"_a = e.counts.evictable, "cached"_a = e.counts.cached);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
 void translate(const std::exception_ptr& p, void*) {
   try {
     std::rethrow_exception(p);
+  } catch (const Exhausted& e) {
+    raise_exhausted(e);
   } catch (const Error& e) {
     const nb::object type = nb::module_::import_("radixkv.errors").attr(class_of(e.kind));
     PyErr_SetString(type.ptr(), e.what());

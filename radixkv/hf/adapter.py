@@ -172,19 +172,21 @@ def engine_attention(model: PreTrainedModel) -> Iterator[None]:
             _text_part(model).set_attn_implementation(before)
 
 
-def forward(model: PreTrainedModel, step: Step) -> torch.Tensor:
+def forward(model: PreTrainedModel, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
     """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
 
+    Or of `rows`, int64 indices into the rows of the step: all of them where the tokens of each are to be judged.
     Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
     (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
     """
     attach(model)
-    keep = {"logits_to_keep": step.last_rows} if _keeps_logits(model.__class__.forward) else {}
+    rows = step.last_rows if rows is None else rows
+    keep = {"logits_to_keep": rows} if _keeps_logits(model.__class__.forward) else {}
     with running(step):
         logits = model(
             input_ids=step.input_ids.unsqueeze(0), position_ids=step.positions.unsqueeze(0), use_cache=False, **keep
         ).logits[0]
-    return cast("torch.Tensor", logits if keep else logits[step.last_rows])
+    return cast("torch.Tensor", logits if keep else logits[rows])
 
 
 @functools.lru_cache

@@ -89,13 +89,7 @@ class AsyncGenerator:
 
     async def generate(self, prompt: Tokens, **options: Any) -> Request:
         """Wait for a request and all its siblings; raise what ended it, if it went wrong."""
-        stream = Stream[int](self._thread, lambda request: request.tokens, prompt, options)
-        request = await stream.accepted()
-        siblings = cast("tuple[Request, ...]", request.siblings)
-        await stream._wait(lambda: all(sibling.ended for sibling in siblings))
-        if request.error is not None:
-            raise request.error
-        return request
+        return await Stream[int](self._thread, lambda request: request.tokens, prompt, options).end()
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more requests, give those under way `grace` seconds to end, cancel the rest, and end the thread.
@@ -146,6 +140,15 @@ class Stream(AsyncIterator[T], Generic[T]):
             self.request = reader.request
         assert self.request is not None
         return self.request
+
+    async def end(self) -> Request:
+        """Wait for the request and all its siblings; raise what ended it, if it went wrong."""
+        request = await self.accepted()
+        siblings = cast("tuple[Request, ...]", request.siblings)
+        await self._wait(lambda: all(sibling.ended for sibling in siblings))
+        if request.error is not None:
+            raise request.error
+        return request
 
     def __aiter__(self) -> Stream[T]:
         return self

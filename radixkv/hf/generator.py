@@ -21,8 +21,9 @@ from radixkv.hf.adapter import attach, forward, probe
 from radixkv.hf.arguments import check_callback, check_engine, check_model, length_for
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
+from radixkv.hf.draft import Draft, Drafter, check_draft
 from radixkv.hf.processors import Processor, check_processors
-from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Tokens
+from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Row, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
 from radixkv.hf.text import Text, check_stop_strings, check_tokenizer
 from radixkv.scheduling import Batch, Policy, Scheduler
@@ -54,6 +55,11 @@ class Generator:
     `Scheduler`. With a `tokenizer`, requests have their `text`, and may have stop strings. The model is switched to the
     engine's attention and stays so.
 
+    `draft="prompt-lookup"` guesses up to `draft_tokens` tokens a step and request from its own earlier text, and the
+    step checks them: fewer steps where text repeats, and the same tokens. Guesses that are wrong cost rows, so fewer
+    are made while they are. `draft` may be a function that is called with
+    each request and returns its `Guesser`. See `radixkv.hf.draft`.
+
     A generator belongs to the thread that made it, as a connection does in SQLite: that thread runs the loop, and gets
     requests from others through a `queue.Queue` (`AsyncGenerator` does that). Requests may be read from any thread.
     Callbacks may call `submit`, `cancel` and `close`, but not step; hooks of the model or the cache and processors may
@@ -78,11 +84,14 @@ class Generator:
         policy: Policy = "arrival",
         max_waiting: int | None = None,
         tokenizer: Any = None,
+        draft: Draft | None = None,
+        draft_tokens: int = 8,
     ) -> None:
         check_model(model)
         generation_defaults(model)  # what it cannot do is refused here, and not by the first request
         self.max_length = length_for(model, max_length)
         self.tokenizer = check_tokenizer(tokenizer)
+        self._draft, self._draft_tokens = check_draft(draft), integer("draft_tokens", draft_tokens, 1)
         shape = probe(model)
         if engine is None:
             engine = shape.engine(model.device, capacity=0.5)
@@ -214,6 +223,9 @@ class Generator:
             )
             for i in range(integer("n", n, 1))
         ]
+        if self._draft is not None:
+            for request in requests:
+                request.drafter = Drafter(request, self._draft(request), self._draft_tokens, self._vocabulary)
         self._scheduler.submit(*requests)
         return requests[0]
 
@@ -375,7 +387,7 @@ class Generator:
         try:
             with torch.inference_mode(), self.engine.step(batch.leases) as step:
                 entered = True
-                return forward(self.model, step)
+                return forward(self.model, step, self._rows(batch))
         except LeaseError as error:
             if entered:
                 raise
@@ -389,22 +401,24 @@ class Generator:
             self._scheduler.abandon()
             raise
 
+    def _rows(self, batch: Batch) -> torch.Tensor | None:
+        """Which rows the logits are wanted of, where it is not the last one of each lease."""
+        return torch.tensor(batch.logit_rows, device=self.engine.device) if batch.logit_rows is not None else None
+
     def _advance(self, batch: Batch, logits: torch.Tensor) -> None:
         """Draw the next tokens of the requests whose tokens are all computed."""
         drawing = cast("list[Request]", batch.drawing)
         pairs = zip(batch.rows, drawing, strict=True)
-        chosen = sample(logits, [Draw(row, request.sampler, len(request.tokens)) for row, request in pairs])
-        tokens = []
-        for request, token, row in zip(drawing, chosen, batch.rows, strict=True):
-            if isinstance(token, Exception):
-                self._fail(request, token, "a processor or the logits", commit=not isinstance(token, InvalidLogits))
-                token = 0  # it gets none
+        draws = [Draw(row, request.sampler, len(request.tokens), request.drafts) for row, request in pairs]
+        chosen: list[list[int]] = []
+        for request, tokens, row in zip(drawing, sample(logits, draws), batch.rows, strict=True):
+            if isinstance(tokens, Exception):
+                self._fail(request, tokens, "a processor or the logits", commit=not isinstance(tokens, InvalidLogits))
+                tokens = [0]  # it gets none
             elif request.on_logits is not None or request.num_logprobs is not None:
-                request.row = logits[row]
-                if request.num_logprobs is not None:
-                    request.logprob = log_probability(logits[row], token, request.num_logprobs)
-            tokens.append(token)
-        self._scheduler.accept(tokens)
+                request.rows = [_kept(request, logits[row + i], token) for i, token in enumerate(tokens)]
+            chosen.append(tokens)
+        self._scheduler.accept(chosen if batch.logit_rows is not None else [token for (token,) in chosen])
 
     def _deliver(self) -> None:
         """Call the callbacks, each token once, after all bookkeeping; what they raise ends their own request."""
@@ -438,6 +452,12 @@ class Generator:
         _LOG.error("%s of request %d raised, which ends the request", what, request.id, exc_info=error)
         self._failures.append(error)
         self._scheduler.fail(request, error, commit=commit)
+
+
+def _kept(request: Request, logits: torch.Tensor, token: int) -> Row:
+    """What `request` wants to know of the row that its token was drawn from."""
+    count = request.num_logprobs
+    return Row(logits, None if count is None else log_probability(logits, token, count))
 
 
 def _given(value: T | None, default: T) -> T:

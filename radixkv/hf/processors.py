@@ -44,11 +44,22 @@ class Penalties:
         self._ids = torch.zeros(len(known) + max_new_tokens, dtype=torch.int64)
         self._ids[: len(known)] = torch.from_numpy(known)
         self._counts = torch.zeros(len(self._ids))
+        self._known = len(known)
+        self._made: list[int] = []
 
     def accept(self, token: int) -> None:
         place = self._places.setdefault(token, len(self._places))
         self._ids[place] = token
         self._counts[place] += 1
+        self._made.append(token)
+
+    def rewind(self, number: int) -> None:
+        while len(self._made) > number:
+            token = self._made.pop()
+            place = self._places[token]
+            self._counts[place] -= 1
+            if self._counts[place] == 0 and place >= self._known:
+                del self._places[token]  # the last one: those that came after it are gone already
 
     def apply(self, row: torch.Tensor) -> None:
         """Change the scores `[vocabulary]` in place."""
@@ -66,11 +77,14 @@ class Processors:
         self._processors = processors
         self._ids = torch.zeros((1, len(prompt) + max_new_tokens), dtype=torch.int64)
         self._ids[0, : len(prompt)] = torch.from_numpy(prompt)
-        self._count = len(prompt)
+        self._prompt = self._count = len(prompt)
 
     def accept(self, token: int) -> None:
         self._ids[0, self._count] = token
         self._count += 1
+
+    def rewind(self, number: int) -> None:
+        self._count = min(self._count, self._prompt + number)
 
     def apply(self, row: torch.Tensor) -> torch.Tensor:
         """The scores `[vocabulary]` that the processors make of `row`, float32."""

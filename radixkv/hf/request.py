@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from radixkv import scheduling
+from radixkv.hf.draft import Drafter
 from radixkv.hf.sampling import Sampler, TokenLogprob
 from radixkv.hf.text import Text
 from radixkv.scheduling import RequestStats, Status
@@ -28,6 +29,13 @@ OnLogits = Callable[["Request", torch.Tensor], object]
 
 OnDone = Callable[["Request"], object]
 """Called with the request once, when no more tokens will come."""
+
+
+class Row(NamedTuple):
+    """What is kept of the logits of a token to come, where it was asked for."""
+
+    logits: torch.Tensor | None
+    logprob: TokenLogprob | None
 
 
 class Event(NamedTuple):
@@ -53,25 +61,29 @@ class Request(scheduling.Request):
 
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     """One for each of `tokens`, if `submit(logprobs=)` asked for them."""
+    drafter: Drafter | None = field(default=None, init=False)
+    """Asked for guesses in every step, if there is one."""
     ended: bool = field(default=False, init=False)
     """Whether it is done and its text complete: the last thing to change."""
-    row: torch.Tensor | None = field(default=None, init=False)
-    """The logits of the next token, where `on_logits` asks for them."""
-    logprob: TokenLogprob | None = field(default=None, init=False)
-    """Of the next token."""
+    rows: Sequence[Row] = field(default=(), init=False)
+    """One for each of the next tokens, where `on_logits` or `logprobs` asks for them."""
 
     @property
     def text(self) -> str:
         """What it has said so far, without what stopped it; "" if the generator has no tokenizer."""
         return "".join(self.said.pieces) if self.said is not None else ""
 
+    def draft(self, count: int) -> Sequence[int]:
+        return self.drafter(count) if self.drafter is not None else ()
+
     def accept(self, token: int) -> None:
-        if self.logprob is not None:
-            self.logprobs.append(self.logprob)
+        (row, *self.rows) = self.rows or [Row(None, None)]
+        if row.logprob is not None:
+            self.logprobs.append(row.logprob)
+        self.sampler.rewind(len(self.tokens))  # guesses that were right are accepted already
         self.sampler.accept(token)
         super().accept(token)
-        self.outbox.append(Event(self, token, self.row))
-        self.row = self.logprob = None
+        self.outbox.append(Event(self, token, row.logits))
         if self.said is not None and token not in self.stop_tokens:
             try:
                 if self.said.add(token):

@@ -92,8 +92,7 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._random = torch.empty(0)
-        self._number = -1
+        self._random: list[float] = []
         self._penalties = self._processors = None
         if prompt is not None and sampling.penalizes:
             self._penalties = Penalties(sampling, prompt, max_new_tokens)
@@ -105,19 +104,23 @@ class Sampler:
         """Whether it takes the likeliest token of the model's own logits."""
         return not (self.sampling.temperature or self._penalties or self._processors)
 
-    def random(self, number: int) -> torch.Tensor:
-        """The random number, 0 to 1, of the token of this `number`: the last one that was asked for, or the next."""
-        if number > self._number:
-            self._random = torch.rand((), generator=self._generator, dtype=torch.float64)
-            self._number += 1
-        assert number == self._number, "tokens are drawn in order"
-        return self._random
+    def random(self, number: int) -> float:
+        """The random number, 0 to 1, of the token of this `number`: one that was asked for before, or the next."""
+        if number == len(self._random):
+            self._random.append(float(torch.rand((), generator=self._generator, dtype=torch.float64)))
+        return self._random[number]
 
     def accept(self, token: int) -> None:
         """The next token of the request, for those that look at what was said."""
         for history in (self._penalties, self._processors):
             if history is not None:
                 history.accept(token)
+
+    def rewind(self, number: int) -> None:
+        """Forget the tokens from this `number` on, which were accepted and then drawn once more."""
+        for history in (self._penalties, self._processors):
+            if history is not None:
+                history.rewind(number)
 
     def draw(self, logits: torch.Tensor, number: int) -> int:
         """The token of this `number` by a row of logits `[vocabulary]` on the CPU."""
@@ -140,32 +143,53 @@ class Draw(NamedTuple):
     row: int
     sampler: Sampler
     number: int
+    drafts: Sequence[int] = ()
+    """Guesses of it and of what follows; the rows after `row` are those of these tokens."""
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | Exception]:
-    """A token for each of `draws`, from logits `[rows, vocabulary]` of any float dtype and device.
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[list[int] | Exception]:
+    """The tokens of each of `draws`, from logits `[rows, vocabulary]` of any float dtype and device.
 
-    Each is what it would be alone, bit for bit. The plain greedy ones are taken together, and wait for the device once.
+    One token each; where it is the draw's first guess the next one as well, by the row after it, and so on. Each is
+    what it would be alone, bit for bit. The plain greedy ones are taken together, and wait for the device once.
     The others follow from 64-bit sums over their own row, whose order must not depend on the batch, so each is on its
-    own; with real vocabularies that costs no more than doing them together. In place of a token stands what went wrong:
-    InvalidLogits, or what a processor raised.
+    own; with real vocabularies that costs no more than doing them together. In place of tokens stands what went wrong:
+    InvalidLogits, or what a processor raised. After guesses that were right it only ends the list.
     """
-    logits = logits.detach()
-    plain = [draw.sampler.plain for draw in draws]
-    best = _argmax(logits) if any(plain) else []
-    host = logits if all(plain) else logits.to("cpu")
-    tokens: list[int | Exception] = []
-    for draw, is_plain in zip(draws, plain, strict=True):
+    rows = _Rows(logits.detach(), [draw.sampler for draw in draws])
+    return [_tokens(rows, draw) for draw in draws]
+
+
+def _tokens(rows: _Rows, draw: Draw) -> list[int] | Exception:
+    tokens: list[int] = []
+    if draw.drafts:
+        draw.sampler.rewind(draw.number)
+    for ahead, guess in enumerate([*draw.drafts, None]):
         try:
-            if is_plain:
-                token, value = best[draw.row]
-                _check_best(value)
-            else:
-                token = draw.sampler.draw(host[draw.row], draw.number)
-            tokens.append(token)
+            tokens.append(rows.token(draw.row + ahead, draw.sampler, draw.number + ahead))
         except Exception as error:
-            tokens.append(error)
+            return tokens or error
+        if tokens[-1] != guess:
+            break
+        draw.sampler.accept(tokens[-1])
     return tokens
+
+
+class _Rows:
+    """Logits to choose tokens by, for these samplers: what can be done for all rows together is."""
+
+    def __init__(self, logits: torch.Tensor, samplers: Sequence[Sampler]) -> None:
+        plain = [sampler.plain for sampler in samplers]
+        self._best = _argmax(logits) if any(plain) else []
+        self._host = logits if all(plain) else logits.to("cpu")
+
+    def token(self, row: int, sampler: Sampler, number: int) -> int:
+        """The token of this `number` in its request, by this row; raises InvalidLogits, or what a processor raised."""
+        if not sampler.plain:
+            return sampler.draw(self._host[row], number)
+        token, value = self._best[row]
+        _check_best(value)
+        return token
 
 
 def _check_best(value: float) -> None:
@@ -190,7 +214,7 @@ def _argmax(logits: torch.Tensor) -> list[tuple[int, float]]:
     return found
 
 
-def _drawn(logits: torch.Tensor, sampling: Sampling, random: torch.Tensor) -> int:
+def _drawn(logits: torch.Tensor, sampling: Sampling, random: float) -> int:
     """The token that `random`, 0 to 1, falls on."""
     largest = logits.max()
     _check_best(float(largest))
@@ -204,7 +228,7 @@ def _drawn(logits: torch.Tensor, sampling: Sampling, random: torch.Tensor) -> in
     return int(equals[place - int((left > weight).sum())])
 
 
-def _place_of(random: torch.Tensor, weights: torch.Tensor) -> int:
+def _place_of(random: float, weights: torch.Tensor) -> int:
     cumulative = weights.cumsum(0)
     place = torch.searchsorted(cumulative, random * cumulative[-1], right=True)
     return int(place.clamp(max=len(weights) - 1))

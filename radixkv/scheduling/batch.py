@@ -24,7 +24,10 @@ class Batch:
     drawing: list[Request]
     """The requests whose tokens are all computed after the step, and those that fork them."""
     rows: list[int]
-    """For each of `drawing`, which lease's logits say its next token: `logits[row]`."""
+    """For each of `drawing`, which of the logits say its next token: `logits[row]`, and those after it what comes after
+    each of its `drafts`."""
+    logit_rows: list[int] | None
+    """Which rows of the step the logits are of, where any request has drafts; else None, the last row of each lease."""
     written: list[int] = field(repr=False)
     """How many tokens of each lease were written before the step."""
 
@@ -34,9 +37,14 @@ def batch_of(requests: list[Request]) -> Batch:
     leases = [lease_of(request) for request in requests]
     drawing: list[Request] = []
     rows: list[int] = []
-    for row, (request, lease) in enumerate(zip(requests, leases, strict=True)):
-        if lease.num_tokens == request.num_tokens:
+    logit_rows: list[int] = []
+    end = 0
+    for request, lease in zip(requests, leases, strict=True):
+        if lease.num_tokens >= request.num_tokens:
             both = [request, *request.followers]
             drawing += both
-            rows += [row] * len(both)
-    return Batch(requests, leases, drawing, rows, [lease.num_written for lease in leases])
+            rows += [len(logit_rows)] * len(both)
+        end += lease.num_tokens - lease.num_written
+        logit_rows += range(end - 1 - len(request.drafts), end)
+    written = [lease.num_written for lease in leases]
+    return Batch(requests, leases, drawing, rows, logit_rows if len(logit_rows) > len(leases) else None, written)

@@ -8,6 +8,7 @@ submit ─► waiting ──► running ──stop token or length──► done
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -38,6 +39,10 @@ class RequestStats:
     computed_tokens: int = 0
     """Tokens run through the model, recomputation after preemptions included."""
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    """Guesses that were computed, those that were right and those that were not."""
+    accepted_tokens: int = 0
+    """Generated tokens that had been guessed: each saved a step."""
     time_to_first_token: float | None = None
     """Seconds from submission to the first token; None until then."""
     preemptions: int = 0
@@ -83,6 +88,8 @@ class Request:
     submitted: float = field(default=0.0, init=False)
     followers: list[Request] = field(default_factory=list, init=False)
     """Siblings that wait for this request's prompt to be computed, to fork it."""
+    drafts: list[int] = field(default_factory=list, init=False)
+    """Guesses that the step under way computes: its lease has them after `tokens`."""
     lease: Lease | None = field(default=None, init=False)
     dropped: bool = field(default=False, init=False)
     """Whether pages were dropped that the tree does not have: preempted, it would compute them again."""
@@ -114,6 +121,10 @@ class Request:
         split = len(self.prompt)
         generated = np.asarray(self.tokens[max(start - split, 0) : max(end - split, 0)], dtype=np.int32)
         return np.concatenate([self.prompt[start:end], generated])
+
+    def draft(self, count: int) -> Sequence[int]:
+        """Up to `count` guesses of what comes next, for a step to compute as well; for subclasses, here none."""
+        return ()
 
     def accept(self, token: int) -> None:
         """Append the next token and note whether it is the last. A subclass may, after it, set `status` to "stop"."""

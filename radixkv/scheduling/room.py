@@ -66,5 +66,6 @@ def room_for(pool: PoolShape, max_rows: int, prompt_tokens: int, new_tokens: int
         least = f", {pool.num_pages - spare} with the model's sliding window"
     raise PoolExhausted(
         f"{prompt_tokens} prompt + {new_tokens} new tokens need {pages} pages{least}; the pool has {pool.num_pages}: "
-        "shorten the request or raise num_pages"
+        "shorten the request or raise num_pages",
+        needed=pages,
     )

@@ -27,6 +27,7 @@ from radixkv.errors import InvalidArgument, LeaseError, PoolExhausted, QueueFull
 from radixkv.scheduling.arguments import check_tokens, integer
 from radixkv.scheduling.batch import Batch, batch_of
 from radixkv.scheduling.clock import Deadlines, Pace, now
+from radixkv.scheduling.drafts import accepted_tokens, add_drafts, take_back
 from radixkv.scheduling.policy import Policy, check_policy
 from radixkv.scheduling.request import Request, Status
 from radixkv.scheduling.space import Pages, Space, common_prefix, lease_of
@@ -174,6 +175,8 @@ class Scheduler:
         or pins outside this scheduler hold them.
         """
         self._settle()
+        for request in self.running:
+            take_back(request, request.num_tokens)  # what nobody accepted
         for request in self._deadlines.passed():
             self._end(request, "deadline")
         while self.unfinished:  # twice at most: where all running requests leave, a waiting one can start
@@ -182,8 +185,10 @@ class Scheduler:
                 return self._batch
         return None
 
-    def accept(self, tokens: Sequence[int]) -> None:
+    def accept(self, tokens: Sequence[int | Sequence[int]]) -> None:
         """The step was run: append to each request in the batch's `drawing` its token.
+
+        For a request with `drafts` that may be a list: those that are what its rows say, and the token after them.
 
         Those that got a stop token or their last one are done, and their pages released. Requests that were cancelled
         or failed meanwhile get none; any number may stand for theirs.
@@ -196,16 +201,15 @@ class Scheduler:
             raise LeaseError("accept() without a batch: call next(), run its step, and accept its tokens once")
         if len(tokens) != len(batch.drawing):
             raise InvalidArgument(f"{len(tokens)} tokens for {len(batch.drawing)} requests: give one for each drawing")
-        values = check_tokens(tokens).tolist() if batch.drawing else []
+        values = _values(batch, tokens)
         if any(lease.num_written < lease.num_tokens for lease in batch.leases if not lease.released):
             raise LeaseError("accept() before the step: run all rows of the batch's leases first")
         self._settle()
-        taking = [self._takes(r, batch.requests[row]) for r, row in zip(batch.drawing, batch.rows, strict=True)]
-        for request, token, takes in zip(batch.drawing, values, taking, strict=True):
+        leaders: dict[int, Request] = {}  # whose row it is; its followers come after it
+        taking = [self._takes(r, leaders.setdefault(row, r)) for r, row in zip(batch.drawing, batch.rows, strict=True)]
+        for request, value, takes in zip(batch.drawing, values, taking, strict=True):
             if takes:
-                request.accept(token)
-                if request.done:
-                    self._end(request, request.status)
+                self._append(request, value)
 
     def abandon(self) -> None:
         """The step of the last batch failed: release its leases without commit; its requests wait again."""
@@ -234,7 +238,7 @@ class Scheduler:
                 continue  # cancelled since
             count = lease.num_written - before
             request.stats.computed_tokens += count
-            if count > 1 and lease.num_written <= request.room.shared:
+            if count > 1 and lease.num_written <= request.room.shared and not request.drafts:
                 lease.commit()
 
     def _takes(self, request: Request, leader: Request) -> bool:
@@ -246,6 +250,19 @@ class Scheduler:
         leader.followers.remove(request)
         self._fork(leader, request)
         return True
+
+    def _append(self, request: Request, tokens: list[int]) -> None:
+        """Its next tokens: guesses that were right, and one more. The lease keeps what was computed for them."""
+        before = len(request.tokens)
+        for token in tokens:
+            request.accept(token)
+            if request.done:
+                break
+        request.stats.drafted_tokens += len(request.drafts)
+        request.stats.accepted_tokens += min(len(request.tokens) - before, len(tokens) - 1)
+        take_back(request, request.num_tokens - 1)
+        if request.done:
+            self._end(request, request.status)
 
     # ---- which requests ----
 
@@ -267,25 +284,27 @@ class Scheduler:
                 chosen.append(request)
                 budget = max(budget - rows, 0)
         if len(self.running) == before:
-            self._admit(chosen, budget)
+            budget = self._admit(chosen, budget)
+        add_drafts(chosen, budget)
         return chosen
 
-    def _admit(self, chosen: list[Request], budget: int) -> None:
-        """Let waiting requests join, in order, as long as the budget and the pages last."""
+    def _admit(self, chosen: list[Request], budget: int) -> int:
+        """Let waiting requests join, in order, as long as the budget and the pages last; returns what is left of it."""
         for request in list(self.waiting):
             if budget == 0 or len(self.running) >= self._max_running:
-                return
+                return budget
             cached = self._space.cached(request)
             if self._worth_waiting(request, cached):
                 continue
             if not self._space.has_headroom(request, cached):
-                return
+                return budget
             lease = self._space.acquire(request, cached + budget)
             if lease is None:
-                return
+                return budget
             self._start(request, lease)
             chosen.append(request)
             budget = max(budget - (lease.num_tokens - lease.num_written), 0)
+        return budget
 
     def _worth_waiting(self, request: Request, cached: int) -> bool:
         """Whether a running request is about to publish at least a page more of this prompt than is cached now."""
@@ -353,6 +372,7 @@ class Scheduler:
 
     def _leave(self, request: Request, *, commit: bool, again: bool = False) -> None:
         """Release the lease of a running request; it waits `again` or is done."""
+        take_back(request, request.num_tokens)
         self.running.remove(request)
         lease, request.lease = lease_of(request), None
         if again:
@@ -382,6 +402,13 @@ class Scheduler:
     def _check(self, request: Request) -> None:
         if request.owner is not self:
             raise InvalidArgument(f"request {request.id} was not submitted to this Scheduler: call the one it is of")
+
+
+def _values(batch: Batch, tokens: Sequence[int | Sequence[int]]) -> list[list[int]]:
+    """The tokens that each request in `batch.drawing` is given."""
+    if batch.logit_rows is not None:
+        return [accepted_tokens(request, given) for request, given in zip(batch.drawing, tokens, strict=True)]
+    return [[token] for token in check_tokens(tokens).tolist()] if batch.drawing else []
 
 
 def _place(request: Request) -> Any:

@@ -49,7 +49,12 @@ class Space:
         """What `request` may take of the pool; PoolExhausted if the whole pool could not hold it."""
         unit = self._engine.drop_unit if self._window_left >= 0 else 1
         pool = PoolShape(self._cache.num_pages, self._cache.page_size, self._window_left, unit)
-        return room_for(pool, max_rows, len(request.prompt), request.max_new_tokens)
+        try:
+            return room_for(pool, max_rows, len(request.prompt), request.max_new_tokens)
+        except PoolExhausted as error:
+            stats = self._cache.stats()
+            error.free, error.evictable = stats.free, stats.evictable
+            raise
 
     def cached(self, request: Request) -> int:
         """How many tokens of a waiting request a lease would find cached; one is always left to compute."""
@@ -107,6 +112,8 @@ class Space:
         """Let running requests give back the pages behind the model's window; whether that freed any."""
         freed = 0
         for request in self._running if self._window_left >= 0 else ():
+            if request.drafts:
+                continue  # how much of its lease stays is not known yet
             pages = self._engine.drop(lease_of(request), self._window_left)
             request.dropped |= pages > 0
             freed += pages

@@ -30,6 +30,7 @@ class ModelLease:
     path: list[Page] = field(default_factory=list)  # its full published pages, root first
     tail: Page | None = None  # its open page, if a commit published it
     source: Page | None = None  # the page it has yet to copy from
+    copied: int = 0  # where in its sequence that copy ends
     written: int = 0
     cached: int = 0
     cleared: bool = False
@@ -168,7 +169,7 @@ class Model:
         if source is not None and source not in evicted:
             lease.source = source
             source.holds += 1
-        lease.written = lease.cached = len(path) * self.page_size + partial
+        lease.written = lease.cached = lease.copied = len(path) * self.page_size + partial
         self.leases.append(lease)
         return lease
 
@@ -188,6 +189,7 @@ class Model:
         if lease.tail is not None:  # a published page never changes: go on in a copy
             lease.source = lease.tail
             lease.source.holds += 1
+            lease.copied = len(lease.tokens)
             self.unlock([lease.tail])
             lease.tail = None
         lease.tokens += tokens
@@ -206,6 +208,16 @@ class Model:
         private = lease.private
         lease.dropped = max(lease.dropped, n // self.page_size)
         self.free += private - lease.private
+
+    def truncate(self, lease: ModelLease, n: int) -> None:
+        published = len(lease.tokens) if lease.tail is not None else len(lease.path) * self.page_size
+        pending = lease.copied if lease.source is not None else 0
+        if not max(1, lease.cached, published, pending, lease.dropped * self.page_size) <= n <= len(lease.tokens):
+            raise Misuse
+        private = lease.private
+        lease.pages = self.count_for(n)
+        self.free += private - lease.private
+        lease.tokens, lease.written = lease.tokens[:n], min(lease.written, n)
 
     def commit(self, lease: ModelLease, closing: bool = False) -> None:
         if lease.cleared or lease.tail is not None or lease.source is not None or lease.dropped > len(lease.path):
@@ -264,7 +276,7 @@ class Model:
             raise Exhausted
         self.commit(lease)
         child = ModelLease(lease.namespace, list(lease.tokens), list(lease.path), pages=lease.pages)
-        child.written = child.cached = lease.written
+        child.written = child.cached = child.copied = lease.written
         child.dropped = lease.dropped
         self.lock(child.path)
         if rest:

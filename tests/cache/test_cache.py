@@ -395,6 +395,10 @@ def test_exhaustion_names_the_numbers(cache):
     with pytest.raises(radixkv.PoolExhausted, match="need 6 pages; 4 free, 1 evictable, 11 leased or pinned: release"):
         cache.acquire(range(200, 224))
     assert state(cache) == before
+    with pytest.raises(radixkv.PoolExhausted) as raised:
+        cache.acquire([100, 101, 102, 103, *range(200, 220)])
+    error = raised.value
+    assert (error.needed, error.free, error.evictable, error.cached) == (5, 4, 0, 4)
     with pytest.raises(MemoryError):
         cache.acquire(range(200, 224))
     held.release()
@@ -410,6 +414,7 @@ def test_use_after_release(cache):
         lambda: lease.extend([1]),
         lambda: lease.advance(),
         lambda: lease.commit(),
+        lambda: lease.truncate(2),
         lambda: lease.fork(),
         lambda: lease.adopt(),
         lambda: lease.pages,

@@ -191,6 +191,7 @@ NUMBERS = {
     "evict": lambda cache, lease, n: cache.evict(n),
     "advance": lambda cache, lease, n: lease.advance(n),
     "drop": lambda cache, lease, n: lease.drop(n),
+    "truncate": lambda cache, lease, n: lease.truncate(n),
     "num_pages": lambda cache, lease, n: radixkv.PrefixCache(n, 4),
     "page_size": lambda cache, lease, n: radixkv.PrefixCache(4, n),
 }
@@ -216,6 +217,7 @@ def test_every_kind_of_int_is_one(kind):
     lease = cache.acquire([kind(i) for i in range(9)])
     lease.advance(kind(9))
     assert lease.drop(kind(8)) == 2
+    assert lease.truncate(kind(9)) == 0
     lease.release()
     assert cache.evict(kind(3)) == 0
     assert (cache.num_pages, cache.page_size) == (8, 4)

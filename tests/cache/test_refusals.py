@@ -20,7 +20,7 @@ def script(page_size):
     steps = []
     for i in range(80):
         tokens = rng.integers(0, 3, rng.integers(1, 14)).tolist()
-        kind = ("acquire", "extend", "fork", "finish", "drop")[int(rng.integers(5))]
+        kind = ("acquire", "extend", "fork", "finish", "drop", "truncate")[int(rng.integers(6))]
         steps.append((kind, tokens, str(i % 2)))
     return steps
 
@@ -43,6 +43,9 @@ def run(cache, steps, refuse_at):
             elif kind == "drop" and leases:
                 leases[-1].commit()  # what is dropped uncommitted cannot be forked
                 leases[-1].drop(leases[-1].num_written)
+            elif kind == "truncate" and leases:
+                leases[-1].extend(tokens)
+                leases[-1].truncate(leases[-1].num_tokens - len(tokens) // 2)
             elif kind == "finish" and leases:
                 leases[0].advance()
                 leases.pop(0).release()

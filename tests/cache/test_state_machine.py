@@ -158,6 +158,23 @@ class Machine(RuleBasedStateMachine):
             self.model.drop(pair[1], n)
             assert pair[0].drop(n) == self.model.free - free
 
+    @rule(data=st.data(), commit=st.booleans())
+    def truncate(self, data, commit):
+        if not self.live:
+            return
+        pair = data.draw(st.sampled_from(self.live))
+        length = len(pair[1].tokens)
+        if self.may_change(pair, lambda: pair[0].truncate(length)):
+            if commit:
+                pair[0].commit()
+                self.model.commit(pair[1])
+            n = data.draw(st.integers(max(length - 3, 0), length) | st.integers(0, length + 1))
+            free = self.model.free
+            done = self.both(
+                lambda: pair[0].truncate(n), lambda: self.model.truncate(pair[1], n), radixkv.InvalidArgument
+            )
+            assert done is None or done[0] == self.model.free - free
+
     @rule(pair=leases)
     def commit(self, pair):
         if self.may_change(pair, pair[0].commit):

@@ -22,6 +22,8 @@ CHANGES = {
     "advance": lambda lease: lease.advance(),
     "advance by nothing": lambda lease: lease.advance(0),
     "drop": lambda lease: lease.drop(0),
+    "truncate": lambda lease: lease.truncate(4),
+    "truncate nothing": lambda lease: lease.truncate(5),
     "commit": lambda lease: lease.commit(),
     "release": lambda lease: lease.release(),
     "release without commit": lambda lease: lease.release(False),

@@ -13,7 +13,7 @@ LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 
 
 def draw_alone(sampler, logits, numbers):
-    return [sample(logits[None], [Draw(0, sampler, number)])[0] for number in numbers]
+    return [sample(logits[None], [Draw(0, sampler, number)])[0][0] for number in numbers]
 
 
 def draw(count, **options):
@@ -105,7 +105,7 @@ def test_a_token_drawn_in_a_batch_is_the_one_drawn_alone(dtype, vocabulary, kind
         tokens = sample(logits, [Draw(*draw) for draw in draws])
         assert tokens == [sample(logits[[row]], [Draw(0, s, number)])[0] for row, s in zip(rows, alone, strict=True)]
         drawn = [torch.rand((), generator=g, dtype=torch.float64) for g in numbers]
-        assert tokens == [literal(logits[row], *of) for row, *of in zip(rows, settings, drawn, strict=True)]
+        assert tokens == [[literal(logits[row], *of)] for row, *of in zip(rows, settings, drawn, strict=True)]
 
 
 @pytest.mark.parametrize("seed", range(8))

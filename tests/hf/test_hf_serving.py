@@ -223,7 +223,7 @@ def test_presence_and_frequency_are_taken_from_what_was_generated(generator):
     sampler = Sampler(Sampling(presence_penalty=0.3, frequency_penalty=0.4), torch.tensor([0, 0, 1]).numpy(), 8)
     tokens = []
     for number in range(6):
-        [token] = sample(flat[0], [Draw(0, sampler, number)])
+        [[token]] = sample(flat[0], [Draw(0, sampler, number)])
         sampler.accept(token)
         tokens.append(token)
     # 0: 3.0, then 2.3, 1.9, 1.5; 1: 2.5, then 1.8, 1.4; 2: 1.0
@@ -235,7 +235,7 @@ def test_min_p_leaves_what_is_likely_enough():
 
     def support(**options):
         sampler = Sampler(Sampling(temperature=1.0, **options))
-        return {sample(logits, [Draw(0, sampler, number)])[0] for number in range(600)}
+        return {sample(logits, [Draw(0, sampler, number)])[0][0] for number in range(600)}
 
     assert support(min_p=0.3) == {1, 3}
     assert support(min_p=0.1) == {1, 2, 3}

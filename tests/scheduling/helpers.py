@@ -42,11 +42,25 @@ def answer(prompt: Sequence[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def run_step(batch: Batch) -> list[int]:
-    """The step of a batch, and the token of each request in its `drawing`."""
+def run_step(batch: Batch) -> list[int | list[int]]:
+    """The step of a batch, and the token of each request in its `drawing`, or tokens where it guessed right."""
+    packed = [
+        (lease.tokens.tolist(), end) for lease in batch.leases for end in range(lease.num_written, len(lease.tokens))
+    ]
     for lease in batch.leases:
         lease.advance()
-    return [next_token(batch.leases[row].tokens.tolist()) for row in batch.rows]
+    if batch.logit_rows is None:
+        return [next_token(batch.leases[row].tokens.tolist()) for row in batch.rows]
+    said: list[int | list[int]] = []
+    for request, first in zip(batch.drawing, batch.rows, strict=True):
+        tokens: list[int] = []
+        for row, guess in enumerate([*request.drafts, None], first):
+            lease_tokens, end = packed[batch.logit_rows[row]]
+            tokens.append(next_token(lease_tokens[: end + 1]))
+            if tokens[-1] != guess:
+                break
+        said.append(tokens if request.drafts else tokens[0])
+    return said
 
 
 def run(scheduler: Scheduler) -> Counter[str]:

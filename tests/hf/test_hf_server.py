@@ -1,0 +1,321 @@
+"""docs/examples/server.py, over TCP, with OpenAI's own client."""
+
+import asyncio
+import importlib.util
+import itertools
+import random
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.hf.helpers import assert_drains, build, transformers
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+
+from radixkv.hf import AsyncGenerator, Generator, engine_for  # noqa: E402
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "server.py"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TIMEOUT = 60
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("server_example", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token for each byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("LlamaConfig", "LlamaForCausalLM", {"vocab_size": 256, "max_position_embeddings": 4096})
+
+
+@contextmanager
+def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, **options):
+    """A server in a thread of its own; when it has ended, nothing holds a page."""
+    engine = engine_for(model, num_pages=num_pages, page_size=16)
+    generator = AsyncGenerator(model, engine, tokenizer=tokenizer, **options)
+    app = example.make_app(generator, tokenizer, "tiny", api_keys)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+
+    def client(api_key="one"):
+        return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=TIMEOUT)
+
+    yield SimpleNamespace(url=url, client=client, engine=engine, generator=generator)
+    server.should_exit = True
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+    assert_drains(engine)
+
+
+@pytest.fixture(scope="module")
+def server(example, model, tokenizer):
+    with serving(example, model, tokenizer, max_waiting=100) as server:
+        yield server
+
+
+def until(condition):
+    """A condition that another thread brings about."""
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.002)
+
+
+def run(server, main, api_key="one"):
+    """`main(client)`, whose connections are closed in the end."""
+
+    async def all_of_it():
+        async with server.client(api_key) as client:
+            return await main(client)
+
+    return asyncio.run(asyncio.wait_for(all_of_it(), TIMEOUT))
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def alone(model, tokenizer, messages, count):
+    """What a generator of its own says, without a cache."""
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    with Generator(model, engine_for(model, num_pages=300), tokenizer=tokenizer) as generator:
+        request = generator.submit(prompt, max_new_tokens=count)
+        generator.run()
+    return request.text
+
+
+# --- twenty clients ---------------------------------------------------------------------------------------------------
+
+
+def test_twenty_clients_of_three_turns(server, model, tokenizer):
+    """Streamed and whole answers at once are those of a generator alone; later turns find the earlier ones cached."""
+
+    async def talk(client, number):
+        chance, messages, answers = random.Random(number), [{"role": "system", "content": "Be brief."}], []
+        for turn in range(3):
+            messages.append({"role": "user", "content": f"{number}/{turn}? " + "ab" * chance.randrange(20)})
+            if chance.random() < 0.5:
+                stream = await client.chat.completions.create(
+                    model="tiny", messages=messages, max_tokens=8, stream=True, stream_options={"include_usage": True}
+                )
+                chunks = [chunk async for chunk in stream]
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+                assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+                usage = chunks[-1].usage
+            else:
+                whole = await client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)
+                text, usage = whole.choices[0].message.content, whole.usage
+            assert usage.total_tokens == usage.prompt_tokens + 8
+            answers.append((list(messages), text, usage))
+            messages.append({"role": "assistant", "content": text})
+        return answers
+
+    async def one(number):
+        async with server.client() as client:
+            return await talk(client, number)
+
+    async def main(client):
+        return await asyncio.gather(*(one(number) for number in range(20)))
+
+    for answers in run(server, main):
+        for messages, text, _ in answers[:1]:
+            assert text == alone(model, tokenizer, messages, 8)
+        for (_, _, before), (_, _, after) in itertools.pairwise(answers):
+            assert after.prompt_tokens_details.cached_tokens >= before.prompt_tokens - 1
+
+
+def test_text_completions_and_stop_strings(server, tokenizer):
+    async def main(client):
+        whole = await client.completions.create(model="tiny", prompt="once", max_tokens=20)
+        text = whole.choices[0].text
+        stop = text[5:7]
+        stopped = await client.completions.create(model="tiny", prompt="once", max_tokens=20, stop=stop)
+        tokens = await client.completions.create(model="tiny", prompt=tokenizer.encode("once"), max_tokens=20)
+        stream = await client.completions.create(model="tiny", prompt="once", max_tokens=20, stream=True)
+        pieces = [chunk.choices[0].text async for chunk in stream]
+        return text, stop, stopped.choices[0], tokens.choices[0].text, "".join(pieces)
+
+    text, stop, stopped, of_tokens, streamed = run(server, main)
+    assert text == of_tokens == streamed
+    assert (stopped.text, stopped.finish_reason) == (text[: text.index(stop)], "stop")
+
+
+def test_several_answers_with_seeds(server):
+    async def main(client):
+        options = {"model": "tiny", "messages": user("roll"), "max_tokens": 12, "temperature": 1.0, "seed": 4}
+        several = await client.chat.completions.create(n=3, **options)
+        single = await client.chat.completions.create(**(options | {"seed": 5}))
+        return [c.message.content for c in several.choices], single.choices[0].message.content, several.usage
+
+    several, single, usage = run(server, main)
+    assert len(set(several)) == 3
+    assert several[1] == single
+    assert usage.completion_tokens == 36
+
+
+def test_keys_are_namespaces(server):
+    async def main(client):
+        answer = await client.chat.completions.create(model="tiny", messages=user("a secret " * 9), max_tokens=2)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    first, other, again = (run(server, main, key) for key in ("red", "blue", "red"))
+    assert (first, other) == (0, 0)
+    assert again > 50
+
+
+# --- clients that leave -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_disconnects_gives_its_pages_back(server, streamed):
+    async def main(client):
+        create = client.chat.completions.create(
+            model="tiny", messages=user("tell me everything"), max_tokens=3000, stream=streamed
+        )
+        if streamed:
+            stream = await create
+            async for _ in stream:
+                break
+            await stream.close()
+        else:
+            task = asyncio.create_task(create)
+            while not server.generator.running:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(server, main)
+    until(lambda: server.engine.cache.stats().num_leases == 0)
+    assert server.generator.running == 0
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+BAD = {
+    "another model": ({"model": "huge"}, openai.NotFoundError, "this server has 'tiny'"),
+    "temperature": ({"temperature": -1.0}, openai.BadRequestError, "temperature is -1.0"),
+    "top_p": ({"top_p": 0.0}, openai.BadRequestError, "top_p is 0.0"),
+    "no tokens": ({"max_tokens": -5}, openai.BadRequestError, "max_new_tokens is -5"),
+    "too long": ({"max_tokens": 5000}, openai.BadRequestError, "exceed max_length 4096"),
+    "a long prompt": ({"messages": user("x" * 5000)}, openai.BadRequestError, "exceed max_length 4096"),
+    "a role": ({"messages": [{"role": "emperor", "content": "hm"}]}, openai.BadRequestError, "role"),
+    "no text": ({"messages": [{"role": "user", "content": 5}]}, openai.BadRequestError, "content"),
+    "unknown": ({"extra_body": {"best_of": 4}}, openai.BadRequestError, "best_of"),
+    "n streamed": ({"n": 2, "stream": True}, openai.BadRequestError, "not streamed"),
+    "no seed": ({"seed": "x"}, openai.BadRequestError, "seed"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_requests(server, options, error, message):
+    async def main(client):
+        await client.chat.completions.create(**({"model": "tiny", "messages": user("hm")} | options))
+
+    with pytest.raises(error, match=message):
+        run(server, main)
+    assert server.engine.cache.stats().num_leases == 0
+
+
+def test_no_prompt(server):
+    async def main(client):
+        await client.completions.create(model="tiny", prompt="")
+
+    with pytest.raises(openai.BadRequestError, match="non-empty"):
+        run(server, main)
+
+
+def test_a_full_queue_and_a_small_pool(example, model, tokenizer):
+    """429 says when to come again; a prompt that the whole pool could not hold is a bad request."""
+
+    async def main(client):
+        create = client.chat.completions.create
+        many = [create(model="tiny", messages=user(f"{i}"), max_tokens=60) for i in range(20)]
+        answers = await asyncio.gather(*many, return_exceptions=True)
+        with pytest.raises(openai.BadRequestError, match="the pool has 40"):
+            await create(model="tiny", messages=user("x" * 600), max_tokens=60)
+        return answers
+
+    with serving(example, model, tokenizer, num_pages=40, max_running=2, max_waiting=3) as server:
+        answers = run(server, main)
+    refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
+    assert 1 <= len(refused) <= 20 - 2 - 3
+    assert all("max_waiting is 3" in str(error) for error in refused)
+    assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
+    assert all(answer.usage.completion_tokens == 60 for answer in answers if answer not in refused)
+
+
+def test_keys_that_are_not_known(example, model, tokenizer):
+    async def main(client):
+        return await client.chat.completions.create(model="tiny", messages=user("hm"), max_tokens=1)
+
+    with serving(example, model, tokenizer, api_keys=frozenset({"right"})) as server:
+        assert run(server, main, "right").usage.completion_tokens == 1
+        with pytest.raises(openai.AuthenticationError, match="unknown API key"):
+            run(server, main, "wrong")
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_metrics(server):
+    async def main(client):
+        await client.chat.completions.create(model="tiny", messages=user("count me"), max_tokens=3)
+        return [entry.id async for entry in client.models.list()]
+
+    assert run(server, main) == ["tiny"]
+    with urllib.request.urlopen(f"{server.url}/metrics") as response:
+        text = response.read().decode()
+    (line,) = [line for line in text.splitlines() if line.startswith("radixkv_finished_requests_total{")][:1]
+    assert float(line.split()[-1]) >= 1
+
+
+def test_an_answer_that_goes_wrong_is_an_event(server, model):
+    """Logits that are NaN, after the first tokens of an answer were sent."""
+    calls = 0
+
+    def fail(module, inputs, output):
+        nonlocal calls
+        calls += 1
+        return output * torch.nan if calls > 3 else None
+
+    async def main(client):
+        stream = await client.chat.completions.create(
+            model="tiny", messages=user("go wrong"), max_tokens=50, stream=True
+        )
+        async for _ in stream:
+            pass
+
+    with model.lm_head.register_forward_hook(fail), pytest.raises(openai.APIError, match="largest logit is nan"):
+        run(server, main)
+    assert server.engine.cache.stats().num_leases == 0
