@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from radixkv.attention.cascade import CascadePlan
     from radixkv.pool import LayerKV
 
-__all__ = ["Attention", "Options", "PageTable", "StepInputs", "backend_for", "check_device"]
+__all__ = ["Attention", "Options", "PageTable", "StepInputs", "StoredRows", "backend_for", "check_device"]
 
 
 class Options(NamedTuple):
@@ -68,6 +68,27 @@ class StepInputs(NamedTuple):
     """[rows]: each row's index in its sequence."""
     last_rows: torch.Tensor
     """[B]: the last row of each request."""
+
+
+class StoredRows(NamedTuple):
+    """Counts of rows, each of one head, that were stored in 8 or 4 bits."""
+
+    rows: int
+    not_finite: int
+    """With NaN or an infinity: whoever sees such a row gets NaN. Counted where rows have a scale of their own."""
+    unusual: int
+    """With a scale above the largest that `radixkv kv-check` saw or, of fp8, with numbers that are too large for it."""
+    sampled: int
+    """One of 1,024: those of which the errors are."""
+    mean_error: float
+    """||stored - x|| / ||x||: of storage, not of answers."""
+    largest_error: float
+
+    @classmethod
+    def of(cls, counts: _core.RowCounts) -> StoredRows:
+        """From the core's counts."""
+        mean = counts.error_sum / counts.sampled if counts.sampled else 0.0
+        return cls(counts.rows, counts.not_finite, counts.unusual, counts.sampled, mean, counts.error_most)
 
 
 class Attention(Protocol):

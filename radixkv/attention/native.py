@@ -12,7 +12,7 @@ from dataclasses import astuple
 import torch
 
 from radixkv import _core
-from radixkv.attention import Options, PageTable, StepInputs
+from radixkv.attention import Options, PageTable, StepInputs, StoredRows
 from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan
 from radixkv.attention.checks import check_options, check_rows, check_threads, core_table, layer_at
 from radixkv.errors import InvalidArgument
@@ -76,6 +76,12 @@ class NativeAttention:
     def num_threads(self, num_threads: int) -> None:
         check_threads(num_threads)
         self._plan.num_threads = num_threads
+
+    def stored(self, layer: int) -> tuple[StoredRows, StoredRows]:
+        """What append has stored in 8 or 4 bits of a layer's keys, and of its values, since the backend was made."""
+        layer_at(self._layers, layer)
+        k, v = self._plan.counts(layer)
+        return StoredRows.of(k), StoredRows.of(v)
 
     def warm_up(self) -> None:
         """Nothing to do: the kernels are compiled with the package."""

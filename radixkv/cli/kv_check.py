@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,18 +88,14 @@ def _as_json(found: KvCheck) -> dict[str, Any]:
 
 def _print(found: KvCheck, args: argparse.Namespace) -> None:
     loss, tokens = found.chosen.loss, found.plan.measured["text_tokens"]
-    print(
-        f"text        {tokens:,} tokens: keys' centres from the first half, losses on the {loss.tokens:,} of the second"
-    )
+    print(f"text        {tokens:,} tokens; keys' centres from the first half, losses on the other {loss.tokens:,}")
     print(f"{'plan':<32}{'B/token':>9}{'KL mean':>11}{'KL p99':>10}{'top-1':>9}{'greedy':>9}{'perplexity':>12}")
     for t in found.tried:
         line = f"{_summary(t.formats)[:31]:<32}{t.token_bytes:>9,}{t.loss.kl_mean:>11.6f}{t.loss.kl_p99:>10.4f}"
         line += f"{100 * t.loss.top1:>8.2f}%{100 * t.loss.greedy_prefix:>8.1f}%{100 * t.loss.perplexity:>+11.3f}%"
         print(line + (" *" if t == found.chosen else ""))
     times = found.own_token_bytes / found.chosen.token_bytes
-    print(
-        f"chosen      {_summary(found.chosen.formats)}: KL {loss.kl_mean:.6f} of {args.max_kl:g} allowed, on this text"
-    )
+    print(f"chosen      {_summary(found.chosen.formats)}: KL {loss.kl_mean:.6f} of {args.max_kl:g} allowed")
     print(f"memory      {found.chosen.token_bytes:,} B a token, {times:.2f} x less than {args.dtype}")
     _print_keys(found)
     if args.output:
@@ -110,14 +105,10 @@ def _print(found: KvCheck, args: argparse.Namespace) -> None:
 def _print_keys(found: KvCheck) -> None:
     """The layers whose keys are hard to store in few bits, and what was made of them."""
     worst = sorted(range(len(found.profiles)), key=lambda i: -found.profiles[i].constant_share)[:3]
-    print("keys        the largest shares of a constant vector, by layer: ", end="")
     shares = [f"{i}: {100 * found.profiles[i].constant_share:.0f} % ({found.chosen.formats[i]})" for i in worst]
-    print(", ".join(shares))
+    print("keys        the largest shares of a constant vector, by layer: " + ", ".join(shares))
     if found.profiles[worst[0]].constant_share > 0.98:
-        print(
-            "            above 98 % the rest of a key is lost in 4 bits, and in 8 if the constant turns",
-            file=sys.stdout,
-        )
+        print("            above 98 %: 4 bits lose the rest of a key, and so do 8 where the constant turns with RoPE")
 
 
 COMMAND = Command(

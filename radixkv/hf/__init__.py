@@ -10,6 +10,8 @@ try:
     from radixkv.hf.aio import AsyncGenerator, Stream
     from radixkv.hf.cache import EngineCache
     from radixkv.hf.generator import Generator
+    from radixkv.hf.kv_check import KvCheck, kv_check
+    from radixkv.hf.kv_measure import Loss, audit
     from radixkv.hf.optimize import optimize
     from radixkv.hf.request import Request, RequestStats
     from radixkv.hf.sampling import Sampling, TokenLogprob
@@ -22,13 +24,17 @@ __all__ = [
     "AsyncGenerator",
     "EngineCache",
     "Generator",
+    "KvCheck",
+    "Loss",
     "Request",
     "RequestStats",
     "Sampling",
     "Stream",
     "TokenLogprob",
     "attach",
+    "audit",
     "engine_for",
     "forward",
+    "kv_check",
     "optimize",
 ]

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from radixkv.cache import Lease
 from radixkv.engine import Engine
+from radixkv.errors import InvalidArgument
 from radixkv.formats import LayerFormat
-from radixkv.hf.adapter import AttentionShape, forward
+from radixkv.hf.adapter import AttentionShape, forward, probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Loss", "Reference", "prefill"]
+__all__ = ["Loss", "Reference", "audit", "prefill"]
 
 _ROWS = 256  # of logits at a time
 _RUN = 64  # tokens of a run of greedy answers
@@ -98,3 +100,22 @@ class Reference:
 def _prefix(equal: torch.Tensor) -> float:
     shares = [float(run.long().cumprod(0).double().mean()) for run in torch.split(equal, _RUN)]
     return sum(shares) / len(shares)
+
+
+def audit(model: PreTrainedModel, engine: Engine, lease: Lease) -> Loss:
+    """What the engine's formats lose on a lease's own tokens: the only number here that means accuracy.
+
+    Computes the lease's written tokens twice in engines of its own, in the model's dtype and in the engine's formats,
+    whose pages hold the same bytes as the lease's. Losses are on the second half of the tokens. Changes nothing.
+    Cost: two prefills, and the memory of `Reference`.
+
+    Raises:
+        InvalidArgument: fewer than 2 tokens are written, or the model is not the engine's.
+    """
+    tokens = lease.tokens[: lease.num_written].tolist()
+    if len(tokens) < 2:
+        raise InvalidArgument(f"the lease has {len(tokens)} written tokens: an audit needs 2 or more")
+    shape = probe(model)
+    if shape.layers != engine.layers or shape.dtype != engine.dtype:
+        raise InvalidArgument(f"the engine is for other layers than those of {type(model).__name__}, or another dtype")
+    return Reference(model, shape, tokens).loss([kv.format for kv in engine.pool.layers])[0]
