@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.formats import RowFormat
 from radixkv.pool import LayerKV
 
 __all__ = ["COMMON_HEAD_DIMS", "check_layer", "check_supported", "preparing"]
@@ -36,7 +37,7 @@ def check_supported(dtype: torch.dtype, backend: str) -> None:
 
 def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
     """Raise unless there are kernels for this layer and rows of `dtype`."""
-    shape, k, v = kv.shape, kv.format.k.dtype, kv.format.v.dtype
+    shape, k, v = kv.shape, kv.format.k, kv.format.v
     rows = str(dtype).removeprefix("torch.")
     if shape.k_dim != shape.v_dim:
         raise BackendUnavailable(
@@ -48,14 +49,16 @@ def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
             f"layer {number}: head_dim is {shape.k_dim}: FlashInfer's kernels are used with "
             f"{', '.join(map(str, _HEAD_DIMS))}; pad the heads with zeros, or use device='cpu'"
         )
-    if k == v and k in (rows, "float8_e4m3fn"):
+    plain = k.dtype == v.dtype and all(stored == RowFormat(stored.dtype, stored.scale) for stored in (k, v))
+    if plain and k.dtype in (rows, "float8_e4m3fn"):
         return
-    takes = f"{rows}, the dtype of k and v, or float8_e4m3fn, for both"
-    if k == v and k in ("float32", "bfloat16", "float16"):
-        raise InvalidArgument(f"layer {number}: K and V are stored as {k}: use {takes}")
+    if plain and k.dtype in ("float32", "bfloat16", "float16"):
+        raise InvalidArgument(
+            f"layer {number}: K and V are stored as {k.dtype}: use {rows}, the dtype of k and v, or float8_e4m3fn"
+        )
     raise BackendUnavailable(
-        f"layer {number}: K is stored as {k} and V as {v}: FlashInfer's kernels read {takes}; use device='cpu' for "
-        "other formats"
+        f"layer {number} stores K as {k} and V as {v}: FlashInfer's kernels read {rows} or float8_e4m3fn, the same for "
+        "both; use device='cpu' for other formats"
     )
 
 
