@@ -72,7 +72,7 @@ format:  ## rewrite Python and C++ in the project's format
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -q --disable-pip-version-check uv
 
-EXTRAS := --extra engine --extra hf --extra test --extra dev
+EXTRAS := --extra engine --extra hf --extra demo --extra test --extra dev
 lock: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
 lock: .venv-lock/bin/uv  ## renew requirements.lock and torch.lock: the newest of everything but constraints.txt
 	$(PYTHON) .ci/lock.py . --universal --python-version 3.10 $(EXTRAS) -c constraints.txt
@@ -151,7 +151,7 @@ bench-e2e: build .venv/.model build/e2e-venv/failed.json  ## requests over one s
 	$(PY) -m bench.end_to_end
 
 pictures: build  ## draw the pictures of README and docs
-	$(PY) -c 'import runpy; runpy.run_path("docs/pictures.py", run_name="__main__")'
+	$(PY) -m docs.pictures
 
 clean:  ## remove what was built
 	rm -rf build dist radixkv/*.so

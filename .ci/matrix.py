@@ -62,7 +62,7 @@ def prepare() -> Path:
 def run(row: str, wheel: Path) -> tuple[str, bool]:
     """One row: its cells after the first two, and whether nothing failed."""
     python, end, *only = row.split("-")
-    extras = ("test",) if only else ("test", "engine", "hf")
+    extras = ("test",) if only else ("test", "engine", "demo")
     interpreter = f"python{python}"
     if subprocess.run(["sh", "-c", f"{interpreter} --version"], capture_output=True).returncode:
         return f"- | - | - | not run: no {interpreter} found", True

@@ -1,4 +1,4 @@
-"""Draws the pictures of README and docs: python docs/pictures.py (or `make pictures`)."""
+"""Draws the pictures of README and docs: python -m docs.pictures (`make pictures`)."""
 
 import shutil
 import subprocess

@@ -83,7 +83,6 @@ class Engine:
         self.attention = backend_for(self.pool.layers, dtype, cuda_graphs=cuda_graphs)
         self.attention.warm_up()
         self.table = _core.PageTable(self.cache)
-        self.graph_windows: dict[int, int] = {}
 
     @property
     def num_pages(self) -> int:

@@ -89,7 +89,7 @@ class Step(_core.Step):
                 f"a step of {self.num_leases} leases and {self._rows} rows without a graph_key cannot be "
                 "replayed: run its layers, or make the engine with cuda_graphs=True"
             )
-        self._check_window(self._engine.graph_windows.get(self.graph_key, 0))
+        self._check_window(self._engine.attention.graph_window)
         graph.replay()
         for layer in range(len(self._engine.layers)):
             self._attended(layer)
@@ -150,12 +150,9 @@ class Step(_core.Step):
         return out
 
     def _check_window(self, window_left: int) -> None:
-        """Raise if rows would look at dropped pages; keep the widest window that a replay of this step would have."""
+        """Raise if rows would look at dropped pages."""
         if self._window_limit >= 0 and not 0 <= window_left <= self._window_limit:
             raise InvalidArgument(
                 f"window_left is {window_left}, but a lease of this step has dropped its first tokens: rows may look "
                 f"back {self._window_limit} keys at most"
             )
-        if self.graph_key is not None:
-            windows = (self._engine.graph_windows.get(self.graph_key, 0), window_left)
-            self._engine.graph_windows[self.graph_key] = -1 if min(windows) < 0 else max(windows)

@@ -181,10 +181,9 @@ bool RadixTree::can_append(NodeId n) const {
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
   Node& node = nodes_[n];
   if (journal_) record_run(n, node.last, run, count);
-  for (std::int32_t i = 0; i < count; ++i) {
-    pages_.link(node.last, run[i]);
-    node.last = run[i];
-  }
+  pages_.link(node.last, run[0]);
+  for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
+  node.last = run[count - 1];
   node.num_pages += count;
   protected_ += count;
 }

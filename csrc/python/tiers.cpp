@@ -1,11 +1,9 @@
-// radixkv._core's part for the tiers below the pool: what pages are called there, and whether their bytes are whole.
+// radixkv._core's part for the tiers below the pool: what pages are called there.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 
 #include <algorithm>
 
 #include "base/error.hpp"
-#include "base/xxh3.hpp"
 #include "cache/page_keys.hpp"
 #include "python/args.hpp"
 #include "python/objects.hpp"
@@ -19,8 +17,6 @@ namespace radixkv {
 void bind_tiers(nb::module_& m);
 
 namespace {
-
-constexpr std::size_t kLongHash = 1 << 15;  // bytes: some microseconds
 
 nb::list keys_of(nb::handle tokens, nb::handle page_size, nb::bytes secret, nb::bytes parent) {
   const std::int64_t size = int_from(page_size, "page_size");
@@ -53,18 +49,6 @@ nb::list keys_of(nb::handle tokens, nb::handle page_size, nb::bytes secret, nb::
   return out;
 }
 
-using ByteArray = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-std::uint64_t checksum(const ByteArray& data, std::uint64_t seed) {
-  if (data.size() < kLeastHashed) {
-    invalid("a checksum needs at least " + str(kLeastHashed) + " bytes; got " +
-            str(static_cast<std::int64_t>(data.size())));
-  }
-  if (data.size() < kLongHash) return xxh3_64(data.data(), data.size(), seed);
-  const nb::gil_scoped_release release;
-  return xxh3_64(data.data(), data.size(), seed);
-}
-
 }  // namespace
 
 void bind_tiers(nb::module_& m) {
@@ -72,7 +56,6 @@ void bind_tiers(nb::module_& m) {
       "page_keys", &keys_of, "tokens"_a.none(), "page_size"_a.none(), "secret"_a, "parent"_a,
       "The keys of the full pages of these tokens: a chain of keyed BLAKE2b-128 that begins with a namespace's tag, or "
       "with the key of the page before.");
-  m.def("checksum", &checksum, "data"_a.none(), "seed"_a, "XXH3-64 of a uint8 array of 241 bytes or more.");
 }
 
 }  // namespace radixkv

@@ -123,6 +123,10 @@ class Attention(Protocol):
         that every step with this key has; plan() fills it.
         """
 
+    @property
+    def graph_window(self) -> int:
+        """What a replay of the planned step may look back: the widest window_left of steps with its key; -1: all."""
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of the layer's pages."""
 

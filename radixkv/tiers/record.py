@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from radixkv import _core
+from xxhash import xxh3_64_intdigest
 
 __all__ = ["BLOCK", "Bytes", "Layout", "Record"]
 
@@ -49,11 +48,11 @@ class Layout:
         """Write the trailer behind a payload."""
         trailer = _TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0)
         memory[-64:-8] = np.frombuffer(trailer, np.uint8)
-        memory[-8:] = np.frombuffer(_SUM.pack(_core.checksum(memory[:-8], self._seed)), np.uint8)
+        memory[-8:] = np.frombuffer(_SUM.pack(xxh3_64_intdigest(memory[:-8].data, self._seed)), np.uint8)
 
     def intact(self, memory: Bytes, key: bytes, parent: bytes) -> bool:
         """Whether this is the record of that page, and every bit of it as it was written."""
         trailer = _TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0)
         if memory[-64:-8].tobytes() != trailer:
             return False
-        return bool(_SUM.unpack(memory[-8:].tobytes())[0] == _core.checksum(memory[:-8], self._seed))
+        return bool(_SUM.unpack(memory[-8:].tobytes())[0] == xxh3_64_intdigest(memory[:-8].data, self._seed))

@@ -257,7 +257,7 @@ def test_a_demo_without_its_packages_says_how_to_get_them(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "radixkv.demo", None)
     status, _, err = run(capsys, "demo")
     assert status == 1
-    assert "pip install 'radixkv[hf]'" in err
+    assert "pip install 'radixkv[demo]'" in err
     assert err.count("\n") == 1
 
 

@@ -20,7 +20,9 @@ import radixkv.engine
 from radixkv.attention import Attention, PageTable
 from radixkv.attention.cascade import FLASHINFER, CascadeCosts
 from radixkv.attention.flashinfer import FlashInferAttention
+from radixkv.formats import fp8
 from radixkv.pool import LayerKV
+from radixkv.shape import LayerShape
 from tests.attention.helpers import PLAIN, SCALES, Heads, Options, Pool, Request, layer_kv, packed
 
 ROOT = Path(__file__).parents[2]
@@ -234,13 +236,20 @@ def heads_of(group: int, kv: int = 2, dim: int = 64) -> Heads:
 # --- the engine -----------------------------------------------------------------------------------------------------
 
 LAYERS, HEADS, KV_HEADS, DIM, VOCAB = 2, 4, 2, 64, 50
+UNLIKE = {
+    "layers": [LayerShape(4, 2, 64), LayerShape(4, 1, 128), LayerShape(4, 2, 64), LayerShape(4, 2, 64)],
+    "kv_format": [None, None, fp8(1 / 32, 1 / 64), None],
+}
+"""Of an engine whose layers differ in shape and format; WINDOWS are theirs."""
+WINDOWS = [20, -1, -1, -1]
 
 
 def make_engine(
     monkeypatch: pytest.MonkeyPatch, target: str, cascade: CascadeCosts = FLASHINFER, **options: Any
 ) -> radixkv.Engine:
     """An engine over FlashInfer: on the CPU with the twin, else as anyone makes it. Or, as target, "native"."""
-    sizes = {"num_layers": LAYERS, "num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM, **options}
+    sizes = {"num_layers": LAYERS, "num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+    sizes = options if "layers" in options else {**sizes, **options}
     if target == "native":
         return radixkv.Engine(**sizes, device="cpu")
     with monkeypatch.context() as patch:
@@ -249,18 +258,27 @@ def make_engine(
         return radixkv.Engine(**sizes, device="cpu" if target == "twin" else "cuda")
 
 
-def run_step(engine: radixkv.Engine, leases: list[radixkv.Lease], dtype: torch.dtype, step: Any = None) -> torch.Tensor:
+def run_step(
+    engine: radixkv.Engine,
+    leases: list[radixkv.Lease],
+    dtype: torch.dtype,
+    step: Any = None,
+    windows: Sequence[int] = (-1,) * 9,
+) -> torch.Tensor:
     """A toy model whose rows do not see each other outside of attention, in a step or one of its own; the last rows."""
     if step is None:
         with engine.step(leases) as step:
-            return run_step(engine, leases, dtype, step)
+            return run_step(engine, leases, dtype, step, windows)
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(VOCAB, HEADS, DIM, generator=generator)
-    weights = torch.randn(LAYERS, 3, HEADS, DIM, generator=generator)
+    embedding = torch.randn(VOCAB, HEADS * DIM, generator=generator)
     assert step.input_ids.device == engine.device
     positions = step.positions.cpu()
-    x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None, None] / 64)).to(dtype).to(engine.device)
-    for layer in range(LAYERS):
-        q, k, v = (x * weights[layer, i].to(dtype).to(engine.device) for i in range(3))
-        x = x + step.attend(layer, q, k[:, :KV_HEADS], v[:, :KV_HEADS])
+    x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None] / 64)).to(dtype).to(engine.device)
+    for layer, (shape, window) in enumerate(zip(engine.layers, windows, strict=False)):
+        weights = torch.randn(3, HEADS * DIM, generator=generator).to(dtype).to(engine.device)
+        q, k, v = (
+            (x * w).repeat(1, 2)[:, : heads * shape.k_dim].contiguous().view(len(x), heads, shape.k_dim)
+            for w, heads in zip(weights, (shape.num_qo_heads, shape.num_kv_heads, shape.num_kv_heads), strict=True)
+        )
+        x = x + step.attend(layer, q, k, v, window_left=window).flatten(1)[:, : x.shape[1]]
     return x.cpu()[step.last_rows.cpu()]

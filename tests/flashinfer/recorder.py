@@ -89,13 +89,17 @@ def half(*shape: int, **options: Any) -> torch.Tensor:
 
 
 def step(attention: FlashInferAttention, table: PageTable, *options: Options) -> None:
-    """A step with one layer for each of the options."""
+    """A step with one call of layer 0 for each of the options."""
     attention.plan(table)
-    rows = len(table.slots)
-    heads = attention._heads
-    for layer in options or (PLAIN,):
-        kv = half(rows, heads[1], 64)
-        attention.append(0, kv, kv)
-        out = half(rows, heads[0], 64)
-        attention.run(0, half(rows, heads[0], 64), out, layer)
-        assert (out == 1).all()
+    for each in options or (PLAIN,):
+        one_layer(attention, 0, len(table.slots), each)
+
+
+def one_layer(attention: FlashInferAttention, layer: int, rows: int, options: Options = PLAIN) -> None:
+    """Append and run zeros in the planned step."""
+    shape = attention._layers[layer].kv.shape
+    kv = half(rows, shape.num_kv_heads, shape.k_dim)
+    attention.append(layer, kv, kv)
+    out = half(rows, shape.num_qo_heads, shape.k_dim)
+    attention.run(layer, half(*out.shape), out, options)
+    assert (out != 0).all()

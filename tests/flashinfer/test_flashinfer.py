@@ -183,7 +183,7 @@ def test_random_batches(target: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @each_target
-@pytest.mark.parametrize(("page_size", "kv_format"), [(1, None), (16, None), (16, "fp8")])
+@pytest.mark.parametrize(("page_size", "kv_format"), [(1, None), (16, None), (16, "fp8"), (16, "fp8_rotated")])
 def test_engine_gives_the_answers_of_the_native_engine(
     target: str, page_size: int, kv_format: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,8 @@ def test_engine_gives_the_answers_of_the_native_engine(
     dtype = torch.float16
     sizes = {"num_pages": 600 // page_size, "page_size": page_size, "dtype": dtype}
     ours = make_engine(monkeypatch, target, **sizes, kv_format=kv_format)
-    native = make_engine(monkeypatch, "native", **sizes)
+    rotated = kv_format == "fp8_rotated"  # in the same format: both store the same but for what rotations round
+    native = make_engine(monkeypatch, "native", **sizes, kv_format=kv_format if rotated else None)
     rng = np.random.default_rng(page_size)
     shared = rng.integers(0, VOCAB, 37).tolist()
     leases: list[tuple[radixkv.Lease, radixkv.Lease]] = []
@@ -202,7 +203,7 @@ def test_engine_gives_the_answers_of_the_native_engine(
         got = run_step(ours, [a for a, _ in leases], dtype)
         want = run_step(native, [b for _, b in leases], dtype)
         difference = (got - want).float().abs()
-        if kv_format is None:
+        if kv_format is None or rotated:
             assert difference.max() <= 1e-2 * want.abs().max()
         else:
             assert 1e-3 < difference.mean() / want.float().abs().mean() <= 5e-2
@@ -215,4 +216,4 @@ def test_engine_gives_the_answers_of_the_native_engine(
                 lease.release()
     ours.cache.check()
     assert ours.cache.stats().hit_tokens == native.cache.stats().hit_tokens > 0
-    assert ours.pool.nbytes * (1 if kv_format is None else 2) == native.pool.nbytes
+    assert ours.pool.nbytes * (2 if kv_format == "fp8" else 1) == native.pool.nbytes

@@ -77,7 +77,9 @@ def test_rows_are_appended_at_their_positions() -> None:
     assert request.tolist() == [0, 0, 1, 1, 1, 1]
     assert position.tolist() == [4, 5, 0, 1, 2, 3]
     assert isinstance(caches, tuple)
-    assert [x.data_ptr() for x in caches] == [x.data_ptr() for x in (attention._layers[0].k, attention._layers[0].v)]
+    assert [x.data_ptr() for x in caches] == [
+        x.data_ptr() for x in (attention._layers[0].kv.k, attention._layers[0].kv.v)
+    ]
     assert [kv_indices.tolist(), kv_indptr.tolist(), last.tolist()] == [[3, 1, 0], [0, 2, 3], [2, 4]]
     assert all(a.dtype == torch.int32 for a in (request, position, kv_indices, kv_indptr, last))
     assert keywords == {"kv_layout": "NHD"}

@@ -91,19 +91,25 @@ class Batch:
         A state is rounded once for each level. Between 2 and 4, rounding to bfloat16 alone is an error of up to 0.008,
         so an absolute limit of 0.01 would be one for the data, not for the kernels. `absolute` keeps that error too.
         """
-        device = self.attention.device
-        layer = self.attention._layers[0]
-        for place, cache in zip((layer.k, layer.v), self.caches, strict=True):
-            place.view(torch.uint8).copy_(cache.view(torch.uint8))
         self.attention.plan(self.forest.table())
-        self.attention.append(0, self.k.to(device), self.v.to(device))
+        return self.judge(self.run(self.attention, 0, options), options)
+
+    def run(self, attention: FlashInferAttention, layer: int, options: Options = PLAIN) -> torch.Tensor:
+        """The rows of a layer of these heads in a step that is planned for the forest."""
+        kv, device = attention._layers[layer].kv, attention.device
+        for place, cache in zip((kv.k, kv.v), self.caches, strict=True):
+            place.view(torch.uint8).copy_(cache.view(torch.uint8))
+        attention.append(layer, self.k.to(device), self.v.to(device))
         q = self.q.transpose(0, 1).contiguous().to(device).transpose(0, 1)  # as a model hands it over
         out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
-        self.attention.run(0, q, out, options)
-        rows = list(out.cpu().split(self.forest.rows))
-        self.absolute = error(rows, self.requests, options)
+        attention.run(layer, q, out, options)
+        return out.cpu()
+
+    def judge(self, out: torch.Tensor, options: Options) -> float:
+        """What `error` returns, of these rows."""
+        self.absolute = error(list(out.split(self.forest.rows)), self.requests, options)
         wanted = torch.cat([dense(request, options) for request in self.requests])
-        found = ((torch.cat(rows).double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
+        found = ((out.double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
         return found if found == found else float("inf")
 
 

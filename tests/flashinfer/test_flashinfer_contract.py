@@ -13,7 +13,7 @@ import radixkv.attention.flashinfer.kernels
 from radixkv.attention import PageTable, check_device
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.errors import BackendUnavailable, InvalidArgument
-from radixkv.formats import LayerFormat, fp8, layer_formats
+from radixkv.formats import LayerFormat, RowFormat
 from radixkv.pool import KVPool
 from radixkv.shape import LayerShape
 from tests.attention.cascade_helpers import ALL
@@ -236,18 +236,20 @@ def test_layers_of_another_dtype() -> None:
         FlashInferAttention([layer], dtype=torch.float16, api=Recorder())
 
 
+E4M3, HALF = RowFormat("float8_e4m3fn"), RowFormat("float16")
+
+
 @pytest.mark.parametrize(
-    ("shapes", "formats", "message"),
+    ("shape", "stored", "message"),
     [
-        ([LayerShape(6, 2, 64), LayerShape(6, 3, 64)], [None, None], "2 kinds: "),
-        ([LayerShape(6, 2, 64), LayerShape(6, 2, 128)], [None, None], "2 kinds: "),
-        ([LayerShape(6, 2, 64)] * 3, [None, fp8(), fp8(0.5)], "3 kinds: "),
-        ([LayerShape(6, 2, 64, 128)], [None], "keys of 64 and values of 128 dimensions"),
+        (LayerShape(6, 2, 64, 128), LayerFormat(HALF, HALF), "layer 1 has keys of 64 and values of 128 dimensions"),
+        (LayerShape(6, 2, 80), LayerFormat(HALF, HALF), "layer 1: head_dim is 80: "),
+        (LayerShape(6, 2, 64), LayerFormat(E4M3, HALF), "layer 1 stores K as .*float8_e4m3fn.* and V as .*float16.*: "),
     ],
 )
-def test_layers_that_are_not_alike(shapes: list[LayerShape], formats: list[LayerFormat | None], message: str) -> None:
-    stored = layer_formats(formats, "float16", len(shapes))
-    layers = KVPool(shapes, stored, 8, 4, torch.device("cpu")).layers
+def test_a_layer_among_others_that_flashinfer_cannot_take(shape: LayerShape, stored: LayerFormat, message: str) -> None:
+    shapes, formats = [LayerShape(6, 2, 64), shape], [LayerFormat(HALF, HALF), stored]
+    layers = KVPool(shapes, formats, 8, 4, torch.device("cpu")).layers
     with pytest.raises(BackendUnavailable, match=f"{message}.*use device='cpu'"):
         FlashInferAttention(layers, dtype=torch.float16, api=Recorder())
 

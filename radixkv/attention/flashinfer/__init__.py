@@ -1,9 +1,10 @@
 """Attention on CUDA with FlashInfer's paged kernels.
 
 A step whose requests have one row each runs the decode wrapper, any other the prefill wrapper over one ragged batch, a
-step whose requests share enough a wrapper for each level of its cascade. FlashInfer takes scale, window and soft cap
-when it plans, so a step is planned once for each combination that its layers use, when the first such layer runs.
-Kernels are compiled at their first use: see `FlashInferAttention.warm_up`.
+step whose requests share enough a wrapper for each level of its cascade. FlashInfer takes heads, head_dim, the dtype of
+the pages, scale, window and soft cap when it plans. So a step is planned once for each combination that its layers
+have, when the first such layer runs, and always from the same arrays. Kernels are compiled at their first use: see
+`FlashInferAttention.warm_up`.
 
 All calls must come on one CUDA stream. FlashInfer checks neither devices nor row counts nor the values of tables, and
 computes something with whatever it is given; everything is checked here first.
@@ -23,19 +24,16 @@ from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs
 from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, core_costs
 from radixkv.attention.checks import check_options, check_rows, core_table, layer_at
-from radixkv.attention.flashinfer.cascade import CascadeRun, merge, plan_cascade
+from radixkv.attention.flashinfer.cascade import CascadeRun, Levels, copy_levels, merge, plan_cascade
 from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
-from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_supported, preparing
-from radixkv.attention.flashinfer.plans import Planner, PlanSet, Schedule, StepArrays, Wrapper
-from radixkv.attention.fp8 import FP8, quantize
+from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_layer, check_supported, preparing
+from radixkv.attention.flashinfer.plans import Kind, Planner, PlanSet, Schedule, Scratch, StepArrays, Wrapper
+from radixkv.attention.fp8 import quantize, rotation
 from radixkv.errors import BackendUnavailable, InvalidArgument
-from radixkv.formats import LayerFormat
 from radixkv.pool import LayerKV
-from radixkv.shape import LayerShape
 
 __all__ = ["FlashInferAttention", "load"]
 
-_TENSOR_CORE_GROUP = 4  # query heads per key head from which tensor cores decode; CUDA cores take 1, 2 and 3
 _ALIGN_BYTES = 16  # the kernels load rows 16 bytes at a time
 _PLAIN = Options()
 _WINDOWS = (
@@ -44,6 +42,17 @@ _WINDOWS = (
 )
 _GRAPHS = "decode steps of this engine can be replayed from CUDA graphs, which have no cascade"
 _NO_MERGE = f"cascade is for head_dim {', '.join(map(str, COMMON_HEAD_DIMS))}: FlashInfer merges no others"
+
+
+class _Layer(NamedTuple):
+    """A layer of the pool and who plans for it."""
+
+    kv: LayerKV
+    planner: Planner
+    scales: dict[str, float]
+    """k_scale and v_scale of 8-bit pages."""
+    rotation: torch.Tensor | None
+    """Of rows of q, k and v before they are used, and of out after: [head_dim, head_dim]."""
 
 
 class _Step(NamedTuple):
@@ -57,9 +66,9 @@ class _Step(NamedTuple):
 
 
 class FlashInferAttention:
-    """Attention over the layers of a pool on a CUDA device, which have one shape and one format.
+    """Attention over the layers of a pool on a CUDA device, which may differ in heads, head_dim and format.
 
-    dtype (bfloat16 or float16) is that of every tensor; what is stored is the same or float8_e4m3fn. cascade says when
+    dtype (bfloat16 or float16) is that of every tensor; a layer stores the same or float8_e4m3fn. cascade says when
     keys that several requests share are read once for all of them (`cascade.OFF`: never). cuda_graphs: decode steps of
     one number of requests use the same memory every time, so that they can be captured and replayed; they have no
     cascade. kernels names FlashInfer's kernels: "fa2", or "auto" for FlashInfer's own choice. api is the module to call
@@ -79,69 +88,54 @@ class FlashInferAttention:
         kernels: str = "fa2",
         api: Any = None,
     ) -> None:
-        shape, stored = _one_kind(layers, str(dtype).removeprefix("torch."))
-        head_dim, page_size, num_pages = shape.k_dim, layers[0].page_size, layers[0].num_pages
-        check_supported(dtype, head_dim, kernels)
+        num_pages, page_size = self._pages = (layers[0].num_pages, layers[0].page_size)
+        check_supported(dtype, kernels)
+        for number, kv in enumerate(layers):
+            check_layer(number, kv, dtype)
         if num_pages * page_size >= 2**31:
             raise InvalidArgument(
                 f"num_pages * page_size is {num_pages * page_size}: slots are int32, keep it below 2**31"
             )
         self.device = device = layers[0].k.device
-        self._layers = list(layers)
-        self._fp8 = layers[0].k.dtype == FP8
-        self._scales = {"k_scale": stored.k.scale, "v_scale": stored.v.scale} if self._fp8 else {}
         self._api = load(device) if api is None else api
         self._dtype = dtype
-        self._heads = (shape.num_qo_heads, shape.num_kv_heads, head_dim)
-        self._pages = (num_pages, page_size)
-        self._token_bytes = stored.token_bytes(shape)
-        self._common = head_dim in COMMON_HEAD_DIMS
-        self._costs = replace(cascade, granularity=1) if self._common else OFF  # pages are served whole
-        large_group = shape.num_qo_heads // shape.num_kv_heads >= _TENSOR_CORE_GROUP
-        self._planner = Planner(
-            self._api,
-            backend=kernels,
-            device=device,
-            heads=self._heads,
-            page_size=page_size,
-            dtype=dtype,
-            kv_dtype=layers[0].k.dtype,
-            tensor_cores=large_group or self._fp8 or not self._common,
-        )
-        self._graphs = DecodeGraphs(self._planner, device, num_pages) if cuda_graphs else None
+        self._layers = _planned_by_kind(self._api, layers, dtype, kernels)
+        self._planners = tuple(dict.fromkeys(layer.planner for layer in self._layers))
+        self._token_bytes = sum(kv.format.token_bytes(kv.shape) for kv in layers) // len(layers)
+        merges = any(planner.common for planner in self._planners)
+        self._costs = replace(cascade, granularity=1) if merges else OFF  # pages are served whole
+        self._graphs = DecodeGraphs(device, num_pages) if cuda_graphs else None
         self._sets = (PlanSet(device), PlanSet(device))
         self._turn = 0
         self._step: _Step | None = None
+        self._rows = 0
         self._finders = [(costs, _core.CascadeFinder(core_costs(costs))) for costs in (self._costs, OFF)]
         self._cascade = CascadePlan.derive(
             PageTable(*(np.zeros(n, dtype=np.int32) for n in (1, 1, 0, 0, 0))), page_size
         )
-        self._planned: dict[Options, Wrapper | CascadeRun] = {}
-        self._set_rows(0)
-
-    def _set_rows(self, rows: int) -> None:
-        num_qo_heads, num_kv_heads, head_dim = self._heads
-        self._q_shape = (rows, num_qo_heads, head_dim)
-        self._kv_shape = (rows, num_kv_heads, head_dim)
+        self._levels: dict[int, Levels | None] = {}  # by window
+        self._planned: dict[tuple[Planner, Options], Wrapper | CascadeRun] = {}
 
     def warm_up(self) -> None:
         """Compile and load the kernels of decode, prefill and cascade by running a token and then two.
 
-        Overwrites the first two slots of layer 0. Layers with a window or a soft cap need kernels of their own,
-        which are compiled when such a layer first runs. Says on standard error what it waits for.
+        Overwrites the first two slots of a layer of each kind. Layers with a window or a soft cap need kernels of their
+        own, which are compiled when such a layer first runs. Says on standard error what it waits for.
         """
+        first = {layer.planner: number for number, layer in reversed(list(enumerate(self._layers)))}
         for rows in range(1, min(2, self._pages[0] * self._pages[1]) + 1):
             pages = -(-rows // self._pages[1])
             steps = [[0, rows], [0, pages], range(pages), [rows - (pages - 1) * self._pages[1]], range(rows)]
             self.plan(PageTable(*(np.array(a, dtype=np.int32) for a in steps)))
-            q = torch.zeros(self._q_shape, dtype=self._dtype, device=self.device)
-            kv = torch.zeros(self._kv_shape, dtype=self._dtype, device=self.device)
-            self.append(0, kv, kv)
-            self.run(0, q, torch.empty_like(q))
-        if self._common:
-            states = torch.zeros((2, *self._q_shape), dtype=self._dtype, device=self.device)
-            lses = torch.zeros(states.shape[:3], dtype=torch.float32, device=self.device)
-            merge(self._planner, states[0], lses[0], states[1], lses[1])
+            for planner in self._planners:
+                q, kv = (torch.zeros(s, dtype=self._dtype, device=self.device) for s in planner.shapes(rows))
+                self.append(first[planner], kv, kv)
+                self.run(first[planner], q, torch.empty_like(q))
+        for planner in self._planners:
+            if planner.common:
+                states = torch.zeros((2, *planner.shapes(2)[0]), dtype=self._dtype, device=self.device)
+                lses = torch.zeros(states.shape[:3], dtype=torch.float32, device=self.device)
+                merge(planner, states[0], lses[0], states[1], lses[1])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -164,10 +158,11 @@ class FlashInferAttention:
         self._step = _Step(rows, decode, graphs, arrays, schedule) if rows else None
         costs, finder = self._finders[graphs is not None]
         self._cascade = CascadePlan(finder.find(table), self._token_bytes, costs)
+        self._levels = {}
         self._planned = {}
         if graphs is not None:
             self._planned.update(graphs.plan(rows, schedule))
-        self._set_rows(rows)
+        self._rows = rows
         return StepInputs(device.input_ids, device.positions, device.last_rows)
 
     @property
@@ -177,11 +172,12 @@ class FlashInferAttention:
         Raises `LeaseError` if the step has ended, unless its pages were asked for before.
         """
         plan = self._cascade.keep()
-        if plan.shared:
-            return replace(plan, remark=_WINDOWS)
         if not plan.segments:
             return plan
-        return replace(plan, remark=_GRAPHS if self.graph_key is not None else "" if self._common else _NO_MERGE)
+        if self.graph_key is not None:
+            return replace(plan, remark=_GRAPHS)
+        others = "" if all(planner.common for planner in self._planners) else _NO_MERGE
+        return replace(plan, remark="; ".join(filter(None, [_WINDOWS if plan.shared else "", others])))
 
     @property
     def graph_key(self) -> int | None:
@@ -191,39 +187,45 @@ class FlashInferAttention:
         """
         return self._step.rows if self._step is not None and self._step.graphs is not None else None
 
+    @property
+    def graph_window(self) -> int:
+        """The widest window_left of steps with the planned step's key; -1: all keys."""
+        return 0 if self.graph_key is None or self._graphs is None else self._graphs.window_left(self.graph_key)
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""
-        kv = layer_at(self._layers, layer)
-        k_cache, v_cache = kv.k, kv.v
-        self._check({"k": k, "v": v}, self._kv_shape)
+        kv, planner, scales, rotation = layer_at(self._layers, layer)
+        self._check({"k": k, "v": v}, planner.shapes(self._rows)[1])
         if self._step is None:
             return
         at = self._step.arrays.device
         # A replay reads as many of kv_indices as its own step has.
         kv_indices = at.kv_indices if self._step.graphs is None else self._step.arrays.tail
-        if self._fp8:
-            k, v = quantize(k, self._scales["k_scale"]), quantize(v, self._scales["v_scale"])
-        if not self._common:
+        if rotation is not None:
+            k, v = k.float() @ rotation, v.float() @ rotation
+        if planner.eight_bit:
+            k, v = quantize(k, scales["k_scale"]), quantize(v, scales["v_scale"])
+        if not planner.common:
             page, offset = at.slots // self._pages[1], at.slots % self._pages[1]
-            for cache, rows in ((k_cache, k), (v_cache, v)):
-                if self._fp8:  # as bytes: torch does not index every kind of 8-bit float
+            for cache, rows in ((kv.k, k), (kv.v, v)):
+                if planner.eight_bit:  # as bytes: torch does not index every kind of 8-bit float
                     cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
                 cache[page, offset] = rows
             return
-        with preparing(f"append {self._planner.suffix}"):
+        with preparing(f"append {planner.suffix}"):
             self._api.append_paged_kv_cache(
-                k, v, at.request, at.position, (k_cache, v_cache),
+                k, v, at.request, at.position, (kv.k, kv.v),
                 kv_indices, at.kv_indptr, at.kv_last_page_len, kv_layout="NHD",
             )  # fmt: skip
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = _PLAIN) -> None:
         """Attend q [rows, num_qo_heads, head_dim] to the layer's pages and write out, contiguous, of the same shape."""
-        kv = layer_at(self._layers, layer)
-        self._check({"q": q, "out": out}, self._q_shape)
+        kv, planner, scales, rotation = layer_at(self._layers, layer)
+        self._check({"q": q, "out": out}, planner.shapes(self._rows)[0])
         check_options(options)
         sm_scale, window_left, logits_soft_cap = options
         if sm_scale is None:
-            sm_scale = self._heads[2] ** -0.5
+            sm_scale = planner.kind.head_dim**-0.5
         if sm_scale <= 0:
             raise BackendUnavailable(
                 f"sm_scale is {sm_scale}: FlashInfer's softmax needs a positive factor; negate q, or use device='cpu'"
@@ -233,23 +235,31 @@ class FlashInferAttention:
         if window_left >= self._pages[0] * self._pages[1]:
             window_left = -1  # wider than the pool: the kernels add it to positions in 32 bits
         options = Options(float(sm_scale), int(window_left), float(logits_soft_cap))
-        planned = self._planned.get(options)
+        planned = self._planned.get((planner, options))
         if planned is None:
-            planned = self._planned[options] = self._plan_for(options, self._step)
+            planned = self._planned[planner, options] = self._plan_for(planner, options, self._step)
         elif self._step.graphs is None:
             refuse_capture(self.device, "this step must not be captured, as later ones have other memory")
-        planned.run(q, (kv.k, kv.v), out, self._scales)
+        if rotation is None:
+            planned.run(q, (kv.k, kv.v), out, scales)
+        else:
+            planned.run((q.float() @ rotation).to(self._dtype), (kv.k, kv.v), out, scales)
+            out.copy_(out.float() @ rotation)
 
-    def _plan_for(self, options: Options, step: _Step) -> Wrapper | CascadeRun:
-        """Plan the step for layers with these options."""
+    def _plan_for(self, planner: Planner, options: Options, step: _Step) -> Wrapper | CascadeRun:
+        """Plan the step for layers of the planner's kind with these options."""
         refuse_capture(self.device, "the first layer with these options plans, which must not be captured")
         if step.graphs is not None:
-            return step.graphs.add(step.rows, step.arrays, step.schedule, options)
+            return step.graphs.add(step.rows, step.arrays, step.schedule, planner, options)
         plans = self._sets[self._turn]
-        run = None
-        if self._cascade.shared:
-            run = plan_cascade(self._planner, plans, self._cascade, options)
-        return run or self._planner.take(plans, step.decode, step.schedule, options)
+        if self._cascade.shared and planner.common:
+            window = options.window_left
+            if window not in self._levels:
+                self._levels[window] = copy_levels(plans, self._cascade, window)
+            levels = self._levels[window]
+            if levels is not None:
+                return plan_cascade(planner, plans, levels, options)
+        return planner.take(plans, step.decode, step.schedule, options)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -268,26 +278,21 @@ class FlashInferAttention:
                 )
 
 
-def _one_kind(layers: Sequence[LayerKV], dtype: str) -> tuple[LayerShape, LayerFormat]:
-    """The shape and format that all layers have, which is what this backend plans for."""
-    kinds = {(kv.shape, kv.format) for kv in layers}
-    shape, stored = layers[0].shape, layers[0].format
-    if len(kinds) > 1:
-        raise BackendUnavailable(
-            f"layers of {len(kinds)} kinds: on CUDA all layers have one shape and one format; use device='cpu' for "
-            "others"
-        )
-    if shape.k_dim != shape.v_dim:
-        raise BackendUnavailable(
-            f"keys of {shape.k_dim} and values of {shape.v_dim} dimensions: on CUDA they have the same; use "
-            "device='cpu' for others"
-        )
-    if stored.k.dtype != stored.v.dtype or stored.k.dtype not in (dtype, "float8_e4m3fn"):
-        raise InvalidArgument(
-            f"K is stored as {stored.k.dtype}, V is stored as {stored.v.dtype}: both must be {dtype}, the dtype of k "
-            "and v, or float8_e4m3fn"
-        )
-    return shape, stored
+def _planned_by_kind(api: Any, layers: Sequence[LayerKV], dtype: torch.dtype, backend: str) -> list[_Layer]:
+    """The layers, each with the planner of its kind."""
+    scratch = Scratch(layers[0].k.device)
+    planners: dict[Kind, Planner] = {}
+    planned = []
+    for kv in layers:
+        shape, stored = kv.shape, kv.format
+        kind = Kind(shape.num_qo_heads, shape.num_kv_heads, shape.k_dim, kv.k.dtype)
+        if kind not in planners:
+            planners[kind] = Planner(api, scratch, kind, backend=backend, page_size=kv.page_size, dtype=dtype)
+        planner = planners[kind]
+        scales = {"k_scale": stored.k.scale, "v_scale": stored.v.scale} if planner.eight_bit else {}
+        turned = rotation(shape.k_dim, kv.k.device) if stored.k.rotated else None
+        planned.append(_Layer(kv, planner, scales, turned))
+    return planned
 
 
 def load(device: torch.device) -> Any:

@@ -9,7 +9,7 @@ levels are run one by one here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +19,29 @@ from radixkv.attention.cascade import CascadePlan
 from radixkv.attention.flashinfer.kernels import preparing
 from radixkv.attention.flashinfer.plans import Planner, PlanSet, Schedule, Wrapper
 
-__all__ = ["CascadeRun", "merge", "plan_cascade"]
+__all__ = ["CascadeRun", "Levels", "copy_levels", "merge", "plan_cascade"]
+
+
+class Levels(NamedTuple):
+    """The levels of one step for one window. They are of pages, and so the same for every layer with this window."""
+
+    shared: list[Schedule]
+    own: Schedule
+    """The last level: each request's own rest, its new rows included."""
+    order: tuple[torch.Tensor, torch.Tensor] | None
+    """int32 [rows] each: the row that each of the levels' rows is, and the inverse. None: they are the same rows."""
 
 
 @dataclass
 class CascadeRun:
-    """The planned levels of one step for layers with the same options. Used as a `Wrapper` is."""
+    """The planned levels of one step for layers of one kind with the same options. Used as a `Wrapper` is."""
 
     shared: list[Wrapper]
     """A wrapper for each shared level."""
     own: Wrapper
-    """The last level: each request's own rest, its new rows included, causal."""
+    """That of the last level, causal."""
     order: tuple[torch.Tensor, torch.Tensor] | None
-    """int32 [rows] each: the row that each of the levels' rows is, and the inverse. None: they are the same rows."""
+    """As in `Levels`."""
     planner: Planner
 
     def run(
@@ -63,9 +73,9 @@ def merge(
         planner.api.merge_state_in_place(state, lse, other, other_lse)
 
 
-def plan_cascade(planner: Planner, plans: PlanSet, plan: CascadePlan, options: Options) -> CascadeRun | None:
-    """Plan the levels that layers with these options have; None if nothing is shared, as may be with a window."""
-    levels = plan.levels(options.window_left)
+def copy_levels(plans: PlanSet, plan: CascadePlan, window_left: int) -> Levels | None:
+    """Copy the levels that layers with this window have; None if nothing is shared, as may be with a window."""
+    levels = plan.levels(window_left)
     if len(levels) == 1:
         return None
     rows = plan.rows
@@ -76,8 +86,12 @@ def plan_cascade(planner: Planner, plans: PlanSet, plan: CascadePlan, options: O
     for i in range(len(levels)):
         qo_indptr, kv_indptr, _, last = arrays.host[4 * i : 4 * i + 4]
         schedules.append(Schedule(qo_indptr, kv_indptr, arrays.device[4 * i + 2], last))
-    everything = options._replace(window_left=-1)
-    shared = [planner.take(plans, False, s, everything, causal=False) for s in schedules[:-1]]
-    own = planner.take(plans, False, schedules[-1], options)
     order: Any = None if in_order else tuple(arrays.device[-2:])
-    return CascadeRun(shared, own, order, planner)
+    return Levels(schedules[:-1], schedules[-1], order)
+
+
+def plan_cascade(planner: Planner, plans: PlanSet, levels: Levels, options: Options) -> CascadeRun:
+    """Plan the levels for layers of the planner's kind with these options."""
+    everything = options._replace(window_left=-1)
+    shared = [planner.take(plans, False, s, everything, causal=False) for s in levels.shared]
+    return CascadeRun(shared, planner.take(plans, False, levels.own, options), levels.order, planner)

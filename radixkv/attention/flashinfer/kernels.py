@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.pool import LayerKV
 
-__all__ = ["COMMON_HEAD_DIMS", "check_supported", "preparing"]
+__all__ = ["COMMON_HEAD_DIMS", "check_layer", "check_supported", "preparing"]
 
 COMMON_HEAD_DIMS = (64, 128, 256)
 """What the kernels that append and merge take, and decode without tensor cores."""
@@ -22,20 +23,42 @@ _prepared: set[str] = set()
 """Kernels that this process has used before."""
 
 
-def check_supported(dtype: torch.dtype, head_dim: int, backend: str) -> None:
-    """Raise unless there are kernels for queries of this dtype and size."""
+def check_supported(dtype: torch.dtype, backend: str) -> None:
+    """Raise unless there are kernels for queries of this dtype."""
     if dtype not in (torch.bfloat16, torch.float16):
         raise BackendUnavailable(
             f"dtype is {dtype}: FlashInfer has kernels for torch.bfloat16 and torch.float16; convert the model, or use "
             "device='cpu', which also takes torch.float32"
         )
-    if head_dim not in _HEAD_DIMS:
-        raise BackendUnavailable(
-            f"head_dim is {head_dim}: FlashInfer's kernels are used with {', '.join(map(str, _HEAD_DIMS))}; pad the "
-            "heads with zeros, or use device='cpu'"
-        )
     if backend not in ("fa2", "auto"):
         raise InvalidArgument(f"kernels is {backend!r}: use 'fa2' or 'auto'")
+
+
+def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
+    """Raise unless there are kernels for this layer and rows of `dtype`."""
+    shape, k, v = kv.shape, kv.format.k, kv.format.v
+    rows = str(dtype).removeprefix("torch.")
+    if shape.k_dim != shape.v_dim:
+        raise BackendUnavailable(
+            f"layer {number} has keys of {shape.k_dim} and values of {shape.v_dim} dimensions: FlashInfer's kernels "
+            "are used with one head_dim for both; use device='cpu'"
+        )
+    if shape.k_dim not in _HEAD_DIMS:
+        raise BackendUnavailable(
+            f"layer {number}: head_dim is {shape.k_dim}: FlashInfer's kernels are used with "
+            f"{', '.join(map(str, _HEAD_DIMS))}; pad the heads with zeros, or use device='cpu'"
+        )
+    plain = k.dtype == v.dtype and k.rotated == v.rotated and not (k.has_row_scales or kv.format.k_centre)
+    if plain and k.dtype in (rows, "float8_e4m3fn"):
+        return
+    if plain and k.dtype in ("float32", "bfloat16", "float16"):
+        raise InvalidArgument(
+            f"layer {number}: K and V are stored as {k.dtype}: use {rows}, the dtype of k and v, or float8_e4m3fn"
+        )
+    raise BackendUnavailable(
+        f"layer {number} stores {kv.format.name}{', keys with a centre' * bool(kv.format.k_centre)}: FlashInfer's "
+        f"kernels read {rows} or float8_e4m3fn, the same for both; use 'fp8_rotated', or device='cpu' for others"
+    )
 
 
 @contextmanager

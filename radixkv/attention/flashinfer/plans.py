@@ -7,6 +7,7 @@ alternate between two `PlanSet`s, and a set is filled again only after the copie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,13 +18,14 @@ import torch
 
 from radixkv import _core
 from radixkv.attention import Options
-from radixkv.attention.flashinfer.kernels import preparing
+from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, preparing
 
-__all__ = ["IndexArrays", "PlanSet", "Planner", "Schedule", "StepArrays", "StepTensors", "Wrapper"]
+__all__ = ["IndexArrays", "Kind", "PlanSet", "Planner", "Schedule", "Scratch", "StepArrays", "StepTensors", "Wrapper"]
 
 _ALIGN = 4  # entries: every array begins at a multiple of 16 bytes
 _FIRST_FLOAT_BYTES = 1 << 20
 _FIRST_INT_BYTES = 1 << 18
+_TENSOR_CORE_GROUP = 4  # query heads per key head from which tensor cores decode; CUDA cores take 1, 2 and 3
 
 
 class Schedule(NamedTuple):
@@ -108,15 +110,15 @@ class PlanSet:
     device: torch.device
     entries: int = 0
     """Size of the memory. While no more is asked for, the same calls give arrays at the same places."""
-    wrappers: dict[bool, list[Wrapper]] = field(default_factory=lambda: {False: [], True: []})
-    """By whether they are decode wrappers. A step takes one for each combination of options its layers use."""
+    wrappers: dict[tuple[Planner, bool], list[Wrapper]] = field(default_factory=dict)
+    """By who plans them and whether they are for decode. A step takes one for each combination of options."""
 
     def __post_init__(self) -> None:
         cuda = self.device.type == "cuda"
         self._copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._pinned = cuda
         self._allocate(self.entries)
-        self.taken = {False: 0, True: 0}
+        self.taken: Counter[tuple[Planner, bool]] = Counter()
 
     def _allocate(self, entries: int) -> None:
         self._host = torch.empty(entries, dtype=torch.int32, pin_memory=self._pinned and entries > 0)
@@ -127,7 +129,7 @@ class PlanSet:
         """Begin a step, once the copies that the last one queued have been made."""
         if self._copied is not None:
             self._copied.synchronize()
-        self.taken = {False: 0, True: 0}
+        self.taken.clear()
         self._used = 0
 
     def copy_step(self, table: _core.Table) -> StepArrays:
@@ -172,51 +174,73 @@ class PlanSet:
             self._copied.record(torch.cuda.current_stream(self.device))
 
 
+class Scratch:
+    """The memory in which running kernels keep what they split: one for all wrappers, as one kernel runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.empty(_FIRST_FLOAT_BYTES, dtype=torch.uint8, device=device)
+
+    def grow(self, num_bytes: int) -> None:
+        """Have a buffer of this size or more. Wrappers keep the one that they were given."""
+        if num_bytes > len(self.buffer):
+            self.buffer = torch.empty(_power_of_two(num_bytes), dtype=torch.uint8, device=self.buffer.device)
+
+
+class Kind(NamedTuple):
+    """What FlashInfer plans for. Layers that are equal in this share wrappers, whatever their options and scales."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    stored: torch.dtype
+    """Of the pages."""
+
+
 class Planner:
-    """Makes wrappers for one geometry, plans them, and gives them workspaces as large as their plans ask for.
+    """Makes wrappers for one kind of layers, plans them, and gives them workspaces as large as their plans ask for.
 
     Args:
-        api: the module flashinfer. backend: "fa2" or "auto". heads: query heads, key heads, head_dim.
-        dtype, kv_dtype: of q and out, and of the caches. tensor_cores: whether decode uses them.
+        api: the module flashinfer. scratch: of all planners. backend: "fa2" or "auto". dtype: of q and out.
     """
 
     def __init__(
-        self,
-        api: Any,
-        *,
-        backend: str,
-        device: torch.device,
-        heads: tuple[int, int, int],
-        page_size: int,
-        dtype: torch.dtype,
-        kv_dtype: torch.dtype,
-        tensor_cores: bool,
+        self, api: Any, scratch: Scratch, kind: Kind, *, backend: str, page_size: int, dtype: torch.dtype
     ) -> None:
         self.api = api
-        self.tensor_cores = tensor_cores
+        self.kind = kind
+        self.eight_bit = kind.stored != dtype
+        self.common = kind.head_dim in COMMON_HEAD_DIMS
+        """Whether there are kernels that append and merge."""
+        large_group = kind.num_qo_heads // kind.num_kv_heads >= _TENSOR_CORE_GROUP
+        self.tensor_cores = large_group or self.eight_bit or not self.common
+        """Whether decode uses them."""
+        self._scratch = scratch
         self._backend = backend
-        self._device = device
-        self._sizes = (*heads, page_size)
-        self._dtypes = {"q_data_type": dtype, "kv_data_type": kv_dtype, "o_data_type": dtype}
-        eight_bit = " over 8-bit K and V" if kv_dtype != dtype else ""
-        self.suffix = f"kernels for {str(dtype).removeprefix('torch.')}{eight_bit}, head_dim {heads[2]}"
+        self._sizes = (*kind[:3], page_size)
+        self._dtypes = {"q_data_type": dtype, "kv_data_type": kind.stored, "o_data_type": dtype}
+        eight_bit = " over 8-bit K and V" if self.eight_bit else ""
+        self.suffix = f"kernels for {str(dtype).removeprefix('torch.')}{eight_bit}, head_dim {kind.head_dim}"
         """Ends the name of every kernel in what `preparing` says."""
-        self._float_workspace = torch.empty(_FIRST_FLOAT_BYTES, dtype=torch.uint8, device=device)
+
+    def shapes(self, rows: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Of q and of k."""
+        num_qo_heads, num_kv_heads, head_dim, _ = self.kind
+        return (rows, num_qo_heads, head_dim), (rows, num_kv_heads, head_dim)
 
     def take(self, plans: PlanSet, decode: bool, schedule: Schedule, options: Options, causal: bool = True) -> Wrapper:
         """A wrapper of this set that the step does not use yet, planned."""
-        wrappers, number = plans.wrappers[decode], plans.taken[decode]
+        wrappers, number = plans.wrappers.setdefault((self, decode), []), plans.taken[self, decode]
         if number == len(wrappers):
             wrappers.append(self._new_wrapper(decode))
         self.plan(wrappers[number], schedule, options, causal)
-        plans.taken[decode] += 1
+        plans.taken[self, decode] += 1
         plans.copies_queued()
         return wrappers[number]
 
     def new_graph_wrapper(self, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, last: torch.Tensor) -> Wrapper:
         """A decode wrapper whose kernels read these arrays of the device and nothing else that moves."""
         handle = self.api.BatchDecodeWithPagedKVCacheWrapper(
-            self._float_workspace,
+            self._scratch.buffer,
             "NHD",
             use_cuda_graph=True,
             use_tensor_cores=self.tensor_cores,
@@ -225,7 +249,7 @@ class Planner:
             paged_kv_last_page_len_buffer=last,
             backend=self._backend,
         )
-        return Wrapper(handle, True, self._float_workspace)
+        return Wrapper(handle, True, self._scratch.buffer)
 
     def plan(self, wrapper: Wrapper, schedule: Schedule, options: Options, causal: bool = True) -> None:
         """Plan a wrapper; causal: whether rows see their own position and what is before it, or all keys."""
@@ -246,11 +270,11 @@ class Planner:
     def _new_wrapper(self, decode: bool) -> Wrapper:
         if decode:
             handle = self.api.BatchDecodeWithPagedKVCacheWrapper(
-                self._float_workspace, "NHD", use_tensor_cores=self.tensor_cores, backend=self._backend
+                self._scratch.buffer, "NHD", use_tensor_cores=self.tensor_cores, backend=self._backend
             )
         else:
-            handle = self.api.BatchPrefillWithPagedKVCacheWrapper(self._float_workspace, "NHD", backend=self._backend)
-        return Wrapper(handle, decode, self._float_workspace)
+            handle = self.api.BatchPrefillWithPagedKVCacheWrapper(self._scratch.buffer, "NHD", backend=self._backend)
+        return Wrapper(handle, decode, self._scratch.buffer)
 
     def _arguments(
         self, decode: bool, schedule: Schedule, options: Options, causal: bool
@@ -270,12 +294,11 @@ class Planner:
         float_bytes, int_bytes = wrapper.handle.workspace_size(*arguments, **keywords)
         if float_bytes <= len(wrapper.float_workspace) and int_bytes <= wrapper.int_bytes:
             return False
-        if float_bytes > len(self._float_workspace):
-            self._float_workspace = torch.empty(_power_of_two(float_bytes), dtype=torch.uint8, device=self._device)
-        wrapper.float_workspace = self._float_workspace
+        self._scratch.grow(float_bytes)
+        wrapper.float_workspace = self._scratch.buffer
         wrapper.int_bytes = max(_power_of_two(int_bytes), wrapper.int_bytes, _FIRST_INT_BYTES)
-        int_workspace = torch.empty(wrapper.int_bytes, dtype=torch.uint8, device=self._device)
-        wrapper.handle.reset_workspace_buffer(self._float_workspace, int_workspace)
+        int_workspace = torch.empty(wrapper.int_bytes, dtype=torch.uint8, device=wrapper.float_workspace.device)
+        wrapper.handle.reset_workspace_buffer(wrapper.float_workspace, int_workspace)
         return True
 
 
