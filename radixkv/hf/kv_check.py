@@ -117,6 +117,18 @@ class _Search:
         layers = range(len(self.shape.layers))
         for name in self.ladder[1:]:
             self.measure([name for _ in layers])
+        self.measure(["16 bit" for _ in layers])
+        cheapest = self.measure([self.ladder[-1] for _ in layers])
+        if 0 < self.max_kl < cheapest.loss.kl_mean:
+            self.mix()
+        fits = [t for t in self.tried.values() if t.loss.kl_mean <= self.max_kl]
+        chosen = min(fits, key=lambda t: (t.token_bytes, t.loss.kl_mean))
+        tried = sorted(self.tried.values(), key=lambda t: t.token_bytes)
+        return KvCheck(self.plan(chosen), chosen, self.bytes_of(["16 bit" for _ in layers]), tried, self.profiles)
+
+    def mix(self) -> None:
+        """Measure plans of several formats, by halving, until two neighbours lie on both sides of the bound."""
+        layers = range(len(self.shape.layers))
         alone = [{name: self.alone(i, name) for name in self.ladder[1:]} | {"16 bit": 0.0} for i in layers]
         plans = self.steps(alone)
         low, high = 0, len(plans) - 1  # the last is 16 bits everywhere
@@ -127,10 +139,6 @@ class _Search:
             else:
                 low = middle + 1
         self.measure(plans[low])
-        fits = [t for t in self.tried.values() if t.loss.kl_mean <= self.max_kl]
-        chosen = min(fits, key=lambda t: (t.token_bytes, t.loss.kl_mean))
-        tried = sorted(self.tried.values(), key=lambda t: t.token_bytes)
-        return KvCheck(self.plan(chosen), chosen, self.bytes_of(["16 bit" for _ in layers]), tried, self.profiles)
 
     def steps(self, alone: list[dict[str, float]]) -> list[list[str]]:
         """Plans from all layers in the cheapest format to none, each by the step up that gains most for its bytes."""

@@ -13,7 +13,7 @@ import radixkv.attention.flashinfer.kernels
 from radixkv.attention import PageTable, check_device
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.errors import BackendUnavailable, InvalidArgument
-from radixkv.formats import LayerFormat, RowFormat
+from radixkv.formats import FORMATS, LayerFormat, RowFormat
 from radixkv.pool import KVPool
 from radixkv.shape import LayerShape
 from tests.attention.cascade_helpers import ALL
@@ -244,7 +244,9 @@ E4M3, HALF = RowFormat("float8_e4m3fn"), RowFormat("float16")
     [
         (LayerShape(6, 2, 64, 128), LayerFormat(HALF, HALF), "layer 1 has keys of 64 and values of 128 dimensions"),
         (LayerShape(6, 2, 80), LayerFormat(HALF, HALF), "layer 1: head_dim is 80: "),
-        (LayerShape(6, 2, 64), LayerFormat(E4M3, HALF), "layer 1 stores K as .*float8_e4m3fn.* and V as .*float16.*: "),
+        (LayerShape(6, 2, 64), LayerFormat(E4M3, HALF), "layer 1 stores K as float8_e4m3fn, V as float16: "),
+        *((LayerShape(6, 2, 64), FORMATS[name], f"layer 1 stores {name}: ") for name in ("int8", "k8v4", "int4")),
+        (LayerShape(6, 2, 64), LayerFormat(E4M3, E4M3, (0.0,) * 128), "layer 1 stores fp8, keys with a centre: "),
     ],
 )
 def test_a_layer_among_others_that_flashinfer_cannot_take(shape: LayerShape, stored: LayerFormat, message: str) -> None:

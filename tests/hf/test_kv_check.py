@@ -111,7 +111,8 @@ def test_a_plan_is_kept_in_a_file_and_fits_its_model_alone(tmp_path):
     engine = engine_for(model, num_pages=32, kv_format=KvPlan.load(path))
     assert [kv.format for kv in engine.pool.layers] == list(plan.formats)
     with Generator(model, engine) as generator:
-        assert len(generator.generate([TOKENS[:40]], max_new_tokens=4)[0]) == 4
+        generator.submit(TOKENS[:40], max_new_tokens=4)
+        generator.run()
     k, _ = engine.attention.stored(0)
     assert (k.rows > 0, k.unusual) == (True, 0), "the text that it was measured on"
     with pytest.raises(InvalidArgument, match="the plan is for 3 layers, the model has"):
@@ -162,7 +163,8 @@ def test_an_audit_says_what_an_engines_formats_lose():
     for name in (None, "int8", "int4"):
         engine = engine_for(model, num_pages=32, kv_format=name)
         with Generator(model, engine) as generator:
-            generator.generate([TOKENS[:100]], max_new_tokens=1)
+            generator.submit(TOKENS[:100], max_new_tokens=1)
+            generator.run()
         with engine.acquire(TOKENS[:100]) as lease:
             losses[name] = audit(model, engine, lease)
     with engine.acquire([1, 2, 3]) as lease, pytest.raises(InvalidArgument, match="the lease has 0 written tokens"):
@@ -183,7 +185,9 @@ def test_a_model_answers_alike_in_8_bits_on_a_hit_a_miss_and_in_company():
                 engine = engine_for(model, num_pages=64, page_size=4, kv_format=name)
                 with Generator(model, engine) as generator:
                     for _ in range(2):
-                        answers.append(generator.generate([TOKENS[:60], *company], max_new_tokens=8)[0])
+                        requests = [generator.submit(prompt, max_new_tokens=8) for prompt in (TOKENS[:60], *company)]
+                        generator.run()
+                        answers.append(requests[0].tokens)
             assert len({tuple(answer) for answer in answers}) == 1, (dtype, name)
 
 
