@@ -10,7 +10,7 @@ enum class DType : std::uint8_t { f32, bf16, f16, f8 };
 
 constexpr std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f8 ? 1 : 2; }
 
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 576;  // that of a latent key of DeepSeek: 512 + 64
 
 // A layer's keys or its values: rows of `dim` elements for every page, slot and kv head. Strides are in bytes; a page is
 // one run of memory. What is stored times `scale` is the value; it is 1 but for 8 bits.

@@ -140,7 +140,8 @@ void AttentionPlan::run(std::size_t layer, const Rows& q, void* out, const Optio
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
   const Schedule& schedule = schedules_[schedule_of_layer_[layer]];
-  const Options scaled{options.sm_scale * kv.k.scale, options.window_left, options.logits_soft_cap};
+  Options scaled = options;
+  scaled.sm_scale *= kv.k.scale;
   const Batch batch{
       kv, dtype_, table_.view(), scaled, q, out, carried_rows_.rows.data(), carried_rows_.positions.data()};
   reserve(schedule);

@@ -24,8 +24,6 @@ MISSING = "needs a package that is not installed here"
 REASONS = {
     "state between tokens": r"layers of type .*(linear_attention|conv|hybrid|mamba)|keeps recurrent",
     "sparse attention": r"layers of type .*(indexed|compressed|reference|sparse)",
-    "attention in chunks": r"layers of type chunked_attention|attends in chunks",
-    "attention sinks": r"passes '(s_aux|sinks)'",
     "more or fewer than one attention a layer": r"every layer must attend exactly once",
     "own attention code": r"does not look its attention up",
     "encoder-decoder": r"is an encoder-decoder model",
