@@ -61,7 +61,10 @@ class Counts:
 
 def page_keys(request: TraceRequest) -> list[int]:
     """For each full page of input and output a number that stands for it and all before it."""
-    data = request.tokens_in.tobytes() + request.tokens_out.tobytes()
+    known, blocks = request.tokens_in, request.blocks
+    if blocks is not None:  # no output, and of the last block no more is known than that nobody shares it
+        known = known[: len(known) // blocks.unit * blocks.unit]
+    data = known.tobytes() + request.tokens_out.tobytes()
     size, key, keys = 4 * PAGE, 0, []
     for start in range(0, len(data) - size + 1, size):
         key = hash((key, data[start : start + size]))

@@ -141,6 +141,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "inkling2_loop": {"vision_config": {"text_hidden_size": HIDDEN}},
     "gemma3n_text, K and V shared": SHARED,
     "gemma4_text, K and V shared": {**SHARED, "use_double_wide_mlp": True},
+    "kosmos-2.5": {"text_config": {"attention_heads": HEADS}},
     "lfm2, with convolutions": {"layer_types": ["conv", "full_attention"]},
     "llama4": {"text_config": CHUNKED},
     "llama4_text": CHUNKED,
