@@ -11,6 +11,7 @@ from radixkv import _core
 from radixkv.attention import Options
 from radixkv.attention.checks import layer_at
 from radixkv.cache import Lease
+from radixkv.content import FIRST_CONTENT_TOKEN
 from radixkv.errors import InvalidArgument, LeaseError
 
 if TYPE_CHECKING:
@@ -93,6 +94,14 @@ class Step(_core.Step):
         graph.replay()
         for layer in range(len(self._engine.layers)):
             self._attended(layer)
+
+    @property
+    def content_rows(self) -> torch.Tensor:
+        """int64, the rows whose tokens are of `radixkv.content_tokens`: the model needs your embeddings there.
+
+        `positions` and `last_rows` say of which lease each is, and which of its content's rows.
+        """
+        return (self.input_ids >= FIRST_CONTENT_TOKEN).nonzero().flatten()
 
     @property
     def plan(self) -> CascadePlan:

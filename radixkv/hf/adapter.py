@@ -184,19 +184,20 @@ def engine_attention(model: PreTrainedModel) -> Iterator[None]:
             _text_part(model).set_attn_implementation(before)
 
 
-def forward(model: PreTrainedModel, step: Step) -> torch.Tensor:
+def forward(model: PreTrainedModel, step: Step, *, embeds: torch.Tensor | None = None) -> torch.Tensor:
     """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
 
+    `embeds`, `[rows, hidden]`, is what the model is given in place of the step's tokens, where some stand for pictures.
     Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
     (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
     """
     attach(model)
     keep = {"logits_to_keep": step.last_rows} if _keeps_logits(model.__class__.forward) else {}
     more = keep | position_arguments(model, step.positions)
+    rows = {"input_ids": step.input_ids} if embeds is None else {"inputs_embeds": embeds}
+    rows["position_ids"] = step.positions
     with running(step_for(model, step)):
-        logits = model(
-            input_ids=step.input_ids.unsqueeze(0), position_ids=step.positions.unsqueeze(0), use_cache=False, **more
-        ).logits[0]
+        logits = model(**{name: x.unsqueeze(0) for name, x in rows.items()}, use_cache=False, **more).logits[0]
     return cast("torch.Tensor", logits if keep else logits[step.last_rows])
 
 

@@ -101,6 +101,8 @@ def stored_layers(config: Any) -> list[int] | None:
     for mode, layer_type in zip(modes, config.layer_types, strict=True):
         if mode != "reuse":
             last_of[layer_type] = 1 + max(found, default=-1)
+        elif layer_type not in last_of:  # of another model, whose assistant this one is
+            return None
         found.append(last_of[layer_type])
     return found
 
