@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 
 from radixkv.attention import Options
 from radixkv.errors import InvalidArgument
@@ -282,6 +282,8 @@ def probe(model: PreTrainedModel) -> AttentionShape:
         raise InvalidArgument(f"{name} has layers in {sorted(map(str, dtypes))}: an engine computes in one dtype")
     layers = tuple(seen.shapes.values())
     _check_rows(model, seen, swapped)
+    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        _check_first_position(model, seen, _observe(model, [one, two], None))
     _check_windows(model, seen)
     lookbacks = [options.lookback for options in seen.options]
     return AttentionShape(layers, dtypes.pop(), -1 if -1 in lookbacks else max(lookbacks))
@@ -297,6 +299,10 @@ class _Probe:
         self.written: list[torch.Tensor] = []
         self.options: list[Options] = []
         self.logits = torch.empty(0)
+
+    @property
+    def all_rows(self) -> list[torch.Tensor]:
+        return [*self.queries, *self.written, self.logits]
 
     def attend(
         self,
@@ -328,14 +334,16 @@ def _two_words(model: PreTrainedModel) -> tuple[int, int]:
     return next(words), next(words)
 
 
-def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int]) -> _Probe:
-    """What the attention layers of `model` are given in one forward pass, and its logits."""
-    seen = _Probe()
+def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int] | None) -> _Probe:
+    """What the attention layers of `model` are given in one forward pass, and its logits. None: it counts itself."""
+    seen, more = _Probe(), {}
     with engine_attention(model), running(step_for(model, seen)), torch.inference_mode():
-        rows = torch.tensor([[tokens], [positions]], device=model.device)
-        more = position_arguments(model, rows[1, 0])
+        rows = torch.tensor([tokens], device=model.device)
+        if positions is not None:
+            at = torch.tensor(positions, device=model.device)
+            more = {"position_ids": at[None], **position_arguments(model, at)}
         try:
-            seen.logits = model(input_ids=rows[0], position_ids=rows[1], use_cache=False, **more).logits[0]
+            seen.logits = model(input_ids=rows, use_cache=False, **more).logits[0]
         except InvalidArgument:
             raise
         except (AttributeError, TypeError, ValueError) as error:
@@ -354,16 +362,29 @@ def _check_rows(model: PreTrainedModel, seen: _Probe, swapped: _Probe) -> None:
     what comes before it may be in the cache. Positions counted from the place in the batch, convolutions over tokens
     and recurrent state break that. The same products of the same sizes run both times, so rounding is no excuse.
     """
-    tensors = ([*observed.queries, *observed.written, observed.logits] for observed in (seen, swapped))
-    for one, other in zip(*tensors, strict=True):
-        if (one.float() - other.float().flip(0)).norm() > 0.02 * one.float().norm():
-            name = type(model).__name__
-            if model.training:
-                raise InvalidArgument(f"{name} is in training mode, where dropout may change its answers: model.eval()")
-            raise InvalidArgument(
-                f"{name} computes other rows when their order changes: it counts positions itself or keeps state "
-                "between tokens, so a row does not follow from its token, its position and the pages alone"
-            )
+    if _differ(seen, [rows.flip(0) for rows in swapped.all_rows]):
+        name = type(model).__name__
+        if model.training:
+            raise InvalidArgument(f"{name} is in training mode, where dropout may change its answers: model.eval()")
+        raise InvalidArgument(
+            f"{name} computes other rows when their order changes: it counts positions itself or keeps state "
+            "between tokens, so a row does not follow from its token, its position and the pages alone"
+        )
+
+
+def _check_first_position(model: PreTrainedModel, seen: _Probe, uncounted: _Probe) -> None:
+    """Refuse a model that counts from elsewhere than 0 where nobody tells it positions, as its `generate` may not."""
+    if _differ(seen, uncounted.all_rows):
+        raise InvalidArgument(
+            f"{type(model).__name__} computes other rows at positions 0 and 1 than without position_ids: its own "
+            "generate() counts positions in another way"
+        )
+
+
+def _differ(seen: _Probe, others: list[torch.Tensor]) -> bool:
+    """Whether any rows are further apart than rounding puts them."""
+    pairs = zip(seen.all_rows, others, strict=True)
+    return any(bool((one.float() - other.float()).norm() > 0.02 * one.float().norm()) for one, other in pairs)
 
 
 def _check_windows(model: PreTrainedModel, seen: _Probe) -> None:

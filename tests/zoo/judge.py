@@ -30,6 +30,7 @@ REASONS = {
     "not causal": r"is not causal",
     "mask of its own": r"passes an attention mask",
     "positions or state by place in the batch": r"computes other rows when their order changes",
+    "positions counted from elsewhere": r"than without position_ids",
     "window not told to attention": r"tells its attention",
     "needs more than tokens": r"cannot run on tokens alone|has no single vocabulary",
     "head dimension": r"[kv]_dim is \d+",

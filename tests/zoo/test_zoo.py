@@ -35,6 +35,7 @@ BY_HAND = {
     "deepseek_v32": "sparse attention",
     "bloom": "own attention code",
     "bart": "positions or state by place in the batch",
+    "kosmos-2.5": "positions counted from elsewhere",
     "phimoe": "window not told to attention",
     "udop": "encoder-decoder",
     "paligemma": "not causal",
