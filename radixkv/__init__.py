@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from radixkv.cache import Fit, Lease, Pin, PrefixCache, Stats
+from radixkv.content import content_tokens
 from radixkv.errors import (
     BackendUnavailable,
     InvalidArgument,
@@ -50,6 +51,7 @@ __all__ = [
     "Stats",
     "Step",
     "TraceError",
+    "content_tokens",
 ]
 
 

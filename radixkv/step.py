@@ -11,6 +11,7 @@ from radixkv import _core
 from radixkv.attention import Options
 from radixkv.attention.checks import layer_at
 from radixkv.cache import Lease
+from radixkv.content import FIRST_CONTENT_TOKEN
 from radixkv.errors import InvalidArgument, LeaseError
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ class Step(_core.Step):
             self._attended(layer)
 
     @property
+    def content_rows(self) -> torch.Tensor:
+        """int64, the rows whose tokens are of `radixkv.content_tokens`: the model needs your embeddings there.
+
+        `positions` and `last_rows` say of which lease each is, and which of its content's rows.
+        """
+        return (self.input_ids >= FIRST_CONTENT_TOKEN).nonzero().flatten()
+
+    @property
     def plan(self) -> CascadePlan:
         """What the leases of this step share and what is made of it: ``print(step.plan.explain())``.
 
@@ -113,17 +122,22 @@ class Step(_core.Step):
         self,
         layer: int,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         *,
         sm_scale: float | None = None,
         window_left: int = -1,
         logits_soft_cap: float = 0.0,
+        attention_chunk: int = 0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes k and v of the rows into their pages, then attends causally to everything up to each row.
 
+        Without k and v it attends to what this step has written to the layer already: a model whose layers share the
+        K and V of another needs one layer of the engine for all of them.
+
         Args:
-            layer: 0 to num_layers - 1; each must be attended once before the step is left.
+            layer: 0 to num_layers - 1; each must be given k and v once before the step is left.
             q: [rows, num_qo_heads, k_dim]; k: [rows, num_kv_heads, k_dim]; v: [rows, num_kv_heads, v_dim]; of the
                 engine's dtype, rotary embedding applied, last dimension contiguous (other strides are free: no copy is
                 made).
@@ -131,23 +145,42 @@ class Step(_core.Step):
             window_left: a query sees at most this many keys before its own; -1: all, which no lease that dropped pages
                 allows.
             logits_soft_cap: c > 0 turns a scaled logit x into c * tanh(x / c).
+            attention_chunk: n > 0 hides from a query at position p the keys before p // n * n (Llama 4).
+            sinks: float32 [num_qo_heads], contiguous: a logit for each head that takes part in its softmax and has no
+                value (gpt-oss).
 
         Returns:
             [rows, num_qo_heads, v_dim], contiguous, of the engine's dtype.
 
         Raises:
-            InvalidArgument: a shape, dtype, stride or window that does not fit. LeaseError: the step is not open.
+            InvalidArgument: a shape, dtype, stride or window that does not fit, or no k and v for a layer that has
+                none of this step. LeaseError: the step is not open.
         """
         if not self.is_open:
             raise LeaseError("the step is not open: attend inside `with engine.step(leases) as step`")
         engine = self._engine
         shape = layer_at(engine.pool.layers, layer).shape
-        self._check_window(window_left)
+        options = Options(sm_scale, window_left, logits_soft_cap, attention_chunk)
+        self._check_window(options.lookback)
+        if k is None or v is None:
+            self._check_written(layer, k, v)
         out = torch.empty((self._rows, shape.num_qo_heads, shape.v_dim), dtype=engine.dtype, device=engine.device)
-        engine.attention.append(layer, k, v)
-        engine.attention.run(layer, q, out, Options(sm_scale, window_left, logits_soft_cap))
+        if k is not None and v is not None:
+            engine.attention.append(layer, k, v)
+        engine.attention.run(layer, q, out, options, sinks)
         self._attended(layer)
         return out
+
+    def _check_written(self, layer: int, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
+        """Raise unless neither k nor v is given and this step has written the layer."""
+        if k is not None or v is not None:
+            raise InvalidArgument(
+                f"layer {layer} is given {'v' if k is None else 'k'} alone: give both k and v, or none"
+            )
+        if not self._has_attended(layer):
+            raise InvalidArgument(
+                f"layer {layer} is given no k and v, but this step has written none to it: attend it with k and v first"
+            )
 
     def _check_window(self, window_left: int) -> None:
         """Raise if rows would look at dropped pages."""

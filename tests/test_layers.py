@@ -28,7 +28,7 @@ LAYERS = [
     {"cache", "journal"},
     {"_core"},
     {"formats"},
-    {"shape", "memory"},
+    {"shape", "memory", "content"},
     {"errors"},
 ]
 

@@ -30,6 +30,9 @@ struct Options {
   float sm_scale;
   std::int32_t window_left = -1;  // keys seen before the query's own; -1: all
   float logits_soft_cap = 0.0f;   // 0: off; else cap * tanh(logit / cap)
+  // 0: off; else positions are cut at multiples of this, and a query sees no key before the last cut.
+  std::int32_t attention_chunk = 0;
+  const float* sinks = nullptr;  // [num_qo_heads], or none: a logit in each head's denominator, with no value
 };
 
 // Rows of q, k or v: [rows, heads, dim], the last dimension contiguous, strides in elements.
@@ -106,7 +109,7 @@ struct Kernel {
   // Merges the state of a later chunk into the state of the chunks before it: `heads` heads of `vectors` each.
   void (*merge)(std::int64_t heads, std::int64_t vectors, std::int64_t v_dim, const RowState& later,
                 const RowState& state);
-  // Writes acc / sum, rotated back and scaled, to the block's rows of batch.out.
+  // Writes acc / (sum + sink), rotated back and scaled, to the block's rows of batch.out.
   void (*finish)(const Batch& batch, const Block& block, const RowState& state);
   // Stores a row x of one head, of `dtype`, in the format of `to`, whose row and its scale begin at `row` and `scale`.
   // centre: the head's, or null. Measures the error if `sampled`.

@@ -16,7 +16,8 @@ constexpr std::int64_t row_bytes(DType dtype, std::int64_t dim) {
 constexpr std::int64_t kScaleBytes = 2;  // of a row's scale: bf16
 constexpr bool has_row_scales(DType dtype) { return dtype == DType::i8 || dtype == DType::i4; }
 
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxCodesDim = 512;  // sums of products of integers fit 32 bits: 32767 * 127 * 512
+constexpr int kMaxHeadDim = 576;   // that of a latent key of DeepSeek: 512 + 64
 
 // Elements that a Hadamard rotation mixes: rows are rotated block by block.
 constexpr std::int32_t rotation_size(std::int32_t dim) { return dim & -dim; }

@@ -18,6 +18,9 @@ void check_cache(const std::string& who, const Cache& cache, DType dtype) {
   if (cache.dtype == DType::i4 && cache.dim % 16 != 0) {
     invalid(who + " is " + str(cache.dim) + ": rows of int4 need a multiple of 16");
   }
+  if (has_row_scales(cache.dtype) && cache.dim > kMaxCodesDim) {
+    invalid(who + " is " + str(cache.dim) + ": rows of int8 and int4 have at most " + str(kMaxCodesDim));
+  }
   const bool quantized = cache.dtype == DType::f8 || has_row_scales(cache.dtype);
   if (cache.dtype != dtype && !quantized) {
     invalid(who + " is stored neither in the dtype of k and v nor as float8_e4m3fn, int8 or int4");
@@ -165,7 +168,8 @@ void AttentionPlan::run(std::size_t layer, const Rows& q, void* out, const Optio
   const std::lock_guard lock(mutex_);
   const PageLists::Use use(*table_.lists);
   const Schedule& schedule = schedules_[schedule_of_layer_[layer]];
-  const Options scaled{options.sm_scale * kv.k.product_scale(), options.window_left, options.logits_soft_cap};
+  Options scaled = options;
+  scaled.sm_scale *= kv.k.product_scale();
   const Batch batch{
       kv, dtype_, table_.view(), scaled, q, out, carried_rows_.rows.data(), carried_rows_.positions.data()};
   reserve(schedule);

@@ -80,10 +80,11 @@ class Plan {
   }
 
   void run(std::size_t layer, std::uintptr_t q, std::int64_t q_row, std::int64_t q_head, std::uintptr_t out,
-           float sm_scale, std::int32_t window_left, float logits_soft_cap) {
+           float sm_scale, std::int32_t window_left, float logits_soft_cap, std::int32_t attention_chunk,
+           std::uintptr_t sinks) {
     const nb::gil_scoped_release release;
     plan_.run(layer, rows_of(q, q_row, q_head), reinterpret_cast<void*>(out),
-              Options{sm_scale, window_left, logits_soft_cap});
+              Options{sm_scale, window_left, logits_soft_cap, attention_chunk, reinterpret_cast<const float*>(sinks)});
   }
 
   std::pair<attention::RowCounts, attention::RowCounts> counts(std::size_t layer) {

@@ -93,6 +93,7 @@ class PyStep {
   }
 
   void attended(std::int64_t layer) { attended_.at(layer) = true; }
+  bool has_attended(std::int64_t layer) const { return attended_.at(layer); }
   bool open() const { return open_; }
   std::size_t num_leases() const { return nb::len(leases_); }
   nb::handle table() const { return table_; }
@@ -214,6 +215,7 @@ void bind_step(nb::module_& m) {
       .def_prop_ro("num_leases", &PyStep::num_leases)
       .def(
           "_prepare", [](PyStep&) {}, "What a subclass does on entering, once the page table is assembled.")
+      .def("_has_attended", &PyStep::has_attended, "layer"_a)
       .def("_attended", &PyStep::attended, "layer"_a, "Note that this layer's K and V are written.")
       .def("__enter__",
            [](PyStep& s) {

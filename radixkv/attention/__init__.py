@@ -37,6 +37,16 @@ class Options(NamedTuple):
     """How many keys before its own a query sees; -1: all."""
     logits_soft_cap: float = 0.0
     """0: none; else scaled logits x become cap * tanh(x / cap)."""
+    attention_chunk: int = 0
+    """0: none; else positions are cut at its multiples, and a query sees no key before the last cut."""
+
+    @property
+    def lookback(self) -> int:
+        """How many keys before its own a query sees at most; -1: all."""
+        if not self.attention_chunk:
+            return self.window_left
+        in_chunk = self.attention_chunk - 1
+        return in_chunk if self.window_left < 0 else min(self.window_left, in_chunk)
 
 
 class PageTable(NamedTuple):
@@ -130,8 +140,13 @@ class Attention(Protocol):
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of the layer's pages."""
 
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = ...) -> None:
-        """Attend q [rows, num_qo_heads, k_dim] to the layer's pages; out: [rows, num_qo_heads, v_dim], contiguous."""
+    def run(
+        self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = ..., sinks: torch.Tensor | None = None
+    ) -> None:
+        """Attend q [rows, num_qo_heads, k_dim] to the layer's pages; out: [rows, num_qo_heads, v_dim], contiguous.
+
+        sinks: float32 [num_qo_heads], contiguous: a logit for each head, part of its softmax, without a value.
+        """
 
 
 def check_device(device: torch.device, *, cuda_graphs: bool = False) -> None:

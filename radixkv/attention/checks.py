@@ -13,7 +13,7 @@ from radixkv import _core
 from radixkv.attention import Options, PageTable
 from radixkv.errors import InvalidArgument
 
-__all__ = ["check_int32", "check_options", "check_rows", "check_threads", "core_table", "layer_at"]
+__all__ = ["check_int32", "check_options", "check_rows", "check_sinks", "check_threads", "core_table", "layer_at"]
 
 _INT32 = np.dtype(np.int32)
 _Layer = TypeVar("_Layer")
@@ -42,9 +42,11 @@ def check_threads(num_threads: object) -> None:
 
 def check_options(options: Options) -> None:
     """Raise unless run() can be given these."""
-    sm_scale, window_left, logits_soft_cap = options
+    sm_scale, window_left, logits_soft_cap, attention_chunk = options
     if not -1 <= window_left <= 2**31 - 1:
         raise InvalidArgument(f"window_left is {window_left}: use -1 for no window, else 0 or more keys")
+    if not 0 <= attention_chunk <= 2**31 - 1:
+        raise InvalidArgument(f"attention_chunk is {attention_chunk}: use 0 for none, else 1 or more keys")
     if not logits_soft_cap >= 0.0:
         raise InvalidArgument(f"logits_soft_cap is {logits_soft_cap}: use 0 for none, else a positive cap")
     if sm_scale is not None and not math.isfinite(sm_scale):
@@ -67,6 +69,17 @@ def check_rows(
         raise InvalidArgument(f"{name} has strides {tensor.stride()}: the last must be 1, pass {name}.contiguous()")
     if name == "out" and not tensor.is_contiguous():
         raise InvalidArgument(f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})")
+
+
+def check_sinks(sinks: torch.Tensor, num_qo_heads: int, device: torch.device) -> None:
+    """Raise unless these are a logit for each query head."""
+    if tuple(sinks.shape) != (num_qo_heads,) or sinks.dtype != torch.float32 or not sinks.is_contiguous():
+        raise InvalidArgument(
+            f"sinks are {tuple(sinks.shape)} in {sinks.dtype} with strides {sinks.stride()}: pass a contiguous float32 "
+            f"tensor [{num_qo_heads}], a logit for each query head"
+        )
+    if sinks.device != device:
+        raise InvalidArgument(f"sinks are on {sinks.device}: move them to {device}, where the pool is")
 
 
 def core_table(table: PageTable | _core.Table, num_pages: int, page_size: int) -> _core.Table:

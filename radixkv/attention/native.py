@@ -14,7 +14,7 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs, StoredRows
 from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan
-from radixkv.attention.checks import check_options, check_rows, check_threads, core_table, layer_at
+from radixkv.attention.checks import check_options, check_rows, check_sinks, check_threads, core_table, layer_at
 from radixkv.errors import InvalidArgument
 from radixkv.pool import LayerKV
 
@@ -34,7 +34,7 @@ class NativeAttention:
     Keys that several requests share are read once for all of them where `cascade` says that it pays (`cascade.OFF`:
     never); it changes the time, not a bit of the result.
     One call runs at a time. Raises `InvalidArgument` for what the kernels do not take: dimensions that are no multiple
-    of 8 or above 256, an isa this machine lacks, num_pages * page_size of 2**31 or more.
+    of 8 or above 576, an isa this machine lacks, num_pages * page_size of 2**31 or more.
     """
 
     view_unit = _core.CHUNK_KEYS  # tiles and chunks lie at absolute positions
@@ -128,7 +128,14 @@ class NativeAttention:
             check_rows("v", v, v_shape, dtype, _CPU)
         self._plan.append(layer, k.data_ptr(), k_stride[0], k_stride[1], v.data_ptr(), v_stride[0], v_stride[1])
 
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = _PLAIN) -> None:
+    def run(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        options: Options = _PLAIN,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         """Attend q to the layer's pages and write out."""
         shape, rows, dtype = layer_at(self._layers, layer).shape, self._rows, self._dtype
         q_shape, out_shape = (rows, shape.num_qo_heads, shape.k_dim), (rows, shape.num_qo_heads, shape.v_dim)
@@ -147,4 +154,7 @@ class NativeAttention:
             check_rows("out", out, out_shape, dtype, _CPU)
         check_options(options)
         sm_scale = shape.k_dim**-0.5 if options.sm_scale is None else options.sm_scale
-        self._plan.run(layer, q.data_ptr(), q_stride[0], q_stride[1], out.data_ptr(), sm_scale, *options[1:])
+        if sinks is not None:
+            check_sinks(sinks, shape.num_qo_heads, _CPU)
+        at = 0 if sinks is None else sinks.data_ptr()
+        self._plan.run(layer, q.data_ptr(), q_stride[0], q_stride[1], out.data_ptr(), sm_scale, *options[1:], at)

@@ -18,10 +18,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 
+from radixkv.attention import Options
 from radixkv.errors import InvalidArgument
-from radixkv.hf.config import check_config, length_limit, placeholder_tokens, sliding_windows, text_config
+from radixkv.hf.config import (
+    check_config,
+    length_limit,
+    placeholder_tokens,
+    sliding_windows,
+    stored_layers,
+    text_config,
+)
+from radixkv.hf.layers import position_arguments, step_for
 from radixkv.shape import LayerShape
 
 if TYPE_CHECKING:
@@ -47,8 +56,8 @@ __all__ = [
 ATTENTION = "radixkv"
 """The name in transformers' `AttentionInterface`. A name with flash, sdpa or flex in it would take other paths."""
 
-_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
-"""Arguments with which some models change the attention itself: attention sinks, biases, sparse selections."""
+_UNSUPPORTED = ("sinks", "position_bias", "indices", "block_indices")
+"""Arguments with which some models change the attention itself: sinks that differ by row, biases, sparse selections."""
 
 _STEP: ContextVar[Any] = ContextVar("radixkv_step", default=None)
 
@@ -84,6 +93,7 @@ def _attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function "radixkv".
@@ -103,6 +113,7 @@ def _attend(
         sm_scale=scaling,
         window_left=window_left,
         logits_soft_cap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
     )
     return out.unsqueeze(0), None
 
@@ -124,7 +135,9 @@ def _check_call(
         raise InvalidArgument(f"batch of {query.shape[0]}: pack the requests as one row of tokens, [1, rows]")
     for argument in _UNSUPPORTED:
         if kwargs.get(argument) is not None:
-            raise InvalidArgument(f"{name} passes {argument!r}: attention with sinks, biases or sparsity is not paged")
+            raise InvalidArgument(
+                f"{name} passes {argument!r}: attention with biases, sparsity or a sink for each row is not paged"
+            )
 
 
 AttentionInterface.register(ATTENTION, _attend)
@@ -172,20 +185,24 @@ def engine_attention(model: PreTrainedModel) -> Iterator[None]:
             _text_part(model).set_attn_implementation(before)
 
 
-def forward(model: PreTrainedModel, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
+def forward(
+    model: PreTrainedModel, step: Step, rows: torch.Tensor | None = None, *, embeds: torch.Tensor | None = None
+) -> torch.Tensor:
     """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
 
     Or of `rows`, int64 indices into the rows of the step: all of them where the tokens of each are to be judged.
+    `embeds`, `[rows, hidden]`, is what the model is given in place of the step's tokens, where some stand for pictures.
     Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
     (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
     """
     attach(model)
     rows = step.last_rows if rows is None else rows
     keep = {"logits_to_keep": rows} if _keeps_logits(model.__class__.forward) else {}
-    with running(step):
-        logits = model(
-            input_ids=step.input_ids.unsqueeze(0), position_ids=step.positions.unsqueeze(0), use_cache=False, **keep
-        ).logits[0]
+    more = keep | position_arguments(model, step.positions)
+    given = {"input_ids": step.input_ids} if embeds is None else {"inputs_embeds": embeds}
+    given["position_ids"] = step.positions
+    with running(step_for(model, step)):
+        logits = model(**{name: x.unsqueeze(0) for name, x in given.items()}, use_cache=False, **more).logits[0]
     return cast("torch.Tensor", logits if keep else logits[rows])
 
 
@@ -203,6 +220,7 @@ class AttentionShape:
     """What a model's attention layers were seen to do, and so what an engine for it must hold."""
 
     layers: tuple[LayerShape, ...]
+    """Those that store K and V of their own: layers that share another's need no layer of the engine."""
     dtype: torch.dtype
     window_left: int
     """How many keys before its own a row sees at most, in any layer; -1: all."""
@@ -251,27 +269,29 @@ def probe(model: PreTrainedModel) -> AttentionShape:
     The attention implementation is restored afterwards. Raises InvalidArgument for what cannot run on the engine:
     encoder-decoders, models that need more than tokens, models whose attention is not reached through
     `AttentionInterface`, models with recurrent or convolutional state or with positions of their own counting, layers
-    with linear, chunked or sparse attention, attention sinks, and windows that the layers do not tell the
-    engine.
+    with linear or sparse attention, and windows that the layers do not tell the engine.
     """
     check_config(model)
     name = type(model).__name__
     one, two = _two_words(model)
     seen, swapped = _observe(model, [one, two], [0, 1]), _observe(model, [two, one], [1, 0])
-    expected = int(text_config(model).num_hidden_layers)
-    if seen.layers != list(range(expected)):
+    config = text_config(model)
+    expected = stored_layers(config) or list(range(int(config.num_hidden_layers)))
+    if seen.layers != expected:
         raise InvalidArgument(
-            f"{name} has {expected} layers, but the engine's attention was called for layers {seen.layers}: every "
+            f"{name} has {len(expected)} layers, but the engine's attention was called for layers {seen.layers}: every "
             "layer must attend exactly once, in order"
         )
-    dtypes = {q.dtype for q, _, _ in seen.rows}
+    dtypes = {q.dtype for q in seen.queries}
     if len(dtypes) != 1:
         raise InvalidArgument(f"{name} has layers in {sorted(map(str, dtypes))}: an engine computes in one dtype")
-    layers = tuple(LayerShape(q.shape[1], k.shape[1], k.shape[2], v.shape[2]) for q, k, v in seen.rows)
+    layers = tuple(seen.shapes.values())
     _check_rows(model, seen, swapped)
+    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        _check_first_position(model, seen, _observe(model, [one, two], None))
     _check_windows(model, seen)
-    window_left = -1 if None in seen.windows else max(w for w in seen.windows if w is not None) - 1
-    return AttentionShape(layers, dtypes.pop(), window_left)
+    lookbacks = [options.lookback for options in seen.options]
+    return AttentionShape(layers, dtypes.pop(), -1 if -1 in lookbacks else max(lookbacks))
 
 
 class _Probe:
@@ -279,17 +299,34 @@ class _Probe:
 
     def __init__(self) -> None:
         self.layers: list[int] = []
-        self.rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self.windows: list[int | None] = []
+        self.shapes: dict[int, LayerShape] = {}
+        self.queries: list[torch.Tensor] = []
+        self.written: list[torch.Tensor] = []
+        self.options: list[Options] = []
         self.logits = torch.empty(0)
 
+    @property
+    def all_rows(self) -> list[torch.Tensor]:
+        return [*self.queries, *self.written, self.logits]
+
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window_left: int = -1, **options: object
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        *,
+        window_left: int = -1,
+        attention_chunk: int = 0,
+        **options: object,
     ) -> torch.Tensor:
+        if k is not None and v is not None:
+            self.shapes[layer] = LayerShape(q.shape[1], k.shape[1], k.shape[2], v.shape[2])
+            self.written += [k, v]
         self.layers.append(layer)
-        self.rows.append((q, k, v))
-        self.windows.append(window_left + 1 if window_left >= 0 else None)
-        return q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        self.queries.append(q)
+        self.options.append(Options(window_left=window_left, attention_chunk=attention_chunk))
+        return q.new_zeros(q.shape[0], q.shape[1], self.shapes[layer].v_dim)
 
 
 def _two_words(model: PreTrainedModel) -> tuple[int, int]:
@@ -302,13 +339,16 @@ def _two_words(model: PreTrainedModel) -> tuple[int, int]:
     return next(words), next(words)
 
 
-def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int]) -> _Probe:
-    """What the attention layers of `model` are given in one forward pass, and its logits."""
-    seen = _Probe()
-    with engine_attention(model), running(seen), torch.inference_mode():
-        rows = torch.tensor([[tokens], [positions]], device=model.device)
+def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int] | None) -> _Probe:
+    """What the attention layers of `model` are given in one forward pass, and its logits. None: it counts itself."""
+    seen, more = _Probe(), {}
+    with engine_attention(model), running(step_for(model, seen)), torch.inference_mode():
+        rows = torch.tensor([tokens], device=model.device)
+        if positions is not None:
+            at = torch.tensor(positions, device=model.device)
+            more = {"position_ids": at[None], **position_arguments(model, at)}
         try:
-            seen.logits = model(input_ids=rows[0], position_ids=rows[1], use_cache=False).logits[0]
+            seen.logits = model(input_ids=rows, use_cache=False, **more).logits[0]
         except InvalidArgument:
             raise
         except (AttributeError, TypeError, ValueError) as error:
@@ -327,22 +367,36 @@ def _check_rows(model: PreTrainedModel, seen: _Probe, swapped: _Probe) -> None:
     what comes before it may be in the cache. Positions counted from the place in the batch, convolutions over tokens
     and recurrent state break that. The same products of the same sizes run both times, so rounding is no excuse.
     """
-    tensors = ([t for rows in observed.rows for t in rows] + [observed.logits] for observed in (seen, swapped))
-    for one, other in zip(*tensors, strict=True):
-        if (one.float() - other.float().flip(0)).norm() > 0.02 * one.float().norm():
-            name = type(model).__name__
-            if model.training:
-                raise InvalidArgument(f"{name} is in training mode, where dropout may change its answers: model.eval()")
-            raise InvalidArgument(
-                f"{name} computes other rows when their order changes: it counts positions itself or keeps state "
-                "between tokens, so a row does not follow from its token, its position and the pages alone"
-            )
+    if _differ(seen, [rows.flip(0) for rows in swapped.all_rows]):
+        name = type(model).__name__
+        if model.training:
+            raise InvalidArgument(f"{name} is in training mode, where dropout may change its answers: model.eval()")
+        raise InvalidArgument(
+            f"{name} computes other rows when their order changes: it counts positions itself or keeps state "
+            "between tokens, so a row does not follow from its token, its position and the pages alone"
+        )
+
+
+def _check_first_position(model: PreTrainedModel, seen: _Probe, uncounted: _Probe) -> None:
+    """Refuse a model that counts from elsewhere than 0 where nobody tells it positions, as its `generate` may not."""
+    if _differ(seen, uncounted.all_rows):
+        raise InvalidArgument(
+            f"{type(model).__name__} computes other rows at positions 0 and 1 than without position_ids: its own "
+            "generate() counts positions in another way"
+        )
+
+
+def _differ(seen: _Probe, others: list[torch.Tensor]) -> bool:
+    """Whether any rows are further apart than rounding puts them."""
+    pairs = zip(seen.all_rows, others, strict=True)
+    return any(bool((one.float() - other.float()).norm() > 0.02 * one.float().norm()) for one, other in pairs)
 
 
 def _check_windows(model: PreTrainedModel, seen: _Probe) -> None:
     """Refuse layers with a window that lies in transformers' mask or cache only, which the engine does not see."""
     limit = length_limit(model)
-    for layer, (found, expected) in enumerate(zip(seen.windows, sliding_windows(model), strict=True)):
+    windows = (options.window_left + 1 if options.window_left >= 0 else None for options in seen.options)
+    for layer, (found, expected) in enumerate(zip(windows, sliding_windows(model), strict=True)):
         never_full = expected is not None and limit is not None and expected >= limit
         if found != expected and not (found is None and never_full):
             raise InvalidArgument(

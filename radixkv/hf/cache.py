@@ -7,18 +7,17 @@ have. It saves the prefill of a cached prefix, and nothing else.
 
 from __future__ import annotations
 
-import inspect
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import Cache, GenerationMixin
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from radixkv.errors import InvalidArgument, InvalidTokens
 from radixkv.hf.adapter import ATTENTION, attention_name
-from radixkv.hf.config import placeholder_tokens, refuse_placeholders
+from radixkv.hf.config import CACHE_ARGUMENTS, cache_argument, placeholder_tokens, refuse_placeholders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,14 +25,6 @@ if TYPE_CHECKING:
     from radixkv.engine import Engine
 
 __all__ = ["EngineCache"]
-
-_NAMES = ("cache", "past_key_values")
-"""What transformers calls the argument that carries the cache: the first since 5.24, the second before."""
-
-
-def _name() -> str:
-    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return next(name for name in _NAMES if name in known)
 
 
 class EngineCache(Cache):  # type: ignore[misc]
@@ -85,7 +76,7 @@ class EngineCache(Cache):  # type: ignore[misc]
     def generate(self, **options: Any) -> Any:
         """What `model.generate` returns for the prompt, computing only what is not cached; it takes the `options`."""
         ones = torch.ones_like(self._input_ids)  # else it would be guessed, and hide tokens that look like padding
-        return self._model.generate(self._input_ids, **{_name(): self, "attention_mask": ones, **options})
+        return self._model.generate(self._input_ids, **{cache_argument(): self, "attention_mask": ones, **options})
 
     def __enter__(self) -> EngineCache:
         return self
@@ -103,7 +94,7 @@ class EngineCache(Cache):  # type: ignore[misc]
 
     def _before_forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make room for the rows of the coming forward pass, and learn their tokens."""
-        if not any(kwargs.get(name) is self for name in _NAMES):
+        if not any(kwargs.get(name) is self for name in CACHE_ARGUMENTS):
             return
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None or input_ids.shape[0] != 1:
@@ -230,7 +221,7 @@ def _check_stored(engine: Engine, model: PreTrainedModel) -> None:
     zero = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
     try:
         with torch.inference_mode():
-            model(input_ids=zero, use_cache=True, **{_name(): Cache(layers=layers)})
+            model(input_ids=zero, use_cache=True, **{cache_argument(): Cache(layers=layers)})
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InvalidArgument(
             f"{name} wants another cache than one of K and V for each of the engine's {len(engine.layers)} layers: "

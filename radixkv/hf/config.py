@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import GenerationMixin
 
 from radixkv.errors import InvalidArgument, InvalidTokens
 
@@ -13,15 +16,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "CACHE_ARGUMENTS",
+    "attention_chunks",
+    "cache_argument",
     "check_config",
     "length_limit",
     "placeholder_tokens",
     "refuse_placeholders",
     "sliding_windows",
+    "stored_layers",
     "text_config",
 ]
 
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What transformers calls the argument that carries the cache: the first since 5.24, the second before."""
 
 _PLACEHOLDER = re.compile(r"(image|video|audio|speech|media)(_\w+)?_(token|patch)_(id|index)")
 _DELIMITER = re.compile(r"(start|end|begin|bos|eos|pad|delay)_")
@@ -56,10 +66,45 @@ def check_config(model: PreTrainedModel) -> None:
         raise InvalidArgument(
             f"{name} keeps recurrent or convolutional state between tokens: only K and V can be cached"
         )
-    if getattr(config, "attention_chunk_size", None) is not None:
+    if getattr(config, "attention_chunk_size", None) is not None and not layer_types:
         raise InvalidArgument(
-            f"{name} attends in chunks (attention_chunk_size): supported are full and sliding-window attention"
+            f"{name} attends in chunks (attention_chunk_size), but does not say in which layers (layer_types)"
         )
+
+
+@functools.lru_cache
+def cache_argument() -> str:
+    """The name of the argument with which the installed transformers hands a model its cache."""
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_ARGUMENTS if name in known)
+
+
+def attention_chunks(config: Any) -> list[int] | None:
+    """For each layer the length of its chunks, 0 where it sees all keys. None: no layer attends in chunks."""
+    size = getattr(config, "attention_chunk_size", None)
+    layer_types = getattr(config, "layer_types", None) or ()
+    if size is None or "chunked_attention" not in layer_types:
+        return None
+    return [int(size) if layer_type == "chunked_attention" else 0 for layer_type in layer_types]
+
+
+def stored_layers(config: Any) -> list[int] | None:
+    """For each layer the one that has its K and V, counted among those that store any. None: each has its own.
+
+    A layer that shares takes those of the last layer of its type before it that stores its own.
+    """
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None or "reuse" not in modes:
+        return None
+    found: list[int] = []
+    last_of: dict[str, int] = {}
+    for mode, layer_type in zip(modes, config.layer_types, strict=True):
+        if mode != "reuse":
+            last_of[layer_type] = 1 + max(found, default=-1)
+        elif layer_type not in last_of:  # of another model, whose assistant this one is
+            return None
+        found.append(last_of[layer_type])
+    return found
 
 
 def sliding_windows(model: PreTrainedModel) -> list[int | None]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from radixkv.errors import InvalidArgument, InvalidLogits, LeaseError
@@ -22,6 +24,7 @@ from radixkv.hf.arguments import check_callback, check_engine, check_model, leng
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
 from radixkv.hf.draft import Draft, Drafter, check_draft
+from radixkv.hf.pictures import Features, Span, embeddings, place_pictures
 from radixkv.hf.processors import Processor, check_processors
 from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Row, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
@@ -109,6 +112,7 @@ class Generator:
         attach(model)
         self._vocabulary = int(cast("torch.Tensor", model.get_input_embeddings().weight).shape[0])
         self._placeholders = placeholder_tokens(model)
+        self._features: WeakValueDictionary[bytes, Features] = WeakValueDictionary()
         self._outbox: deque[Event] = deque()
         self._failures: list[Exception] = []
         self._thread = threading.current_thread()
@@ -152,6 +156,7 @@ class Generator:
         processors: Iterable[Processor] = (),
         logprobs: int | None = None,
         n: int = 1,
+        content: Sequence[Mapping[str, torch.Tensor]] = (),
         namespace: str = "",
         priority: int = 0,
         deadline: float | None = None,
@@ -170,6 +175,10 @@ class Generator:
         `n` > 1 computes the prompt once and forks it: the result is the first of n requests, all in `.siblings`. The
         i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of them in turn.
 
+        `content` has what the runs of placeholders in the prompt stand for, in order: for each run what the model's
+        processor made of that picture, or of that tile of one, as `{"pixel_values": tensor}`. The vision tower runs
+        once for each, and not at all where its tokens are cached. `radixkv.hf.pictures.FAMILIES` take it.
+
         `priority` goes by the generator's `policy`. `deadline` seconds after this call the request ends with what it
         has, with status "deadline".
 
@@ -187,7 +196,11 @@ class Generator:
             raise LeaseError("the generator is closed: make a new Generator")
         defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
-        refuse_placeholders(array, self._placeholders)
+        tokens: np.ndarray = array
+        spans: tuple[Span, ...] = ()
+        if len(content):
+            tokens, spans = place_pictures(self.model, array, content, self._features)
+        refuse_placeholders(tokens, self._placeholders)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(
             temperature=_given(temperature, defaults.temperature),
@@ -209,6 +222,7 @@ class Generator:
             "priority": priority,
             "deadline": _given(deadline, defaults.deadline),
             "num_logprobs": None if logprobs is None else integer("logprobs", logprobs, 0, self._vocabulary),
+            "spans": spans,
             "outbox": self._outbox,
             "on_token": check_callback("on_token", on_token),
             "on_logits": check_callback("on_logits", on_logits),
@@ -216,7 +230,7 @@ class Generator:
         }
         requests = [
             Request(
-                array,
+                tokens,
                 sampler=Sampler(replace(sampling, seed=sampling.seed + i), array, new_tokens, scorers),
                 said=Text(self.tokenizer, array, strings) if self.tokenizer is not None else None,
                 **options,
@@ -387,7 +401,9 @@ class Generator:
         try:
             with torch.inference_mode(), self.engine.step(batch.leases) as step:
                 entered = True
-                return forward(self.model, step, self._rows(batch))
+                requests = cast("list[Request]", batch.requests)
+                embeds = embeddings(self.model, step, requests)
+                return forward(self.model, step, self._rows(batch), embeds=embeds)
         except LeaseError as error:
             if entered:
                 raise

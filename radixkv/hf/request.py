@@ -12,6 +12,7 @@ import torch
 
 from radixkv import scheduling
 from radixkv.hf.draft import Drafter
+from radixkv.hf.pictures import Span
 from radixkv.hf.sampling import Sampler, TokenLogprob
 from radixkv.hf.text import Text
 from radixkv.scheduling import RequestStats, Status
@@ -58,6 +59,8 @@ class Request(scheduling.Request):
     on_done: OnDone | None = None
     said: Text | None = None
     num_logprobs: int | None = None
+    spans: tuple[Span, ...] = ()
+    """Its pictures, until it is done."""
 
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     """One for each of `tokens`, if `submit(logprobs=)` asked for them."""
@@ -97,4 +100,5 @@ class Request(scheduling.Request):
             if self.said is not None:
                 self.said.finish()
             self.outbox.append(Event(self, None))
+            self.spans = ()
             self.ended = True

@@ -67,7 +67,7 @@ def random_sequence(generator: torch.Generator, length: int, heads: Heads, dtype
     return Tokens(randn(heads.qo), randn(heads.kv), randn(heads.kv))
 
 
-def dense(request: Request, options: Options = PLAIN) -> torch.Tensor:
+def dense(request: Request, options: Options = PLAIN, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """What the rows must be: [rows, qo, dim] in float64, from a dense matrix of scores."""
     sequence, length, rows = request
     q = sequence.q[length - rows : length].double()
@@ -83,8 +83,13 @@ def dense(request: Request, options: Options = PLAIN) -> torch.Tensor:
     hidden = key > position
     if options.window_left >= 0:
         hidden |= key < position - options.window_left
+    if options.attention_chunk:
+        hidden |= key < position // options.attention_chunk * options.attention_chunk
     scores.masked_fill_(hidden, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    if sinks is None:
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    beside = torch.cat([scores, sinks.double()[:, None, None].expand(-1, rows, 1)], -1)
+    return torch.einsum("hqk,khd->qhd", beside.softmax(-1)[..., :-1], v)
 
 
 SCALES = (0.5, 0.0625)
@@ -179,7 +184,11 @@ class Pool:
         )
 
     def attend(
-        self, requests: Sequence[Request], rng: np.random.Generator, options: Options = PLAIN
+        self,
+        requests: Sequence[Request],
+        rng: np.random.Generator,
+        options: Options = PLAIN,
+        sinks: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Plan, append and run one step; returns each request's rows."""
         self.backend.plan(self.load(requests, rng))
@@ -188,7 +197,7 @@ class Pool:
         )
         self.backend.append(0, k, v)
         out = torch.full(q.shape, torch.nan, dtype=self.dtype)
-        self.backend.run(0, q, out, options)
+        self.backend.run(0, q, out, options, sinks)
         return list(out.split([r.rows for r in requests]))
 
 
@@ -224,10 +233,15 @@ def packed(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts).transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def error(got: Sequence[torch.Tensor], requests: Sequence[Request], options: Options = PLAIN) -> float:
+def error(
+    got: Sequence[torch.Tensor],
+    requests: Sequence[Request],
+    options: Options = PLAIN,
+    sinks: torch.Tensor | None = None,
+) -> float:
     """Largest absolute difference from the oracle; infinite if anything is NaN."""
     worst = 0.0
     for rows, request in zip(got, requests, strict=True):
-        difference = (rows.double() - dense(request, options)).abs().max().item()
+        difference = (rows.double() - dense(request, options, sinks)).abs().max().item()
         worst = max(worst, difference if difference == difference else float("inf"))
     return worst

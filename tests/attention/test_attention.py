@@ -33,11 +33,16 @@ def batch_of(lengths: list[tuple[int, int]], heads: Heads, dtype: torch.dtype, s
 
 
 def check(
-    pool: Pool, lengths: list[tuple[int, int]], options: Options = PLAIN, seed: int = 0, slack: float = 1.0
+    pool: Pool,
+    lengths: list[tuple[int, int]],
+    options: Options = PLAIN,
+    seed: int = 0,
+    slack: float = 1.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     requests = batch_of(lengths, pool.heads, pool.dtype, seed)
-    got = pool.attend(requests, np.random.default_rng(seed), options)
-    assert error(got, requests, options) <= TOLERANCE[pool.dtype] * slack
+    got = pool.attend(requests, np.random.default_rng(seed), options, sinks)
+    assert error(got, requests, options, sinks) <= TOLERANCE[pool.dtype] * slack
 
 
 @each_isa
@@ -61,7 +66,7 @@ def test_groups(isa: str, group: int, kv: int) -> None:
 @each_isa
 @each_dtype
 def test_every_head_dim(isa: str, dtype: torch.dtype) -> None:
-    for dim in range(8, 257, 8):
+    for dim in (*range(8, 257, 8), 264, 384, 512, 576):
         check(Pool(heads=Heads(3, 1, dim), dtype=dtype, isa=isa), [(81, 20), (67, 1)], seed=dim)
 
 
@@ -71,6 +76,45 @@ def test_every_head_dim(isa: str, dtype: torch.dtype) -> None:
 def test_sliding_window(isa: str, dtype: torch.dtype, window: int) -> None:
     pool = Pool(dtype=dtype, isa=isa, num_pages=128, num_threads=2)
     check(pool, [(180, 180), (640, 1), (300, 40), (65, 3)], Options(window_left=window))
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("chunk", [1, 5, 64, 65, 130, 512, 2**31 - 1])
+def test_attention_in_chunks(isa: str, dtype: torch.dtype, chunk: int) -> None:
+    """Prefill, extend and decode across and at the edges of chunks, with and without a window besides."""
+    pool = Pool(dtype=dtype, isa=isa, num_pages=128, num_threads=2)
+    for options in (Options(attention_chunk=chunk), Options(window_left=20, attention_chunk=chunk)):
+        check(pool, [(180, 180), (640, 1), (641, 1), (300, 40), (66, 3)], options)
+
+
+@each_isa
+@each_dtype
+def test_sinks(isa: str, dtype: torch.dtype) -> None:
+    """A logit beside those of the keys: as large as they are, larger than all of them, smaller, and none at all."""
+    pool = Pool(dtype=dtype, isa=isa, num_pages=128, num_threads=2)
+    sinks = torch.tensor([0.5, -1.0, 3.0, 12.0, -200.0, -torch.inf])
+    for options in (PLAIN, Options(window_left=0), Options(window_left=127), Options(0.3, -1, 4.0)):
+        check(pool, [(180, 180), (640, 1), (300, 40), (65, 3), (1, 1)], options, sinks=sinks)
+
+
+@each_isa
+def test_a_sink_of_minus_infinity_is_none(isa: str) -> None:
+    pool = Pool(isa=isa)
+    requests = batch_of([(100, 100)], pool.heads, torch.float32)
+    none = torch.full((6,), -torch.inf)
+    (got,) = pool.attend(requests, np.random.default_rng(0), PLAIN, none)
+    (want,) = pool.attend(requests, np.random.default_rng(0))
+    assert torch.equal(got, want)
+
+
+@each_isa
+def test_a_sink_that_takes_all_leaves_nothing(isa: str) -> None:
+    pool = Pool(isa=isa)
+    (got,) = pool.attend(
+        batch_of([(100, 100)], pool.heads, torch.float32), np.random.default_rng(0), PLAIN, torch.full((6,), 300.0)
+    )
+    assert (got == 0).all()
 
 
 def test_window_that_a_block_leaves_behind() -> None:

@@ -76,8 +76,8 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": Heads(6, 2, 12)}, "layer 0: k_dim is 12: it must be a multiple of 8 from 8 to 256"),
-        ({"heads": Heads(6, 2, 264)}, "k_dim is 264"),
+        ({"heads": Heads(6, 2, 12)}, "layer 0: k_dim is 12: it must be a multiple of 8 from 8 to 576"),
+        ({"heads": Heads(6, 2, 584)}, "k_dim is 584"),
         ({"dtype": torch.float64}, "dtype is torch.float64"),
         ({"num_threads": 0}, "num_threads is 0"),
         ({"num_threads": 5000}, "num_threads is 5000: give an integer from 1 to 1024"),
@@ -128,6 +128,11 @@ def test_table(change: dict[str, Any], message: str) -> None:
         ({"options": Options(logits_soft_cap=-1.0)}, "logits_soft_cap is -1.0"),
         ({"options": Options(logits_soft_cap=float("nan"))}, "logits_soft_cap is nan"),
         ({"options": Options(sm_scale=float("inf"))}, "sm_scale is inf"),
+        ({"options": Options(attention_chunk=-1)}, "attention_chunk is -1"),
+        ({"sinks": torch.zeros(2)}, r"sinks are \(2,\) in torch.float32 .*float32 tensor \[6\]"),
+        ({"sinks": torch.zeros(6, dtype=torch.bfloat16)}, "sinks are .* in torch.bfloat16"),
+        ({"sinks": torch.zeros(12)[::2]}, r"sinks are .* with strides \(2,\)"),
+        ({"sinks": torch.zeros(6, device="meta")}, "sinks are on meta"),
     ],
 )
 def test_run(change: dict[str, Any], message: str) -> None:

@@ -31,6 +31,7 @@ HEADS = Heads(4, 2, 16)
 LENGTH = 600  # beyond the first chunk of 512 keys
 SEQUENCES = 3
 PAGE_SIZES = (1, 3, 16, 64)
+SINKS = torch.tensor([0.5, -1.0, 4.0, 1.5])
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 each_isa = pytest.mark.parametrize("isa", ISAS)
 
@@ -40,9 +41,11 @@ def sequences(dtype: torch.dtype, heads: Heads = HEADS, length: int = LENGTH, co
     return [random_sequence(generator, length, heads, dtype) for _ in range(count)]
 
 
-def references(tokens: list[Tokens], pool: Pool, options: Options) -> list[torch.Tensor]:
+def references(
+    tokens: list[Tokens], pool: Pool, options: Options, sinks: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     rng = np.random.default_rng(0)
-    return [pool.attend([Request(t, len(t.q), len(t.q))], rng, options)[0] for t in tokens]
+    return [pool.attend([Request(t, len(t.q), len(t.q))], rng, options, sinks)[0] for t in tokens]
 
 
 def random_request(rng: np.random.Generator, which: int, tokens: Tokens) -> Request:
@@ -61,10 +64,25 @@ def assert_same_bits(got: torch.Tensor, want: torch.Tensor, request: Request, po
 @each_format
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "options", [Options(), Options(window_left=70), Options(0.2, 9, 3.0)], ids=["plain", "window", "cap"]
+    ("options", "sinks"),
+    [
+        (Options(), None),
+        (Options(window_left=70), None),
+        (Options(0.2, 9, 3.0), None),
+        (Options(attention_chunk=90), None),
+        (Options(), SINKS),
+        (Options(window_left=70), SINKS),
+    ],
+    ids=["plain", "window", "cap", "chunk", "sinks", "sinks and window"],
 )
-def test_random_splits(isa: str, dtype: torch.dtype, kv_format: str | LayerFormat | None, options: Options) -> None:
-    """150 splits for each instruction set, dtype, storage and set of options."""
+def test_random_splits(
+    isa: str,
+    dtype: torch.dtype,
+    kv_format: str | LayerFormat | None,
+    options: Options,
+    sinks: torch.Tensor | None,
+) -> None:
+    """150 splits for each instruction set, dtype and set of options; 50 of 8 and 4 bits."""
     rng = np.random.default_rng(len(isa))
     tokens = sequences(dtype)
     pools = [
@@ -80,13 +98,13 @@ def test_random_splits(isa: str, dtype: torch.dtype, kv_format: str | LayerForma
         for size in PAGE_SIZES
         for threads in (1, 2, 3)
     ]
-    want = references(tokens, pools[-1], options)
+    want = references(tokens, pools[-1], options, sinks)
     done = 0
-    while done < 150:
+    while done < (150 if kv_format is None else 50):
         pool = pools[rng.integers(len(pools))]
         which = rng.integers(SEQUENCES, size=rng.integers(1, 5))
         requests = [random_request(rng, i, tokens[i]) for i in which]
-        for i, request, got in zip(which, requests, pool.attend(requests, rng, options), strict=True):
+        for i, request, got in zip(which, requests, pool.attend(requests, rng, options, sinks), strict=True):
             assert_same_bits(got, want[i], request, pool)
         done += len(requests)
 

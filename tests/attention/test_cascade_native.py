@@ -19,7 +19,15 @@ from tests.attention.helpers import one_torch_thread as one_torch_thread
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 EAGER = CascadeCosts(min_tokens=1, launch_tokens=-1.0, merge_tokens=0.0, max_rows=0)
 HEADS = [Heads(4, 2, 16), Heads(3, 3, 8), Heads(7, 1, 24)]
-OPTIONS = [Options(), Options(window_left=0), Options(window_left=70), Options(0.3, 600, 5.0), Options(None, -1, 2.0)]
+OPTIONS = [
+    Options(),
+    Options(window_left=0),
+    Options(window_left=70),
+    Options(0.3, 600, 5.0),
+    Options(None, -1, 2.0),
+    Options(attention_chunk=100),
+    Options(attention_chunk=512),
+]
 INT_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -53,7 +61,9 @@ class Layer:
         self.layer = self.new_layer()
         return NativeAttention([self.layer], dtype=self.dtype, num_threads=threads, isa=isa, cascade=costs)
 
-    def attend(self, backend: NativeAttention, options: list[Options]) -> list[torch.Tensor]:
+    def attend(
+        self, backend: NativeAttention, options: list[Options], sinks: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """With the backend that was made last."""
         self.layer.k_pages.copy_(self.before.k_pages)
         self.layer.v_pages.copy_(self.before.v_pages)
@@ -62,7 +72,7 @@ class Layer:
         outs = []
         for o in options:
             outs.append(torch.full_like(self.q, torch.nan))
-            backend.run(0, self.q, outs[-1], o)
+            backend.run(0, self.q, outs[-1], o, sinks)
         return outs
 
 
@@ -91,11 +101,12 @@ def test_random_forests(isa: str, dtype: torch.dtype, kv_format: str | LayerForm
         )
         layer = Layer(forest, heads[int(rng.integers(len(heads)))], dtype, seed, kv_format)
         options = [OPTIONS[i] for i in rng.choice(len(OPTIONS), 2, replace=False)]
-        want = layer.attend(layer.backend(OFF, 1, isa), options)
+        sinks = torch.linspace(-2, 4, layer.heads.qo) if seed % 2 else None
+        want = layer.attend(layer.backend(OFF, 1, isa), options, sinks)
         costs = NATIVE if seed % 4 == 0 else EAGER
         for threads in (1, 3):
             backend = layer.backend(costs, threads, isa)
-            for got, expected, o in zip(layer.attend(backend, options), want, options, strict=True):
+            for got, expected, o in zip(layer.attend(backend, options, sinks), want, options, strict=True):
                 assert_same_bits(got, expected, (seed, page_size, threads, o, backend.cascade.explain()))
         used = [s for s in backend.cascade.segments if s.used]
         served += len(used)

@@ -45,7 +45,7 @@ def cache():
     cache.check()
 
 
-# --- the cache's side: no layer, no torch -----------------------------------------------------------------------------
+# --- the cache's side: no layer, no torch ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -173,7 +173,7 @@ def test_a_lease_that_never_was_is_no_lease(cache):
         step_over(cache, [radixkv.Lease.__new__(radixkv.Lease)]).__enter__()
 
 
-# --- the engine's side ------------------------------------------------------------------------------------------------
+# --- the engine's side -----------------------------------------------------------------------------------------------
 
 
 def test_tokens_that_were_not_computed_are_not_published():
@@ -269,7 +269,7 @@ def test_a_signal_at_any_moment_leaves_nothing_locked():
     engine.cache.check()
 
 
-# --- what refers to what ----------------------------------------------------------------------------------------------
+# --- what refers to what ---------------------------------------------------------------------------------------------
 
 
 class Owner:
@@ -302,3 +302,56 @@ def test_a_cache_has_no_other_attributes(cache):
     assert weakref.ref(cache)() is cache
     with pytest.raises(AttributeError):
         cache.on_release = print  # a typo, or what older versions had: never silently nothing
+
+
+# --- K and V that several layers attend to ----------------------------------------------------------------------------
+
+
+def test_a_layer_without_k_and_v_attends_to_what_the_step_has_written():
+    engine = make_engine()
+    with engine.acquire(list(range(9))) as lease, engine.step([lease]) as step:
+        x = embed(step.input_ids, step.positions, torch.float32)
+        q, k, v = qkv(x, 0)
+        want = step.attend(0, q, k, v)
+        before = engine.pool.layers[0].k.view(torch.int32).clone()
+        assert torch.equal(step.attend(0, q), want)
+        assert torch.equal(step.attend(0, 2 * q, sm_scale=0.125), want)
+        assert torch.equal(engine.pool.layers[0].k.view(torch.int32), before)
+        for layer in (1, 2):
+            step.attend(layer, *qkv(x, layer))
+
+
+def test_k_and_v_that_no_layer_has_written_are_refused():
+    engine = make_engine()
+    with engine.acquire(list(range(9))) as lease:
+        with engine.step([lease]) as step:
+            x = embed(step.input_ids, step.positions, torch.float32)
+            q, k, v = qkv(x, 0)
+            for layer in range(3):
+                step.attend(layer, q, k, v)
+        lease.extend([1])
+        refused = pytest.raises(radixkv.InvalidArgument, match="no k and v, but this step has written none")
+        with refused, engine.step([lease]) as step:
+            step.attend(0, q[:1])
+        refused = pytest.raises(radixkv.InvalidArgument, match="layer 0 is given v alone")
+        with refused, engine.step([lease]) as step:
+            step.attend(0, q[:1], v=v[:1])
+        assert lease.num_written == 9
+
+
+def test_chunks_look_back_no_further_than_dropped_pages_allow():
+    engine = make_engine(num_pages=160)
+    size = engine.attention.view_unit
+    lease = engine.acquire([1] * (size + 8))
+    with engine.step([lease]) as step:
+        forward(step)
+    assert engine.drop(lease, 5) > 0
+    lease.extend([2])
+    with engine.step([lease]) as step:
+        x = embed(step.input_ids, step.positions, torch.float32)
+        q, k, v = qkv(x, 0)
+        with pytest.raises(radixkv.InvalidArgument, match="window_left is 511, but a lease"):
+            step.attend(0, q, k, v, attention_chunk=512)
+        for layer in range(3):
+            step.attend(layer, q, k, v, attention_chunk=6)
+    lease.release()

@@ -135,6 +135,21 @@ def test_scales_that_flashinfer_cannot_take(sm_scale: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"sinks": torch.zeros(6)}, "layer 0 has attention sinks, .* use device='cpu'"),
+        ({"options": Options(attention_chunk=8)}, "layer 0 has chunked attention, .* use device='cpu'"),
+    ],
+)
+def test_attention_that_flashinfer_is_not_given(change: dict[str, Any], message: str) -> None:
+    attention, api = recorded()
+    attention.plan(TABLE)
+    with pytest.raises(BackendUnavailable, match=message):
+        attention.run(**(tensors() | change))
+    assert api.calls == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"k": half(5, 2, 64)}, "k has shape"),
         ({"v": half(6, 6, 64)}, "v has shape"),
         ({"v": half(6, 2, 64, dtype=torch.bfloat16)}, "v is torch.bfloat16"),

@@ -222,7 +222,6 @@ UNSUPPORTED = {
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
     ),
     "recurrent": ("MambaConfig", "MambaForCausalLM", "linear_attention|state between tokens", SMALL),
-    "attention sinks": ("GptOssConfig", "GptOssForCausalLM", "s_aux", SMALL | EXPERTS | {"num_local_experts": 2}),
     "linear attention": (
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",

@@ -87,6 +87,17 @@ BOTH_TYPES = {
     "rope_parameters": {"sliding_attention": ROTARY, "full_attention": ROTARY},
 }
 ALL_HEADS = {"num_key_value_heads": HEADS}
+SHARED = {
+    "num_hidden_layers": 5,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+}
+CHUNKED = {  # chunks of 8 tokens, and queries that are scaled by position from the tenth token on
+    "layer_types": ["chunked_attention", "full_attention"],
+    "attention_chunk_size": 8,
+    "no_rope_layers": [1, 0],
+    "floor_scale": 10,
+}
 LATENT = {**ALL_HEADS, "head_dim": 8}  # of the keys' rotary part
 
 # What a family needs besides SIZES; a key like "text_config" changes that part.
@@ -128,7 +139,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {"text_config": mrope(1, 1, 2)},
     "inkling2": {"vision_config": {"text_hidden_size": HIDDEN}},
     "inkling2_loop": {"vision_config": {"text_hidden_size": HIDDEN}},
+    "gemma3n_text, K and V shared": SHARED,
+    "gemma4_text, K and V shared": {**SHARED, "use_double_wide_mlp": True},
+    "kosmos-2.5": {"text_config": {"attention_heads": HEADS}},
     "lfm2, with convolutions": {"layer_types": ["conv", "full_attention"]},
+    "llama4": {"text_config": CHUNKED},
+    "llama4_text": CHUNKED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 32},
     "marian": {"decoder_vocab_size": VOCABULARY},
@@ -145,7 +161,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
-VARIANTS = {"granitemoehybrid, attention only": "granitemoehybrid", "lfm2, with convolutions": "lfm2"}
+VARIANTS = {
+    "gemma3n_text, K and V shared": "gemma3n_text",
+    "gemma4_text, K and V shared": "gemma4_text",
+    "granitemoehybrid, attention only": "granitemoehybrid",
+    "lfm2, with convolutions": "lfm2",
+}
 """Families that are tried in a second configuration, and the model type of each."""
 
 UNBUILT = {"blt": "hash embeddings of half a million rows, whatever the configuration"}

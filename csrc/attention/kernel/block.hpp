@@ -116,8 +116,9 @@ struct BlockKernel {
 
   std::int64_t position(int row) const { return positions == nullptr ? first_position + row : positions[row]; }
   std::int64_t first_key(int row) const {
-    const std::int64_t window = batch.options.window_left;
-    return window < 0 || position(row) < window ? 0 : position(row) - window;
+    const std::int64_t window = batch.options.window_left, chunk = batch.options.attention_chunk, own = position(row);
+    const std::int64_t first = window < 0 || own < window ? 0 : own - window;
+    return chunk == 0 ? first : max_int64(first, own / chunk * chunk);
   }
 
   // The query vectors of the head at hand start here among all of the block's, ordered (kv head, row, query head).
@@ -562,7 +563,7 @@ struct BlockKernel {
 
   // The first row from `from` on that sees the tile, or that does not; `end` if there is none.
   int next_row(int from, int end, std::int64_t tile, bool sees) const {
-    if (batch.options.window_left < 0) return sees ? from : end;
+    if (batch.options.window_left < 0 && batch.options.attention_chunk == 0) return sees ? from : end;
     while (from < end && left_behind(from, tile) == sees) ++from;
     return from;
   }

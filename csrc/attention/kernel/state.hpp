@@ -69,13 +69,28 @@ RADIXKV_INLINE void put_in_order(const float* acc, int dim, float* to) {
   if (d < dim) store(to + d, load(acc + d));
 }
 
+// What the sums of a state are multiplied with and divided by.
+struct Denominator {
+  float keep;
+  float sum;
+};
+
+// The sink takes its share of the softmax once a row, when all keys have: so it is the same whatever was done apart.
+static Denominator with_sink(float max, float sum, const float* sink) {
+  if (sink == nullptr) return {1.0f, sum};
+  const float logit = *sink * kLog2E, top = max > logit ? max : logit;
+  const float keep = exp2_nonpositive(max - top);
+  return {keep, sum * keep + exp2_nonpositive(logit - top)};
+}
+
 template <class Format, class Op>
 static void finish_rows(const Batch& batch, const Block& block, const RowState& state) {
   const int v_dim = batch.layer.v.dim, group = batch.layer.group();
   const std::int64_t stride = padded_dim(v_dim);
   const std::int64_t out_heads = batch.layer.num_qo_heads;
   const std::int64_t first_row = batch.table.qo_indptr[block.request];
-  const F scale = set1(batch.layer.v.product_scale());
+  const float* const sinks = batch.options.sinks;
+  const float v_scale = batch.layer.v.product_scale();
   float values[padded_dim(kMaxHeadDim)];
   for (int kv_head = block.head_begin; kv_head < block.head_end; ++kv_head) {
     std::int64_t i = (kv_head - block.head_begin) * state.head_stride;
@@ -85,7 +100,8 @@ static void finish_rows(const Batch& batch, const Block& block, const RowState& 
         char* to = static_cast<char*>(batch.out) + ((first_row + row) * out_heads + head) * v_dim * Format::kBytes;
         put_in_order<Op>(state.acc + i * stride, static_cast<int>(stride), values);
         if (batch.layer.v.rotated) rotate(values, v_dim);
-        const F sum = set1(state.sum[i]);
+        const Denominator by = with_sink(state.max[i], state.sum[i], sinks == nullptr ? nullptr : sinks + head);
+        const F sum = set1(by.sum), scale = set1(v_scale * by.keep);
         for (int d = 0; d < v_dim; d += kLanes) {
           Format::store(to + d * Format::kBytes, mul(div(load(values + d), sum), scale), min_int(v_dim - d, kLanes));
         }

@@ -218,12 +218,24 @@ class FlashInferAttention:
                 kv_indices, at.kv_indptr, at.kv_last_page_len, kv_layout="NHD",
             )  # fmt: skip
 
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = _PLAIN) -> None:
+    def run(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        options: Options = _PLAIN,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         """Attend q [rows, num_qo_heads, head_dim] to the layer's pages and write out, contiguous, of the same shape."""
         kv, planner, scales, rotation = layer_at(self._layers, layer)
         self._check({"q": q, "out": out}, planner.shapes(self._rows)[0])
         check_options(options)
-        sm_scale, window_left, logits_soft_cap = options
+        sm_scale, window_left, logits_soft_cap, attention_chunk = options
+        if sinks is not None or attention_chunk:
+            raise BackendUnavailable(
+                f"layer {layer} has {'attention sinks' if sinks is not None else 'chunked attention'}, which this "
+                "backend does not give to FlashInfer's kernels: use device='cpu'"
+            )
         if sm_scale is None:
             sm_scale = planner.kind.head_dim**-0.5
         if sm_scale <= 0:

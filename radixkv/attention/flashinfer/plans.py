@@ -281,6 +281,7 @@ class Planner:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What plan() and workspace_size() of either wrapper take."""
         keywords = options._asdict() | self._dtypes
+        del keywords["attention_chunk"]  # 0, as run() sees to
         if decode:
             return (*schedule[1:], *self._sizes), keywords
         return (*schedule, *self._sizes), keywords | {"causal": causal}
