@@ -9,6 +9,7 @@ try:
     from radixkv.hf.adapter import attach, engine_for, forward
     from radixkv.hf.aio import AsyncGenerator, Stream
     from radixkv.hf.cache import EngineCache
+    from radixkv.hf.digest import weights_digest
     from radixkv.hf.generator import Generator
     from radixkv.hf.optimize import optimize
     from radixkv.hf.request import Request, RequestStats
@@ -31,4 +32,5 @@ __all__ = [
     "engine_for",
     "forward",
     "optimize",
+    "weights_digest",
 ]

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +22,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from radixkv.errors import InvalidArgument
 from radixkv.hf.config import check_config, length_limit, placeholder_tokens, sliding_windows, text_config
+from radixkv.hf.digest import weights_digest
 from radixkv.shape import LayerShape
+from radixkv.tiers import TierOptions
 
 if TYPE_CHECKING:
     from radixkv.engine import Engine
@@ -219,16 +221,20 @@ def engine_for(
     page_size: int = 16,
     dtype: torch.dtype | None = None,
     kv_format: str | LayerFormat | Sequence[str | LayerFormat | None] | None = None,
+    tiers: TierOptions | None = None,
 ) -> Engine:
     """An engine with the layers, dtype and device of `model`; layers may differ in heads and dimensions.
 
     `num_pages` or `capacity` ("4GiB", a number of bytes, or a share of the free memory) sizes the pool, as for
     `Engine`. The geometry is observed, not guessed from the configuration: see `probe`, whose errors this raises.
     `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
-    `kv_format` says what they are stored as, as for `Engine`.
+    `kv_format` says what they are stored as, as for `Engine`. `tiers` that name no weights get the model's
+    `weights_digest`.
     The model's own attention stays in place; `forward` and `Generator` switch it.
     """
     shape = probe(model)
+    if isinstance(tiers, TierOptions) and tiers.weights is None:
+        tiers = replace(tiers, weights=weights_digest(model))
     if dtype is not None and dtype != shape.dtype:
         raise InvalidArgument(
             f"the model computes K and V in {shape.dtype}, not {dtype}: convert it, model.to({dtype})"
@@ -239,6 +245,7 @@ def engine_for(
         num_pages=num_pages,
         capacity=capacity,
         kv_format=kv_format,
+        tiers=tiers,
     )
 
 

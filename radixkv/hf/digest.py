@@ -1,0 +1,48 @@
+"""What tells one model from another, for pages that outlive the process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+from radixkv import _core
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["weights_digest"]
+
+_NOT_THE_MODEL = ("_name_or_path", "architectures", "transformers_version", "dtype")  # where it lies, what else says
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+)  # where it lies, and what its tensors say themselves
+_SHORTEST = 241  # bytes that have a checksum
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A digest of all that decides what `model` computes: weights, buffers, configuration, and transformers' version.
+
+    Another revision, adapter, quantization or rope gives another digest; another folder with the same model does not.
+    Reads every weight once.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([type(model).__name__, transformers.__version__, config], sort_keys=True, default=str).encode())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(_content(tensor))
+    return digest.hexdigest()
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    """The tensor's bytes; of many, a checksum of 128 bits, which is much faster than a keyed hash of them."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if len(data) < _SHORTEST:
+        return data.tobytes()
+    return b"".join(_core.checksum(data, seed).to_bytes(8, "little") for seed in (0, 1))
