@@ -20,6 +20,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-size", type=int, default=16, metavar="P", help="tokens a page holds")
     parser.add_argument("--num-pages", type=int, default=512, metavar="N", help="pages in the pool")
     parser.add_argument("--svg", metavar="FILE", help="also write the tree as a picture")
+    parser.add_argument(
+        "--disk", metavar="DIR", help="keep pages in DIR: run it twice, and the second start restores the system prompt"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to standard error")
 
 

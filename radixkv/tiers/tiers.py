@@ -147,6 +147,11 @@ class Tiers:
             warnings.warn(f"the disk tier in {options.disk} is off: {error}", RuntimeWarning, stacklevel=4)
             return None
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the identity: the name of its folder on the disk, as hex."""
+        return self._keys.fingerprint
+
     # --- fetch ------------------------------------------------------------------------------------------------------
 
     def fetch(self, tokens: _core.Tokens, namespace: str = "", *, deadline: float | None = None) -> Fetch:
