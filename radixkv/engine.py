@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,29 @@ class Engine:
         Nobody need wait for it or keep what it returns.
         """
         return self._below.prefetch(tokens, namespace)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole tree with its K and V to a file: open pages and the order of eviction included.
+
+        Between steps, while nobody uses the cache. The file is whole or absent. It holds prompts and names of
+        namespaces in the clear. Give it to `load`, or to a later engine as `TierOptions(snapshot=path)`.
+
+        Raises:
+            InvalidArgument: the engine has no tiers, which say whose K and V these are. OSError: it cannot be written.
+            LeaseError: the cache changed meanwhile.
+        """
+        self._below.save(path)
+
+    def load(self, path: str | Path) -> int:
+        """Fill the pool from a file of `save`, with what was used last, as far as there is room; the tokens gained.
+
+        Damaged pages are left out.
+
+        Raises:
+            InvalidArgument: it is no such file, or of another identity, and how that differs. OSError: it cannot be
+            read.
+        """
+        return self._below.load(path)
 
     @property
     def _below(self) -> Tiers:

@@ -30,6 +30,7 @@ from radixkv.tiers.identity import ALL, Keys
 from radixkv.tiers.lane import Lane
 from radixkv.tiers.planner import Planner
 from radixkv.tiers.record import Layout, Record
+from radixkv.tiers.snapshot import Snapshot, SnapshotStore, save
 from radixkv.tiers.store import PageStore, Store
 from radixkv.tiers.writer import Writer
 
@@ -51,6 +52,7 @@ class TierOptions:
             `radixkv.hf.weights_digest(model)`, which `radixkv.hf.engine_for` fills in. An `Engine` needs it.
         disk: a directory that keeps pages over restarts. One process writes to it, others read.
         disk_capacity: what the pages of one identity may take there: "20GiB", or bytes.
+        snapshot: a file that `Engine.save` wrote: its pages are read when they are asked for.
         ram: bytes of RAM that pages pass through, and stay in while there is room; 256 pages by default.
         secret: what keys of pages are made with, 1 to 64 bytes; by default the directory's own, made at first.
         threads: that read from the disk. 0: nothing happens but in `Tiers.pump`, and nothing goes by the clock.
@@ -59,6 +61,7 @@ class TierOptions:
     weights: str | None = None
     disk: str | Path | None = None
     disk_capacity: str | int = "20GiB"
+    snapshot: str | Path | None = None
     ram: str | int | None = None
     secret: bytes | None = None
     threads: int = 4
@@ -102,7 +105,7 @@ class Tiers:
     ) -> None:
         self.page_size = cache.page_size
         self._cache, self._pages = cache, pages
-        identity = {**identity, "page_size": cache.page_size, "format": 1}
+        self.identity = identity = {**identity, "page_size": cache.page_size, "format": 1}
         self._keys = Keys(identity, _secret(options), cache.page_size)
         self._layout = Layout(pages.page_bytes, cache.page_size, self._keys.fingerprint)
         ram = _HUB_PAGES * self._layout.stride if options.ram is None else bytes_of("ram", options.ram)
@@ -110,13 +113,16 @@ class Tiers:
             raise InvalidArgument(f"ram is {ram} bytes: two pages take {2 * self._layout.stride}")
         self.hub = Hub(ram // self._layout.stride, self._layout.stride)
         self.disk = self._open_disk(options, identity)
+        own: list[Store] = [] if self.disk is None else [self.disk]
+        if self.disk is not None:
+            self._keys.nonces = self.disk.nonces()
+        if options.snapshot is not None:
+            own.append(SnapshotStore(self._snapshot(Path(options.snapshot)), self._keys, self._layout))
         self._shelves = [
             _Shelf(store, Lane(f"radixkv-{store.name}", options.threads),
                    Lane(f"radixkv-{store.name}-write", min(1, options.threads)))
-            for store in ([self.disk] if self.disk is not None else []) + list(stores)
+            for store in own + list(stores)
         ]  # fmt: skip
-        if self.disk is not None:
-            self._keys.nonces = self.disk.nonces()
         self._lock = threading.RLock()  # fetches and loads; reentrant, since a fetch may be dropped anywhere
         self._generation = threading.RLock()  # tags: who reads them and who changes them
         self._loading: dict[bytes, list[tuple[Fetch, int]]] = {}
@@ -406,7 +412,8 @@ class Tiers:
             return moved or bool(records)
 
     def _stored_already(self, key: bytes) -> bool:
-        return bool(self._shelves) and all(self._has(shelf, key) for shelf in self._shelves)
+        shelves = [shelf for shelf in self._shelves if not shelf.store.read_only]
+        return all(self._has(shelf, key) for shelf in shelves) if shelves else key in self.hub
 
     def _has(self, shelf: _Shelf, key: bytes) -> bool:
         try:
@@ -423,7 +430,7 @@ class Tiers:
         shelf = self._shelves[number]
 
         def job() -> None:
-            if shelf.breaker.allow():
+            if not shelf.store.read_only and shelf.breaker.allow():
                 with self._attempt(shelf):
                     shelf.counts["written"] += sum(shelf.store.write([record for _, record in records]))
             self._store(records, number + 1)
@@ -437,6 +444,20 @@ class Tiers:
             busy = self._write_some()
             for shelf in self._shelves:
                 busy |= shelf.reads.pump() | shelf.writes.pump()
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """`Engine.save`."""
+        save(Path(path), self.identity, self._layout, self._cache, self._pages)
+
+    def load(self, path: str | Path) -> int:
+        """`Engine.load`."""
+        with contextlib.closing(self._snapshot(Path(path))) as snapshot:
+            return snapshot.load(self._cache, self._pages)
+
+    def _snapshot(self, path: Path) -> Snapshot:
+        return Snapshot(path, self.identity, self._layout)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
