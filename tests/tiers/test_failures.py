@@ -164,7 +164,7 @@ class Recorder:
 
 
 def test_loss_of_power_in_any_legal_order(tmp_path, monkeypatch):
-    """WAL may lose any number of the last commits; pages written after the last fdatasync are there, or not, or torn."""
+    """WAL may lose any number of the last commits; pages after the last fdatasync are there, or not, or torn."""
     capacity = 12 * 4096
     pool = Pool(pool_options(tmp_path / "d", capacity=capacity))
     recorder = Recorder(tmp_path / "d", monkeypatch)
