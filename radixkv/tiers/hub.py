@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from radixkv import _core
 from radixkv.tiers.record import Bytes
 
 __all__ = ["Hub"]
@@ -19,6 +20,7 @@ class Hub:
     def __init__(self, num_slots: int, stride: int) -> None:
         self.num_slots = num_slots
         self.memory: Bytes = np.frombuffer(mmap.mmap(-1, num_slots * stride), np.uint8).reshape(num_slots, stride)
+        _core.prefer_huge_pages(self.memory.ctypes.data, self.memory.nbytes)
         self._lock = threading.Lock()
         self._users = [0] * num_slots
         self._key: list[bytes | None] = [None] * num_slots
