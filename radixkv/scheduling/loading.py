@@ -54,7 +54,8 @@ class Loading:
         if fetch is None:
             return True  # not its turn yet
         if fetch.ready and fetch.tokens > cached and cached < fetch.first * self._tiers.page_size:
-            self._begin(self._tiers, request, len(fetch.prompt))  # the pool has lost what should come before
+            fetch.cancel()  # the pool has lost what should come before its pages
+            self._begin(self._tiers, request, len(fetch.prompt))
             self._tiers.pump()
             return not self._fetches[request].ready
         return not fetch.ready

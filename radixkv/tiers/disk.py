@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import sys
 import threading
 import time
 import warnings
@@ -66,6 +67,8 @@ class Disk:
     def __init__(
         self, directory: Path, identity: Mapping[str, Any], fingerprint: bytes, layout: Layout, capacity: int
     ) -> None:
+        if sys.platform != "linux":
+            raise OSError(f"the disk tier needs Linux, this is {sys.platform}")
         self.folder = directory / fingerprint.hex()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
