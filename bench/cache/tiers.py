@@ -34,7 +34,7 @@ from radixkv.tiers import TierOptions, Tiers
 
 PAGE_BYTES, STRIDE = 368640, 372736  # of SmolLM2 in bf16, 16 tokens: what the pool has, what a record takes
 BATCH, CHUNK, THREADS = 32, 8, 4
-PROMPT, LOADS = 1000, 12
+PROMPT, LOADS = 1000, 4
 PLAIN = "O_DIRECT loop"
 
 
@@ -167,13 +167,15 @@ def loading_rows(folder: Path, model: Any, steps: int) -> list[Row]:
     """Decode steps of four requests a second, alone, and while prompts of 1,000 tokens load one after the other."""
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1000, 20000, PROMPT).tolist() for _ in range(LOADS)]
-    options = TierOptions(weights="bench", disk=folder, disk_capacity="512MiB")
+    options = TierOptions(
+        weights="bench", disk=folder, disk_capacity="512MiB", ram="64MiB"
+    )  # each load is from the disk
     with engine_for(model, num_pages=160, tiers=options) as engine, Generator(model, engine) as generator:
         assert engine.tiers is not None
         assert engine.tiers.disk is not None
         for i, prompt in enumerate(prompts):
-            generator.submit(prompt, max_new_tokens=1)
-            generator.run()
+            with engine.acquire(prompt) as lease:
+                lease.advance()  # with whatever lies there: nobody attends to it
             while len(engine.tiers.disk) < (i + 1) * (PROMPT // 16):
                 time.sleep(0.01)
         engine.cache.evict(160)

@@ -131,9 +131,10 @@ def test_no_namespace_is_filled_from_another(tmp_path):
     with make_engine(tiers=options(tmp_path)) as engine:
         serve(engine, PROMPT, "a")
         assert serve(engine, PROMPT, "b")[1] == 0
+        engine.cache.evict(64)
         fetch = engine.fetch(PROMPT, "a")
         engine.tiers.pump()
-        engine.cache.evict(64)
+        assert fetch.tokens == 48
         with engine.acquire(PROMPT, "c", fetched=fetch) as lease:
             assert lease.num_written == 0
             lease.release(False)

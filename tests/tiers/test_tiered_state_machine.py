@@ -106,6 +106,7 @@ class TieredMachine(Machine):
         self.tiers.pump()
         self.evict_both(after)
         self.keeps_up()
+        namespace = data.draw(st.sampled_from([namespace, namespace, *NAMESPACES]))  # another's is filled with nothing
         done = self.both(lambda: self.cache.acquire(tokens, namespace), lambda: self.model.acquire(namespace, tokens))
         if done is None:
             return multiple()
