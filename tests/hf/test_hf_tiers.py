@@ -1,5 +1,6 @@
 """A generator over tiers: the same tokens cold, warm, after a restart and after kill -9."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 
 from radixkv.demo.model import INSTALL_MODEL, find_model, load_model
 from radixkv.formats import fp8
-from radixkv.hf import Generator, engine_for
+from radixkv.hf import AsyncGenerator, Generator, engine_for
 from radixkv.tiers import TierOptions
 from tests.hf.helpers import random_prompts, stock_tokens, tiny
 
@@ -46,6 +47,22 @@ def test_a_restart_gives_the_same_tokens(tmp_path, architecture):
             restored = [sum(r.stats.restored_tokens.values()) for r in requests]
             assert (sum(restored) > 40) == (start > 0)
             assert all(r.stats.restored_tokens.keys() <= {"disk", "ram"} for r in requests)
+
+
+def test_an_async_generator_restores_as_well(tmp_path):
+    model = tiny()
+    (prompt,) = random_prompts(41)
+    seen = []
+
+    async def ask(engine):
+        async with AsyncGenerator(model, engine) as generator:
+            return await generator.generate(prompt, max_new_tokens=6)
+
+    for _ in range(2):
+        with engine_for(model, num_pages=32, page_size=4, tiers=options(tmp_path)) as engine:
+            seen.append(asyncio.run(ask(engine)))
+    assert seen[0].tokens == seen[1].tokens == stock_tokens(model, prompt, 6)
+    assert seen[1].stats.restored_tokens == {"disk": 40}
 
 
 def first_logits(model, engine, prompt):
