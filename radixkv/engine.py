@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,15 @@ import torch
 from radixkv import _core
 from radixkv.attention import backend_for, check_device
 from radixkv.cache import Lease, PrefixCache
-from radixkv.errors import InvalidArgument
+from radixkv.errors import BackendUnavailable, InvalidArgument
 from radixkv.formats import LayerFormat, layer_formats
 from radixkv.kv_plan import KvPlan
 from radixkv.pool import KVPool, pages_for_capacity
 from radixkv.shape import LayerShape, checked_size
 from radixkv.step import Step
+from radixkv.tiers import Fetch, TierOptions, Tiers
+from radixkv.tiers.cache import TieredCache
+from radixkv.tiers.identity import layers_identity
 
 if TYPE_CHECKING:
     from radixkv._core import Tokens
@@ -42,6 +46,8 @@ class Engine:
             layer; or a `KvPlan`, which `radixkv kv-check` finds for a model.
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
             `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
+        tiers: what lies below the pool: RAM, and a disk that keeps pages over restarts. On the CPU only. Close such an
+            engine: what is not stored yet is stored then.
 
     Raises:
         InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device, dtype or head_dim,
@@ -63,6 +69,7 @@ class Engine:
         device: str | torch.device = "cpu",
         kv_format: str | LayerFormat | KvPlan | Sequence[str | LayerFormat | None] | None = None,
         cuda_graphs: bool = False,
+        tiers: TierOptions | None = None,
     ) -> None:
         self.dtype, device = _dtype(dtype), _device(device)
         self.layers = _layers(layers, num_layers, num_qo_heads, num_kv_heads, head_dim)
@@ -72,17 +79,29 @@ class Engine:
         if (num_pages is None) == (capacity is None):
             raise InvalidArgument("give either num_pages or capacity: the size of the pool")
         check_device(device, cuda_graphs=cuda_graphs)
+        if tiers is not None:
+            _check_tiers(tiers, device)
         if capacity is not None:
             page_size = checked_size("page_size", page_size)
             per_page = sum(f.page_bytes(page_size, s) for s, f in zip(self.layers, formats, strict=True))
             num_pages = pages_for_capacity(capacity, per_page, device)
         assert num_pages is not None
-        self.cache = PrefixCache(num_pages, page_size)
+        self.cache: PrefixCache = TieredCache(num_pages, page_size)
         self.pool = KVPool(self.layers, formats, self.cache.num_pages, self.cache.page_size, device)
         self.device = self.pool.device  # "cuda" has become the device it stood for
         self.attention = backend_for(self.pool.layers, dtype, cuda_graphs=cuda_graphs)
         self.attention.warm_up()
         self.table = _core.PageTable(self.cache)
+        self.tiers = None if tiers is None else Tiers(self.cache, self.pool, self._identity(tiers), tiers)
+
+    def _identity(self, tiers: TierOptions) -> dict[str, object]:
+        """All that decides the bytes of a page."""
+        return {
+            "weights": tiers.weights,
+            "layers": layers_identity(self.layers, [kv.format for kv in self.pool.layers]),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "arithmetic": f"native:{_core.isa()}:torch-{torch.__version__}:{torch.backends.cpu.get_cpu_capability()}",
+        }
 
     @property
     def num_pages(self) -> int:
@@ -97,9 +116,77 @@ class Engine:
         """Tokens: what `drop` rounds to."""
         return math.lcm(self.attention.view_unit, self.page_size)
 
-    def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
-        """`PrefixCache.acquire`. The next step with this lease makes its pending copies."""
-        return self.cache.acquire(tokens, namespace)
+    def acquire(self, tokens: Tokens, namespace: str = "", *, fetched: Fetch | None = None) -> Lease:
+        """`PrefixCache.acquire`; then `fill`, if there is a fetch. The next step makes the lease's pending copies."""
+        if fetched is not None:
+            self._below.check_own(fetched)
+        lease = self.cache.acquire(tokens, namespace)
+        if fetched is not None:
+            self._below.fill(lease, fetched)
+        return lease
+
+    def fetch(self, tokens: Tokens, namespace: str = "", *, deadline: float | None = None) -> Fetch:
+        """Begin to bring a prompt's pages, after those that the pool has, from the tiers into RAM. Returns at once.
+
+            waiting = [(prompt, engine.fetch(prompt)) for prompt in prompts]
+            ...                                             # serve others until fetch.ready
+            lease = engine.acquire(prompt, fetched=fetch)
+
+        Takes no pages of the pool. What fails below is a miss, and nothing is loaded that was faster to compute.
+
+        Args:
+            deadline: seconds until it is ready with what came by then; by default what computing its pages would take.
+
+        Raises:
+            InvalidTokens: as `acquire`. InvalidArgument: the engine has no tiers.
+        """
+        return self._below.fetch(tokens, namespace, deadline=deadline)
+
+    def fill(self, lease: Lease, fetched: Fetch) -> int:
+        """Copy fetched pages into a lease of this engine and of the same prompt, and publish them; the tokens gained.
+
+        0 if nothing fits. Between steps, in the thread that owns the lease. At least one token is left to compute.
+
+        Raises:
+            LeaseError: the lease may not change. InvalidArgument: another engine's fetch, or no tiers.
+        """
+        return self._below.fill(lease, fetched)
+
+    def prefetch(self, tokens: Tokens, namespace: str = "") -> Fetch:
+        """`fetch` whatever it takes, for a prompt that is expected: its pages stay in RAM as the hottest there.
+
+        Nobody need wait for it or keep what it returns.
+        """
+        return self._below.prefetch(tokens, namespace)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole tree with its K and V to a file: open pages and the order of eviction included.
+
+        Between steps, while nobody uses the cache. The file is whole or absent. It holds prompts and names of
+        namespaces in the clear. Give it to `load`, or to a later engine as `TierOptions(snapshot=path)`.
+
+        Raises:
+            InvalidArgument: the engine has no tiers, which say whose K and V these are. OSError: it cannot be written.
+            LeaseError: the cache changed meanwhile.
+        """
+        self._below.save(path)
+
+    def load(self, path: str | Path) -> int:
+        """Fill the pool from a file of `save`, with what was used last, as far as there is room; the tokens gained.
+
+        Damaged pages are left out.
+
+        Raises:
+            InvalidArgument: it is no such file, or of another identity, and how that differs. OSError: it cannot be
+            read.
+        """
+        return self._below.load(path)
+
+    @property
+    def _below(self) -> Tiers:
+        if self.tiers is None:
+            raise InvalidArgument("the engine has no tiers: make it with tiers=TierOptions(...)")
+        return self.tiers
 
     def drop(self, lease: Lease, window_left: int) -> int:
         """No layer sees more than window_left keys before a row's own: take older pages from the lease's view.
@@ -129,7 +216,10 @@ class Engine:
         return Step(self, leases)
 
     def close(self) -> None:
-        """Closes the cache. The pool's memory goes with the last reference to it."""
+        """Stores what waits for the tiers, for 2 seconds at most, and closes the cache.
+
+        The pool's memory goes with the last reference to it.
+        """
         self.cache.close()
 
     def __enter__(self) -> Engine:
@@ -167,6 +257,18 @@ def _dtype(dtype: object) -> torch.dtype:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise InvalidArgument(f"dtype is {dtype}: use torch.bfloat16, torch.float16 or torch.float32")
     return dtype
+
+
+def _check_tiers(tiers: object, device: torch.device) -> None:
+    if not isinstance(tiers, TierOptions):
+        raise InvalidArgument(f"tiers is {tiers!r}: give TierOptions(...)")
+    if not tiers.weights or not isinstance(tiers.weights, str):
+        raise InvalidArgument(
+            f"TierOptions.weights is {tiers.weights!r}: say whose K and V are stored, such as "
+            "TierOptions(weights=radixkv.hf.weights_digest(model), ...)"
+        )
+    if device.type != "cpu":
+        raise BackendUnavailable(f"tiers below a pool on {device} are not built yet: leave tiers out, or use the CPU")
 
 
 def _device(device: object) -> torch.device:

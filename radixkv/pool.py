@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -138,6 +138,7 @@ class KVPool:
                 _core.prefer_huge_pages(block.data_ptr(), block.nbytes)
         unused = {size: iter(block) for size, block in self._blocks.items()}
         self._pages = [next(unused[size]) for size in sizes]  # K, V, K, V, ...
+        self._host = _host_views(list(self._blocks.values()), self._pages) if device.type == "cpu" else []
         self.layers = [
             LayerKV(s, f, page_size, k, v)
             for s, f, k, v in zip(shapes, formats, self._pages[::2], self._pages[1::2], strict=True)
@@ -163,21 +164,49 @@ class KVPool:
 
     def read_pages(self, pages: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> None:
         """Copy pages [n] to `out` [n, page_bytes]: for each its K and V of layer 0, then of layer 1, and so on."""
+        for memory, rows in self._host_parts(out):
+            for i, page in enumerate(pages.tolist()):
+                rows[i] = memory[page]
+        if self._host:
+            return
         index, target = self._index(pages), torch.from_numpy(out)
         for place, part in zip(self._pages, self._parts(target), strict=True):
             part.copy_(place.index_select(0, index))
 
     def write_pages(self, pages: npt.NDArray[np.int32], data: npt.NDArray[np.uint8]) -> None:
         """Copy `data` [n, page_bytes], laid out as by `read_pages`, to pages [n]."""
+        for memory, rows in self._host_parts(data):
+            for i, page in enumerate(pages.tolist()):
+                memory[page] = rows[i]
+        if self._host:
+            return
         index, source = self._index(pages), torch.from_numpy(data)
         for place, part in zip(self._pages, self._parts(source), strict=True):
             place.index_copy_(0, index, part.to(self.device))
+
+    def _host_parts(self, data: npt.NDArray[np.uint8]) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Memory [num_pages, runs, bytes], and its place in `data` [n, runs, bytes]."""
+        begin = 0
+        for memory in self._host:
+            _, runs, size = memory.shape
+            yield memory, data[:, begin : begin + runs * size].reshape(len(data), runs, size)
+            begin += runs * size
 
     def _index(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
         return torch.from_numpy(pages.astype(np.int64)).to(self.device)
 
     def _parts(self, data: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(data, [place.shape[1] for place in self._pages], dim=1)
+
+
+def _host_views(blocks: list[torch.Tensor], pages: list[torch.Tensor]) -> list[npt.NDArray[np.uint8]]:
+    """Memory as [num_pages, runs, bytes], in the order of layers: numpy copies a page in one call, without the GIL.
+
+    Where all runs of a page have one size that is everything at once, else a layer's K or V after the other.
+    """
+    if len(blocks) == 1:
+        return [blocks[0].numpy().transpose(1, 0, 2)]
+    return [page.numpy()[:, None] for page in pages]
 
 
 def copy_batched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from radixkv.engine import Engine
 
 __all__ = ["Step"]
+
+_TIMED_ROWS = 64  # steps of fewer rows do not tell how fast prompts are computed
 
 
 class Step(_core.Step):
@@ -47,6 +50,7 @@ class Step(_core.Step):
     positions: torch.Tensor
     last_rows: torch.Tensor
     graph_key: int | None = None
+    _clock: float = 0.0  # when it was entered, where the tiers want to know how fast prompts are computed
 
     def __init__(self, engine: Engine, leases: Sequence[Lease]) -> None:
         super().__init__(engine.table, leases, len(engine.layers))
@@ -62,6 +66,7 @@ class Step(_core.Step):
         self._rows = len(self.input_ids)
         self._window_limit = table.window_limit
         self._plan = None
+        self._clock = time.perf_counter() if engine.tiers is not None and self._rows >= _TIMED_ROWS else 0.0
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch a forward pass that was captured in a step with the same graph_key, in place of attending.
@@ -169,6 +174,10 @@ class Step(_core.Step):
             engine.attention.append(layer, k, v)
         engine.attention.run(layer, q, out, options, sinks)
         self._attended(layer)
+        if self._clock and layer == len(engine.layers) - 1:
+            assert engine.tiers is not None
+            engine.tiers.planner.computed(self._rows, time.perf_counter() - self._clock)
+            self._clock = 0.0
         return out
 
     def _check_written(self, layer: int, k: torch.Tensor | None, v: torch.Tensor | None) -> None:

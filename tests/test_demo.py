@@ -177,3 +177,26 @@ def test_conversion_appears_at_once_and_only_once(tmp_path, monkeypatch):
 def test_at_least_one_token_is_asked_for():
     with pytest.raises(InvalidArgument, match="max-new-tokens"):
         demo.run(parse("--max-new-tokens", "0"))
+
+
+def test_the_second_start_restores_the_system_prompt(model_folder, capsys, tmp_path):
+    arguments = ("--model", str(model_folder), "--max-new-tokens", "3", "--disk", str(tmp_path / "disk"))
+    assert demo.run(parse(*arguments)) == 0
+    first = capsys.readouterr().out
+    assert ", 0 of them restored" in first
+    assert "start it again" in first
+    assert demo.run(parse(*arguments, "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    request = report["first_request"]
+    assert request["restored_tokens"] > request["prompt_tokens"] * 0.9
+    assert request["computed_tokens"] < 40
+    assert report["computed_all"] > 0
+    assert demo.run(parse(*arguments)) == 0
+    assert "s when all was computed)" in capsys.readouterr().out
+    assert demo.run(parse(*arguments, "--dtype", "bfloat16")) == 0  # another identity
+    assert ", 0 of them restored" in capsys.readouterr().out
+
+
+def test_a_restart_draws_no_tree(model_folder):
+    with pytest.raises(InvalidArgument, match="--svg"):
+        demo.run(parse("--model", str(model_folder), "--disk", "d", "--svg", "s"))

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 import radixkv
-from radixkv.cli import curve, demo, doctor, generate, info, kv_check, lint, plan, record, replay, view
+from radixkv.cli import curve, demo, doctor, generate, info, kv_check, lint, plan, record, replay, tiers, view
 from radixkv.cli.common import flush_output, say
 from radixkv.errors import RadixKVError
 
@@ -26,6 +26,7 @@ COMMANDS = (
     lint.COMMAND,
     generate.COMMAND,
     record.COMMAND,
+    tiers.COMMAND,
     info.COMMAND,
     doctor.COMMAND,
     demo.COMMAND,

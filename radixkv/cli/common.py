@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_BAR = 30  # characters
+
+
 @dataclass(frozen=True)
 class Command:
     """`add` gives a parser the command's arguments; `run` runs it with them and returns the exit status."""
@@ -225,10 +228,13 @@ def printable(name: str) -> str:
 
 
 class ProgressLine:
-    """Counts on standard error while it is a terminal, a few times a second, and wipes the line at the end."""
+    """Counts on standard error while it is a terminal, a few times a second, and wipes the line at the end.
 
-    def __init__(self, what: str = "requests") -> None:
-        self._what = what
+    With a total, a bar shows how much of it is done.
+    """
+
+    def __init__(self, what: str = "requests", total: int | None = None) -> None:
+        self._what, self._total = what, total
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._started = self._last = time.monotonic()
 
@@ -241,12 +247,18 @@ class ProgressLine:
             sys.stderr.flush()
 
     def __call__(self, done: int) -> None:
-        """Show that so many are done."""
+        """Show that ``done`` are done."""
         if not self._shown:
             return
         now = time.monotonic()
         if now - self._last >= 0.2:
             self._last = now
             rate = done / (now - self._started)
-            sys.stderr.write(f"\r\x1b[K{done:,} {self._what}, {rate:,.3g}/s")
+            sys.stderr.write(f"\r\x1b[K{self._bar(done)}{done:,} {self._what}, {rate:,.3g}/s")
             sys.stderr.flush()
+
+    def _bar(self, done: int) -> str:
+        if not self._total:
+            return ""
+        filled = _BAR * done // self._total
+        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * done // self._total} % "

@@ -21,6 +21,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-pages", type=int, default=512, metavar="N", help="pages in the pool")
     parser.add_argument("--kv-format", metavar="F", help="how K and V are stored: int8, k8v4, int4, fp8 or a plan file")
     parser.add_argument("--svg", metavar="FILE", help="also write the tree as a picture")
+    parser.add_argument(
+        "--disk", metavar="DIR", help="keep pages in DIR: run it twice, and the second start restores the system prompt"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to standard error")
 
 

@@ -9,21 +9,30 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from radixkv.demo.conversation import converse, shared_prefix
 from radixkv.demo.model import find_model, load_model
 from radixkv.demo.report import as_json, compare, pages_by_state, print_report, verdict
+from radixkv.demo.restart import restart, sentence
 from radixkv.errors import InvalidArgument
 from radixkv.kv_plan import KvPlan
 from radixkv.observe import tree_svg, tree_text
 
+if TYPE_CHECKING:
+    from radixkv.hf import Generator
+
 __all__ = ["run"]
+
+_DISK = "2GiB"
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 if the cache changed an answer in fp32. Raises errors of RadixKVError."""
     if args.max_new_tokens < 1:
         raise InvalidArgument(f"--max-new-tokens is {args.max_new_tokens}: give at least 1")
+    if args.disk and args.svg:
+        raise InvalidArgument("--disk shows a restart and draws no tree: leave out --svg")
     say = _Progress(args.json)
     source = find_model(args.model)
     say(f"loading {source.name} in {args.dtype}")
@@ -38,21 +47,40 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(source, dtype, say)
 
     from radixkv.hf import Generator, engine_for
+    from radixkv.tiers import TierOptions
 
-    engine = engine_for(model, num_pages=args.num_pages, page_size=args.page_size, kv_format=_kv_format(args.kv_format))
-    say(f"loaded in {time.perf_counter() - started:.1f} s: {engine!r}, {torch.get_num_threads()} threads")
-    with Generator(model, engine) as generator:
-        say("a small model: its speed and its memory are the point, not its wit")
-        say("\ncache off: every request starts with an empty cache")
-        off = converse(generator, tokenizer, args.max_new_tokens, say, keep=False)
-        engine.cache.clear()
-        say("\ncache on: the same conversations, in the same order")
-        on = converse(generator, tokenizer, args.max_new_tokens, say, keep=True)
-        report = compare(off, on)
-        shared = shared_prefix(generator, tokenizer)
-        with engine.cache.pin(shared):
-            report["pages"] = pages_by_state(engine.cache.stats())
-            snapshot = engine.cache.snapshot()
+    tiers = TierOptions(disk=args.disk, disk_capacity=_DISK) if args.disk else None
+    kv_format = _kv_format(args.kv_format)
+    sizes = {"num_pages": args.num_pages, "page_size": args.page_size}
+    with engine_for(model, **sizes, kv_format=kv_format, tiers=tiers) as engine:
+        say(f"loaded in {time.perf_counter() - started:.1f} s: {engine!r}, {torch.get_num_threads()} threads")
+        with Generator(model, engine) as generator:
+            say("a small model: its speed and its memory are the point, not its wit")
+            if args.disk:
+                return _restart(generator, tokenizer, args, say)
+            return _compare(generator, tokenizer, args, say)
+
+
+def _restart(generator: Generator, tokenizer: Any, args: argparse.Namespace, say: _Progress) -> int:
+    """The conversations once, over what an earlier start has left in --disk."""
+    report = restart(generator, tokenizer, Path(args.disk), args.max_new_tokens, say)
+    print(json.dumps(report, indent=2) if args.json else sentence(report, Path(args.disk)))
+    return 0
+
+
+def _compare(generator: Generator, tokenizer: Any, args: argparse.Namespace, say: _Progress) -> int:
+    """The conversations twice, with the cache off and on."""
+    engine = generator.engine
+    say("\ncache off: every request starts with an empty cache")
+    off = converse(generator, tokenizer, args.max_new_tokens, say, keep=False)
+    engine.cache.clear()
+    say("\ncache on: the same conversations, in the same order")
+    on = converse(generator, tokenizer, args.max_new_tokens, say, keep=True)
+    report = compare(off, on)
+    shared = shared_prefix(generator, tokenizer)
+    with engine.cache.pin(shared):
+        report["pages"] = pages_by_state(engine.cache.stats())
+        snapshot = engine.cache.snapshot()
     if args.svg:
         Path(args.svg).write_text(tree_svg(snapshot, tokenizer.decode), encoding="utf-8")
     if args.json:

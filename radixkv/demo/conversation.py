@@ -30,6 +30,7 @@ class Turn:
     computed_tokens: int
     time_to_first_token: float
     logits: list[torch.Tensor] = field(repr=False)
+    restored_tokens: int = 0
 
 
 @dataclass
@@ -61,9 +62,10 @@ def converse(
             turn = _ask(generator, tokenizer, history, user.name, max_new_tokens)
             history.append({"role": "assistant", "content": turn.answer})
             turns.append(turn)
+            restored = f"{turn.restored_tokens} restored, " if turn.restored_tokens else ""
             say(
                 f"  {turn.user}: {turn.question}  ->  {turn.answer}\n"
-                f"       {turn.cached_tokens} of {turn.prompt_tokens} prompt tokens cached, "
+                f"       {turn.cached_tokens} of {turn.prompt_tokens} prompt tokens cached, {restored}"
                 f"first token after {turn.time_to_first_token:.2f} s"
             )
     return Conversation(turns, time.perf_counter() - started)
@@ -103,6 +105,7 @@ def _ask(generator: Generator, tokenizer: Any, history: list[dict[str, str]], us
         tokens=request.tokens,
         prompt_tokens=stats.prompt_tokens,
         cached_tokens=stats.cached_tokens,
+        restored_tokens=sum(stats.restored_tokens.values()),
         computed_tokens=stats.computed_tokens,
         time_to_first_token=stats.time_to_first_token,
         logits=logits,

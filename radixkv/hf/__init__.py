@@ -9,6 +9,7 @@ try:
     from radixkv.hf.adapter import attach, engine_for, forward
     from radixkv.hf.aio import AsyncGenerator, Stream
     from radixkv.hf.cache import EngineCache
+    from radixkv.hf.digest import weights_digest
     from radixkv.hf.generator import Generator
     from radixkv.hf.kv_check import KvCheck, kv_check
     from radixkv.hf.kv_measure import Loss, audit
@@ -37,4 +38,5 @@ __all__ = [
     "forward",
     "kv_check",
     "optimize",
+    "weights_digest",
 ]

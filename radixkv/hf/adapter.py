@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,8 +30,10 @@ from radixkv.hf.config import (
     stored_layers,
     text_config,
 )
+from radixkv.hf.digest import weights_digest
 from radixkv.hf.layers import position_arguments, step_for
 from radixkv.shape import LayerShape
+from radixkv.tiers import TierOptions
 
 if TYPE_CHECKING:
     from radixkv.engine import Engine
@@ -240,16 +242,20 @@ def engine_for(
     page_size: int = 16,
     dtype: torch.dtype | None = None,
     kv_format: str | LayerFormat | KvPlan | Sequence[str | LayerFormat | None] | None = None,
+    tiers: TierOptions | None = None,
 ) -> Engine:
     """An engine with the layers, dtype and device of `model`; layers may differ in heads and dimensions.
 
     `num_pages` or `capacity` ("4GiB", a number of bytes, or a share of the free memory) sizes the pool, as for
     `Engine`. The geometry is observed, not guessed from the configuration: see `probe`, whose errors this raises.
     `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
-    `kv_format` says what they are stored as, as for `Engine`.
+    `kv_format` says what they are stored as, as for `Engine`. `tiers` that name no weights get the model's
+    `weights_digest`.
     The model's own attention stays in place; `forward` and `Generator` switch it.
     """
     shape = probe(model)
+    if isinstance(tiers, TierOptions) and tiers.weights is None:
+        tiers = replace(tiers, weights=weights_digest(model))
     if dtype is not None and dtype != shape.dtype:
         raise InvalidArgument(
             f"the model computes K and V in {shape.dtype}, not {dtype}: convert it, model.to({dtype})"
@@ -260,6 +266,7 @@ def engine_for(
         num_pages=num_pages,
         capacity=capacity,
         kv_format=kv_format,
+        tiers=tiers,
     )
 
 

@@ -36,6 +36,10 @@ class RequestStats:
     prompt_tokens: int
     cached_tokens: int = 0
     """Prompt tokens whose K and V were there at first admission; for a fork the whole prompt."""
+    restored_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens that came from the tiers, by source: "ram", "disk", "snapshot". Again after each preemption."""
+    fetch_seconds: float = 0.0
+    """How long they took, while the request waited."""
     computed_tokens: int = 0
     """Tokens run through the model, recomputation after preemptions included."""
     generated_tokens: int = 0

@@ -28,6 +28,7 @@ from radixkv.scheduling.arguments import check_tokens, integer
 from radixkv.scheduling.batch import Batch, batch_of
 from radixkv.scheduling.clock import Deadlines, Pace, now
 from radixkv.scheduling.drafts import accepted_tokens, add_drafts, take_back
+from radixkv.scheduling.loading import Loading
 from radixkv.scheduling.policy import Policy, check_policy
 from radixkv.scheduling.request import Request, Status
 from radixkv.scheduling.space import Pages, Space, common_prefix, lease_of
@@ -51,7 +52,8 @@ class Scheduler:
     `submit` may be made while a step is open.
 
     Args:
-        engine: an `Engine`, or a host's own pages (see `Pages`).
+        engine: an `Engine`, or a host's own pages (see `Pages`). Where it has tiers, pages are fetched from them while
+            requests wait; those whose pages are still to come are passed over.
         max_step_tokens: rows of a step at most. Longer prompts are computed over several steps.
         max_running: requests that run at once.
         window_left: how many keys before its own a row sees at most in any layer, if all have a window; else -1.
@@ -89,6 +91,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._cache = engine.cache
         self._space = Space(engine, window_left, self.running)
+        self._loading = Loading(engine, self._space)
         self._deadlines, self._pace = Deadlines(), Pace()
         self._submitted = 0
         self._batch: Batch | None = None
@@ -179,10 +182,11 @@ class Scheduler:
             take_back(request, request.num_tokens)  # what nobody accepted
         for request in self._deadlines.passed():
             self._end(request, "deadline")
-        while self.unfinished:  # twice at most: where all running requests leave, a waiting one can start
+        while self.unfinished:  # again where all running requests leave, or all waiting ones wait for the tiers
             if requests := self._choose():
                 self._batch = batch_of(requests)
                 return self._batch
+            self._loading.wait()
         return None
 
     def accept(self, tokens: Sequence[int | Sequence[int]]) -> None:
@@ -268,6 +272,7 @@ class Scheduler:
 
     def _choose(self) -> list[Request]:
         """The requests of the next step, each with a lease that has room for its rows."""
+        self._loading.look_ahead(self.waiting)
         chosen: list[Request] = []
         budget = self._max_step_tokens
         before = len(self.running)
@@ -294,14 +299,18 @@ class Scheduler:
             if budget == 0 or len(self.running) >= self._max_running:
                 return budget
             cached = self._space.cached(request)
-            if self._worth_waiting(request, cached):
+            if self._loading.waits(request, cached):
+                continue
+            found = max(cached, self._loading.tokens(request))
+            if self._worth_waiting(request, found):
                 continue
             if not self._space.has_headroom(request, cached):
                 return budget
-            lease = self._space.acquire(request, cached + budget)
+            lease = self._space.acquire(request, found + budget)
             if lease is None:
                 return budget
             self._start(request, lease)
+            self._loading.fill(request, lease)
             chosen.append(request)
             budget = max(budget - (lease.num_tokens - lease.num_written), 0)
         return budget
@@ -394,6 +403,7 @@ class Scheduler:
             insort(self.waiting, heir, key=_place)
         if request in self.waiting:
             self.waiting.remove(request)
+            self._loading.forget(request)
         elif request in self.running:
             self._leave(request, commit=commit)
             self._pace.ended()

@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import sqlite3
+import sys
 import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,9 @@ from radixkv.tiers.record import Bytes, Layout, Record
 from radixkv.tiers.slabs import Slabs
 
 __all__ = ["Disk", "secret_of"]
+
+
+_TRIES = 3
 
 
 class _Place(NamedTuple):
@@ -62,6 +67,8 @@ class Disk:
     def __init__(
         self, directory: Path, identity: Mapping[str, Any], fingerprint: bytes, layout: Layout, capacity: int
     ) -> None:
+        if sys.platform != "linux":
+            raise OSError(f"the disk tier needs Linux, this is {sys.platform}")
         self.folder = directory / fingerprint.hex()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -70,7 +77,8 @@ class Disk:
         self._index = _index(self.folder / "index.sqlite", self.read_only)
         self.num_slots = capacity // layout.stride
         self._layout = layout
-        slots = self._index.slots_per_file(Slabs.file_slots(capacity, layout.stride), self.read_only)
+        slots = self._setting("slots_per_file", Slabs.file_slots(capacity, layout.stride))
+        self._setting("page_bytes", layout.page_bytes)  # for who reads the files without a pool
         self._slabs = Slabs(self.folder, layout.stride, slots, self.read_only)
         self._lock = threading.Lock()  # the maps; never held while a disk is waited for
         self._writing = threading.Lock()
@@ -81,6 +89,9 @@ class Disk:
         self._used = 0
         if not self.read_only:
             self._load()
+
+    def _setting(self, name: str, ours: int) -> int:
+        return self._index.setting(name, None if self.read_only else ours)
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         path = self.folder / "meta.json"
@@ -272,11 +283,14 @@ class Disk:
 
 
 def _locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    for _ in range(_TRIES):  # `radixkv tiers` tries for a moment whether it is locked
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        else:
+            return True
+    return False
 
 
 def _index(path: Path, read_only: bool) -> Index:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ __all__ = ["Fetch"]
 
 
 class Fetch:
-    """Made by `Tiers.fetch`. When it is `ready`, acquire the request and `Tiers.fill` its lease.
+    """Made by `Engine.fetch` or `Tiers.fetch`. When it is `ready`, acquire the request and `fill` its lease.
 
     A fetch that is dropped or cancelled lets go of its memory. Any thread may ask it.
     """
@@ -36,9 +37,14 @@ class Fetch:
         self.slots: list[int | None] = [None] * len(keys)
         self.pending = 0  # jobs that may still bring pages
         self.asked: set[int] = set()  # the stores that were, by number
+        self.planned = True  # load only what is expected to be faster than computing it
         self.sources: dict[str, int] = {}  #: tokens by where they came from
+        self.restored: dict[str, int] = {}  #: of these, those that `Engine.fill` gave a lease
+        self.where: list[str] = [""] * len(keys)
         self._tiers = tiers
-        self._until = time.monotonic() + deadline
+        self._started = time.monotonic()
+        self._ended = math.nan
+        self._until = self._started + deadline
         self._done = threading.Event()
 
     @property
@@ -71,7 +77,16 @@ class Fetch:
         self._tiers.let_go(self)
 
     def finish(self) -> None:
+        self._ended = time.monotonic()
         self._done.set()
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, or takes so far."""
+        return (self._ended if self._done.is_set() else time.monotonic()) - self._started
+
+    def of(self, tiers: Tiers) -> bool:
+        return self._tiers is tiers
 
     @property
     def finished(self) -> bool:

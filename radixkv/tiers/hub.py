@@ -18,7 +18,9 @@ class Hub:
 
     def __init__(self, num_slots: int, stride: int) -> None:
         self.num_slots = num_slots
-        self.memory: Bytes = np.frombuffer(mmap.mmap(-1, num_slots * stride), np.uint8).reshape(num_slots, stride)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the first touch of shared memory takes three times as long
+        memory = mmap.mmap(-1, num_slots * stride, flags=private)
+        self.memory: Bytes = np.frombuffer(memory, np.uint8).reshape(num_slots, stride)
         self._lock = threading.Lock()
         self._users = [0] * num_slots
         self._key: list[bytes | None] = [None] * num_slots

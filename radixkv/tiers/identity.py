@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from radixkv import _core
+from radixkv.formats import LayerFormat
+from radixkv.shape import LayerShape
 
-__all__ = ["ALL", "Keys", "canonical"]
+__all__ = ["ALL", "Keys", "canonical", "difference", "layers_identity"]
 
 ALL = b""
 """The name of the nonce that is in every namespace's tag."""
@@ -20,6 +24,34 @@ _NO_NONCE = bytes(16)
 def canonical(identity: Mapping[str, Any]) -> bytes:
     """The same text for the same identity: JSON, keys sorted, ASCII."""
     return json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def layers_identity(shapes: Sequence[LayerShape], formats: Sequence[LayerFormat]) -> list[dict[str, Any]]:
+    """What of the layers decides the bytes of a page: runs of equal ones."""
+    layers = [
+        {"kv_heads": s.num_kv_heads, "k_dim": s.k_dim, "v_dim": s.v_dim, "k": _fields(f.k), "v": _fields(f.v)}
+        | ({"k_centre": _digest(f.k_centre)} if f.k_centre else {})
+        for s, f in zip(shapes, formats, strict=True)
+    ]
+    return [{"layers": len(list(run)), **layer} for layer, run in groupby(layers)]
+
+
+def _fields(stored: Any) -> dict[str, Any]:
+    """All that a format of rows says, to the last bit."""
+    return {name: value.hex() if isinstance(value, float) else value for name, value in asdict(stored).items()}
+
+
+def _digest(numbers: Sequence[float]) -> str:
+    """Many numbers in short, to the last bit."""
+    return hashlib.sha256(" ".join(x.hex() for x in numbers).encode()).hexdigest()[:32]
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """How two identities differ, in words."""
+    parts = [
+        f"{n} {theirs.get(n)!r}, not {ours.get(n)!r}" for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)
+    ]
+    return "; ".join(parts)
 
 
 class Keys:

@@ -83,12 +83,15 @@ class Index:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (_NONCE + name.hex(), nonce))
             self._db.execute("PRAGMA synchronous=NORMAL")
 
-    def slots_per_file(self, default: int, read_only: bool) -> int:
-        """What the files were made with; the default for the first."""
+    def setting(self, name: str, default: int | None = None) -> int:
+        """A number that the files were made with; the default is kept where there is none yet."""
         with self._lock:
-            if not read_only:
-                self._db.execute("INSERT OR IGNORE INTO meta VALUES('slots_per_file',?)", (default,))
-            return int(self._db.execute("SELECT value FROM meta WHERE name='slots_per_file'").fetchone()[0])
+            if default is not None:
+                self._db.execute("INSERT OR IGNORE INTO meta VALUES(?,?)", (name, default))
+            found = self._db.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        if found is None:
+            raise sqlite3.DatabaseError(f"it does not say what {name} is")
+        return int(found[0])
 
     def close(self) -> None:
         with self._lock:

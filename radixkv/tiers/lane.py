@@ -13,17 +13,18 @@ __all__ = ["Lane"]
 class Lane:
     def __init__(self, name: str, threads: int) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=_run, args=(self._jobs,), name=name, daemon=True) for _ in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
+    def __del__(self) -> None:
+        for _ in getattr(self, "_threads", ()):  # they hold the queue only
+            self._jobs.put(None)
+
     def put(self, job: Callable[[], None]) -> None:
         self._jobs.put(job)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-            del job  # or its fetch would live on while this waits
 
     def pump(self) -> bool:
         """Run what waits, in this thread, if the lane has none of its own; whether there was anything."""
@@ -46,3 +47,9 @@ class Lane:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def _run(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # or its fetch would live on while this waits

@@ -42,17 +42,17 @@ class Layout:
     def __init__(self, page_bytes: int, page_size: int, fingerprint: bytes) -> None:
         self.page_bytes, self.page_size = page_bytes, page_size
         self.stride = -(-(page_bytes + _TRAILER.size + _SUM.size) // BLOCK) * BLOCK
-        self._seed = int.from_bytes(fingerprint[:8], "little")
+        self.seed = int.from_bytes(fingerprint[:8], "little")
 
     def seal(self, memory: Bytes, key: bytes, parent: bytes) -> None:
         """Write the trailer behind a payload."""
         trailer = _TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0)
         memory[-64:-8] = np.frombuffer(trailer, np.uint8)
-        memory[-8:] = np.frombuffer(_SUM.pack(xxh3_64_intdigest(memory[:-8].data, self._seed)), np.uint8)
+        memory[-8:] = np.frombuffer(_SUM.pack(xxh3_64_intdigest(memory[:-8].data, self.seed)), np.uint8)
 
     def intact(self, memory: Bytes, key: bytes, parent: bytes) -> bool:
         """Whether this is the record of that page, and every bit of it as it was written."""
         trailer = _TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0)
         if memory[-64:-8].tobytes() != trailer:
             return False
-        return bool(_SUM.unpack(memory[-8:].tobytes())[0] == xxh3_64_intdigest(memory[:-8].data, self._seed))
+        return bool(_SUM.unpack(memory[-8:].tobytes())[0] == xxh3_64_intdigest(memory[:-8].data, self.seed))

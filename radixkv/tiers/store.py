@@ -31,6 +31,7 @@ class Store(Protocol):
     """Records by key. Called from threads of the tiers only; whatever it raises is a miss and counted."""
 
     name: str
+    read_only: bool
 
     def leading(self, keys: Sequence[bytes]) -> int:
         """How many of these pages, from the first on, it has."""

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,15 @@ from radixkv.cache import Lease, PrefixCache
 from radixkv.errors import InvalidArgument
 from radixkv.memory import bytes_of
 from radixkv.tiers.breaker import Breaker
+from radixkv.tiers.cache import TieredCache
 from radixkv.tiers.disk import Disk, secret_of
 from radixkv.tiers.fetch import Fetch
 from radixkv.tiers.hub import Hub
 from radixkv.tiers.identity import ALL, Keys
 from radixkv.tiers.lane import Lane
+from radixkv.tiers.planner import Planner
 from radixkv.tiers.record import Layout, Record
+from radixkv.tiers.snapshot import Snapshot, SnapshotStore, save
 from radixkv.tiers.store import PageStore, Store
 from radixkv.tiers.writer import Writer
 
@@ -35,7 +39,8 @@ __all__ = ["TierOptions", "Tiers"]
 _HUB_PAGES = 256
 _CHUNK = 8  # pages of a read: small enough for several threads to share a prompt's
 _POLL = 0.005
-_DEADLINE = 1.0
+_PREFETCH = 60.0  # seconds until a fetch is given up that nobody waits for
+_GRACE = 0.5  # seconds that a store's threads get to end, where none hangs
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,20 @@ class TierOptions:
     """What lies below the pool.
 
     Args:
+        weights: what tells the K and V of one model from another's: a digest of its weights, such as
+            `radixkv.hf.weights_digest(model)`, which `radixkv.hf.engine_for` fills in. An `Engine` needs it.
         disk: a directory that keeps pages over restarts. One process writes to it, others read.
         disk_capacity: what the pages of one identity may take there: "20GiB", or bytes.
+        snapshot: a file that `Engine.save` wrote: its pages are read when they are asked for.
         ram: bytes of RAM that pages pass through, and stay in while there is room; 256 pages by default.
         secret: what keys of pages are made with, 1 to 64 bytes; by default the directory's own, made at first.
-        threads: that read from the disk. 0: nothing happens but in `Tiers.pump`.
+        threads: that read from the disk. 0: nothing happens but in `Tiers.pump`, and nothing goes by the clock.
     """
 
+    weights: str | None = None
     disk: str | Path | None = None
     disk_capacity: str | int = "20GiB"
+    snapshot: str | Path | None = None
     ram: str | int | None = None
     secret: bytes | None = None
     threads: int = 4
@@ -95,7 +105,7 @@ class Tiers:
     ) -> None:
         self.page_size = cache.page_size
         self._cache, self._pages = cache, pages
-        identity = {**identity, "page_size": cache.page_size, "format": 1}
+        self.identity = identity = {**identity, "page_size": cache.page_size, "format": 1}
         self._keys = Keys(identity, _secret(options), cache.page_size)
         self._layout = Layout(pages.page_bytes, cache.page_size, self._keys.fingerprint)
         ram = _HUB_PAGES * self._layout.stride if options.ram is None else bytes_of("ram", options.ram)
@@ -103,24 +113,33 @@ class Tiers:
             raise InvalidArgument(f"ram is {ram} bytes: two pages take {2 * self._layout.stride}")
         self.hub = Hub(ram // self._layout.stride, self._layout.stride)
         self.disk = self._open_disk(options, identity)
+        own: list[Store] = [] if self.disk is None else [self.disk]
+        if self.disk is not None:
+            self._keys.nonces = self.disk.nonces()
+        if options.snapshot is not None:
+            own.append(SnapshotStore(self._snapshot(Path(options.snapshot)), self._keys, self._layout))
         self._shelves = [
             _Shelf(store, Lane(f"radixkv-{store.name}", options.threads),
                    Lane(f"radixkv-{store.name}-write", min(1, options.threads)))
-            for store in ([self.disk] if self.disk is not None else []) + list(stores)
+            for store in own + list(stores)
         ]  # fmt: skip
-        if self.disk is not None:
-            self._keys.nonces = self.disk.nonces()
         self._lock = threading.RLock()  # fetches and loads; reentrant, since a fetch may be dropped anywhere
         self._generation = threading.RLock()  # tags: who reads them and who changes them
         self._loading: dict[bytes, list[tuple[Fetch, int]]] = {}
         self._abandoned: deque[list[int | None]] = deque()
-        self._counts = {"ready": 0, "late": 0, "filled_tokens": 0}
+        self._counts = {"ready": 0, "late": 0, "declined": 0, "filled_tokens": 0}
+        self.planner = Planner(pages.page_bytes / cache.page_size)
+        self._timed = options.threads > 0
         self._writer = Writer(cache.journal(), self._keys, self.hub, self._layout, pages)
         self._copying = threading.Lock()
         self._closed = threading.Event()
-        self._worker = threading.Thread(target=self._work, name="radixkv-tiers", daemon=True)
+        self._worker = threading.Thread(
+            target=_work, args=(weakref.ref(self), self._closed), name="radixkv-tiers", daemon=True
+        )
         if options.threads:
             self._worker.start()
+        if isinstance(cache, TieredCache):
+            cache.put_above(self)
 
     def _open_disk(self, options: TierOptions, identity: Mapping[str, Any]) -> Disk | None:
         if options.disk is None:
@@ -134,17 +153,36 @@ class Tiers:
             warnings.warn(f"the disk tier in {options.disk} is off: {error}", RuntimeWarning, stacklevel=4)
             return None
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the identity: the name of its folder on the disk, as hex."""
+        return self._keys.fingerprint
+
     # --- fetch ------------------------------------------------------------------------------------------------------
 
     def fetch(self, tokens: _core.Tokens, namespace: str = "", *, deadline: float | None = None) -> Fetch:
         """Begin to bring the pages of a prompt, after those that the pool has, into RAM. Returns at once.
 
+        Nothing is loaded that was faster to compute, as far as both were seen (`planner`).
+
         Args:
-            deadline: seconds until it is ready with what came by then; 1 by default.
+            deadline: seconds until it is ready with what came by then; by default what computing its pages would take.
 
         Raises:
             InvalidTokens, InvalidArgument: as `PrefixCache.match`.
         """
+        fetch = self._made(tokens, namespace, deadline)
+        self._begin(fetch)
+        return fetch
+
+    def prefetch(self, tokens: _core.Tokens, namespace: str = "") -> Fetch:
+        """Bring pages into RAM whatever it takes, and leave them there as the hottest. Nobody need wait or keep it."""
+        fetch = self._made(tokens, namespace, _PREFETCH)
+        fetch.planned = False
+        self._begin(fetch)
+        return fetch
+
+    def _made(self, tokens: _core.Tokens, namespace: str, deadline: float | None) -> Fetch:
         first = self._cache.match(tokens, namespace) // self.page_size
         self._reap()
         prompt = np.array(tokens, np.int32)
@@ -154,7 +192,13 @@ class Tiers:
             tag = self._keys.tag(namespace)
         full = max(0, len(prompt) - 1) // self.page_size  # a token is left to compute
         keys = self._keys.pages(prompt[: full * self.page_size], tag)
-        fetch = Fetch(self, prompt, namespace, tag, keys, min(first, full), _DEADLINE if deadline is None else deadline)
+        first = min(first, full)
+        if deadline is None:
+            deadline = self.planner.deadline((full - first) * self.page_size) if self._timed else _PREFETCH
+        return Fetch(self, prompt, namespace, tag, keys, first, deadline)
+
+    def _begin(self, fetch: Fetch) -> None:
+        keys = fetch.keys
         with self._lock:
             fetch.pending += 1
             at = fetch.first
@@ -163,7 +207,6 @@ class Tiers:
                 at += 1
             self._ask(fetch, at, 0)
             self._one_less(fetch)
-        return fetch
 
     def _refresh_nonces(self, disk: Disk) -> None:
         with contextlib.suppress(sqlite3.Error):
@@ -186,6 +229,9 @@ class Tiers:
             with self._attempt(shelf):
                 found = min(max(0, int(shelf.store.leading(fetch.keys[at:]))), len(fetch.keys) - at)
                 shelf.store.touch(fetch.keys[: at + found])
+        if found and fetch.planned and self._timed and not self.planner.worth(shelf.store.name):
+            found = 0
+            self._counts["declined"] += 1
         with self._lock:
             end = at + found
             new = [i for i in range(at, end) if not self._joined(fetch, i)]
@@ -257,7 +303,7 @@ class Tiers:
         if fetch.finished:
             self.hub.let_go(slot)
             return
-        fetch.slots[i] = slot
+        fetch.slots[i], fetch.where[i] = slot, source
         fetch.sources[source] = fetch.sources.get(source, 0) + self.page_size
 
     def _one_less(self, fetch: Fetch) -> None:
@@ -274,9 +320,15 @@ class Tiers:
             end = fetch.first + fetch.num_pages
             self._let_go(fetch, end)
             fetch.finish()
+        self._learn(fetch)
         if late:
             for number in fetch.asked:  # one of them keeps it waiting
                 self._shelves[number].breaker.failed()
+
+    def _learn(self, fetch: Fetch) -> None:
+        for source, tokens in fetch.sources.items():
+            if source != "ram":
+                self.planner.loaded(source, tokens * self._pages.page_bytes // self.page_size, fetch.seconds)
 
     def abandon(self, fetch: Fetch) -> None:
         """From a destructor, which may run in the middle of anything: no lock is taken."""
@@ -308,14 +360,21 @@ class Tiers:
         free afterwards.
 
         Raises:
-            LeaseError: the lease is released, in a step or another thread's.
+            LeaseError: the lease is released, in a step or another thread's. InvalidArgument: another engine's fetch.
         """
+        self.check_own(fetch)
+        lease.extend([])  # nothing; refuses a lease that may not change
         self.settle(fetch, late=False)
         try:
             with self._generation:
                 return self._fill(lease, fetch)
         finally:
             self.let_go(fetch)
+
+    def check_own(self, fetch: object) -> None:
+        """Raises InvalidArgument for what these tiers have not fetched."""
+        if not isinstance(fetch, Fetch) or not fetch.of(self):
+            raise InvalidArgument(f"{fetch!r} is no fetch of this engine: give what its fetch() returned")
 
     def _fill(self, lease: Lease, fetch: Fetch) -> int:
         size = self.page_size
@@ -332,6 +391,7 @@ class Tiers:
             slot = fetch.slots[i]
             assert slot is not None
             page = own[i - begin : i - begin + 1]
+            fetch.restored[fetch.where[i]] = fetch.restored.get(fetch.where[i], 0) + min(size, (i + 1) * size - written)
             self._pages.write_pages(page, self.hub.memory[slot : slot + 1, : self._layout.page_bytes])
         lease.advance(end * size - written)
         lease.commit()
@@ -339,11 +399,6 @@ class Tiers:
         return end * size - written
 
     # --- writing ----------------------------------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        while not self._closed.wait(_POLL):
-            while self._write_some():
-                pass
 
     def _write_some(self) -> bool:
         """Follow the journal and copy a batch; whether there was anything."""
@@ -357,7 +412,8 @@ class Tiers:
             return moved or bool(records)
 
     def _stored_already(self, key: bytes) -> bool:
-        return bool(self._shelves) and all(self._has(shelf, key) for shelf in self._shelves)
+        shelves = [shelf for shelf in self._shelves if not shelf.store.read_only]
+        return all(self._has(shelf, key) for shelf in shelves) if shelves else key in self.hub
 
     def _has(self, shelf: _Shelf, key: bytes) -> bool:
         try:
@@ -374,7 +430,7 @@ class Tiers:
         shelf = self._shelves[number]
 
         def job() -> None:
-            if shelf.breaker.allow():
+            if not shelf.store.read_only and shelf.breaker.allow():
                 with self._attempt(shelf):
                     shelf.counts["written"] += sum(shelf.store.write([record for _, record in records]))
             self._store(records, number + 1)
@@ -382,12 +438,26 @@ class Tiers:
         shelf.writes.put(job)
 
     def pump(self) -> None:
-        """With threads=0: do all that there is to do, in this thread."""
-        busy = True
+        """With threads=0: do all that there is to do, in this thread. With threads, these do it."""
+        busy = not self._worker.is_alive()
         while busy:
             busy = self._write_some()
             for shelf in self._shelves:
                 busy |= shelf.reads.pump() | shelf.writes.pump()
+
+    # --- snapshots --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """`Engine.save`."""
+        save(Path(path), self.identity, self._layout, self._cache, self._pages)
+
+    def load(self, path: str | Path) -> int:
+        """`Engine.load`."""
+        with contextlib.closing(self._snapshot(Path(path))) as snapshot:
+            return snapshot.load(self._cache, self._pages)
+
+    def _snapshot(self, path: Path) -> Snapshot:
+        return Snapshot(path, self.identity, self._layout)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
@@ -399,7 +469,7 @@ class Tiers:
         with self._copying, self._generation:
             while self._writer.follow():  # what was published before belongs to the old nonce
                 pass
-            freed = self._cache.clear(namespace)
+            freed = PrefixCache.clear(self._cache, namespace)  # not that of a `TieredCache`, which calls this
             while self._writer.follow():
                 pass
             name, nonce = ALL if namespace is None else self._keys.base(namespace), os.urandom(16)
@@ -419,12 +489,18 @@ class Tiers:
     def stats(self) -> dict[str, Any]:
         """Counts since it was made: fetches, the hub, and each store."""
         self._reap()
-        stores = {s.store.name: {**s.counts, "breaker": s.breaker.state} for s in self._shelves}
+        stores = {s.store.name: self._shelf_stats(s) for s in self._shelves}
         if self.disk is not None:
             stores["disk"] |= {"pages": len(self.disk), "capacity": self.disk.num_slots}
         hub = {"slots": self.hub.num_slots, "used": self.hub.num_used}
         writes = {"skipped_writes": self._writer.skipped, "discarded_copies": self._writer.discarded}
-        return {**self._counts, **writes, "hub": hub, "stores": stores}
+        tokens = self.planner.compute.per_second
+        return {**self._counts, **writes, "hub": hub, "stores": stores, "computed_tokens_per_second": tokens}
+
+    def _shelf_stats(self, shelf: _Shelf) -> dict[str, Any]:
+        rate = self.planner.load.get(shelf.store.name)
+        speed = None if rate is None else rate.per_second
+        return {**shelf.counts, "breaker": shelf.breaker.state, "load_bytes_per_second": speed}
 
     def close(self, drain: float = 2.0) -> None:
         """Store what waits, for at most `drain` seconds, and let go of the disk. Before the pool's memory goes."""
@@ -432,23 +508,37 @@ class Tiers:
             return
         until = time.monotonic() + drain
         self._closed.set()
-        if self._worker.is_alive():
+        if self._worker.is_alive() and self._worker is not threading.current_thread():
             self._worker.join(max(0.0, until - time.monotonic()))
         while (self._write_some() or self._writer.waiting) and time.monotonic() < until:
             for shelf in self._shelves:
                 shelf.writes.pump()
             time.sleep(0.001)
         for shelf in self._shelves:
-            done = [lane.close(max(0.0, until - time.monotonic())) for lane in (shelf.writes, shelf.reads)]
+            done = [lane.close(max(_GRACE, until - time.monotonic())) for lane in (shelf.writes, shelf.reads)]
             if all(done):  # else a call hangs in it
                 with contextlib.suppress(Exception):
                     shelf.store.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_worker"):
+            self.close(drain=_GRACE)
 
     def __enter__(self) -> Tiers:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _work(tiers: weakref.ref[Tiers], closed: threading.Event) -> None:
+    """The worker: follows the journal until the tiers are closed or nobody has them any more."""
+    while not closed.wait(_POLL):
+        if (these := tiers()) is None:
+            return
+        while these._write_some() and not closed.is_set():
+            pass
+        del these
 
 
 def _secret(options: TierOptions) -> bytes:

@@ -92,31 +92,50 @@ class Writer:
 
     def copy(self, known: Callable[[bytes], bool]) -> list[tuple[int, Record]]:
         """Slots with whole records of pages that nobody has yet. Give each back with `stored`."""
-        chosen: list[tuple[int, _Page]] = []
-        while self._waiting and len(chosen) < _BATCH:
+        copied: list[tuple[int, _Page]] = []
+        records: list[tuple[int, Record]] = []
+        while self._waiting and len(copied) + len(records) < _BATCH:
             page = self._waiting.popleft()
-            if page.key in self._hub or known(page.key):
+            if known(page.key):
                 continue
-            slot = self._hub.take() if self._lent < max(1, self._hub.num_slots // 2) else None
+            found = self._hub.find(page.key)  # another tier's: no copy is needed
+            slot = self._lend() if found is None else found
             if slot is None:
                 self._waiting.appendleft(page)
                 break
-            with self._lending:
-                self._lent += 1
-            chosen.append((slot, page))
+            if found is not None:
+                with self._lending:
+                    self._lent += 1
+                records.append((slot, self._record(slot, page)))
+                continue
+            copied.append((slot, page))
             out = self._hub.memory[slot, : self._layout.page_bytes]
             self._pages.read_pages(np.array([page.page], np.int32), out[None])
-        still = self._journal.still([p.page for _, p in chosen], [p.number for _, p in chosen])
+        return records + self._seal(copied)
+
+    def _lend(self) -> int | None:
+        slot = self._hub.take() if self._lent < max(1, self._hub.num_slots // 2) else None
+        if slot is not None:
+            with self._lending:
+                self._lent += 1
+        return slot
+
+    def _seal(self, copied: list[tuple[int, _Page]]) -> list[tuple[int, Record]]:
+        """Make records of the copies of pages that were there all the time."""
+        still = self._journal.still([p.page for _, p in copied], [p.number for _, p in copied])
         records = []
-        for (slot, page), right in zip(chosen, still, strict=True):
+        for (slot, page), right in zip(copied, still, strict=True):
             if not right:
                 self.discarded += 1
                 self.stored(slot)
                 continue
             self._layout.seal(self._hub.memory[slot], page.key, page.parent)
             self._hub.name(slot, page.key)
-            records.append((slot, Record(page.key, page.parent, page.tag, page.tokens, self._hub.memory[slot])))
+            records.append((slot, self._record(slot, page)))
         return records
+
+    def _record(self, slot: int, page: _Page) -> Record:
+        return Record(page.key, page.parent, page.tag, page.tokens, self._hub.memory[slot])
 
     def stored(self, slot: int) -> None:
         with self._lending:

@@ -270,6 +270,7 @@ class Faulty:
     """A store in RAM that misbehaves at its n-th call."""
 
     name = "faulty"
+    read_only = False
 
     def __init__(self, n=-1, how="raise"):
         self.records, self.n, self.how, self.calls = {}, n, how, 0
