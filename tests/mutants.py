@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("shared pages that were dropped do not count", "cache/lease.cpp",
            "std::max(0, first_page_ - num_shared_));", "first_page_);"),
     Mutant("an evicted page stays in the journal", "cache/radix_tree.cpp",
-           "if (journal_ && node.last_len == page_size()) journal_->removed(page);", "", JOURNAL),
+           "if (recorded) journal_->removed(page);", "", JOURNAL),
     Mutant("a held page that is evicted stays in the journal", "cache/radix_tree.cpp",
            "if (journal_) record_removed(node);", "", JOURNAL),
     Mutant("a node that grows is not in the journal", "cache/radix_tree.cpp",

@@ -302,11 +302,12 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
       node.detached = true;
     } else {
       const auto trim = static_cast<std::int32_t>(std::min<std::int64_t>(node.num_pages, count - out.pages));
+      const bool recorded = journal_ && node.last_len == page_size();
       for (std::int32_t i = 0; i < trim; ++i) {
         const PageId page = node.last;
         node.last = pages_.prev(page);
         out.watched |= page == watch;
-        if (journal_ && node.last_len == page_size()) journal_->removed(page);
+        if (recorded) journal_->removed(page);
         pages_.give_back(page);
       }
       evictable_ -= trim;
