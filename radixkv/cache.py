@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
@@ -105,6 +105,12 @@ class PrefixCache(_core.Cache):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a PrefixCache cannot be pickled or copied: it counts the pages of one pool. Make a new one; snapshot() is "
+            "a copy of its tree, and radixkv.traces records its traffic"
+        )
 
     def __repr__(self) -> str:
         s = self.stats()
