@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from radixkv.cache import Fit, Lease, Pin, PrefixCache, Stats
+from radixkv.cache import BestMatch, Fit, Lease, Pin, PrefixCache, Stats, best_match
 from radixkv.content import content_tokens
 from radixkv.errors import (
     BackendUnavailable,
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "BestMatch",
     "Engine",
     "Fit",
     "InvalidArgument",
@@ -51,6 +52,7 @@ __all__ = [
     "Stats",
     "Step",
     "TraceError",
+    "best_match",
     "content_tokens",
 ]
 

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int32] | npt.NDArray[np.int64] | Any
+class DLPack(Protocol):
+    """A tensor on the CPU, of any library."""
+
+    def __dlpack__(self) -> Any: ...
+
+Tokens: TypeAlias = Sequence[int] | npt.NDArray[np.int32] | npt.NDArray[np.int64] | DLPack
 
 class Cache:
     def __init__(self, num_pages: int, page_size: int = 16) -> None: ...

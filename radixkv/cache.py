@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
+from radixkv.errors import InvalidArgument
 from radixkv.journal import Journal
 
 if TYPE_CHECKING:
     from radixkv._core import Tokens
 
-__all__ = ["Fit", "Lease", "Pin", "PrefixCache", "Stats"]
+__all__ = ["BestMatch", "Fit", "Lease", "Pin", "PrefixCache", "Stats", "best_match"]
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,41 @@ class PrefixCache(_core.Cache):
     ) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a PrefixCache cannot be pickled or copied: it counts the pages of one pool. Make a new one; snapshot() is "
+            "a copy of its tree, and radixkv.traces records its traffic"
+        )
+
     def __repr__(self) -> str:
         s = self.stats()
         return (
             f"PrefixCache({s.num_pages} pages of {s.page_size}: {s.free} free, {s.private} private, "
             f"{s.protected} protected, {s.evictable} evictable)"
         )
+
+
+@dataclass(frozen=True)
+class BestMatch:
+    """The cache to send a prompt to."""
+
+    index: int  #: among the caches that were asked
+    cached: int  #: tokens of the prompt that it has
+
+
+def best_match(caches: Sequence[PrefixCache], tokens: Tokens, namespace: str = "") -> BestMatch:
+    """For a router: which of these caches has the longest prefix of a prompt. Changes nothing in any of them.
+
+    Of equal ones the one with the most pages free or evictable, then the first. How busy each is, the router knows.
+
+    Raises:
+        InvalidArgument: no caches. InvalidTokens: as `PrefixCache.match`. LeaseError: one is closed.
+    """
+    if not caches:
+        raise InvalidArgument("best_match of no caches: give at least one PrefixCache")
+    ranked = []
+    for index, cache in enumerate(caches):
+        stats = cache.stats()
+        ranked.append((-cache.match(tokens, namespace), -(stats.free + stats.evictable), index))
+    cached, _, index = min(ranked)
+    return BestMatch(index, -cached)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -229,6 +229,12 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "an Engine cannot be pickled or copied: its leases are claims on its own pages. Make one in each process; "
+            "tiers keep K and V for others"
+        )
 
     def __repr__(self) -> str:
         kinds = {(kv.shape, kv.format): None for kv in self.pool.layers}

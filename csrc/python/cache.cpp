@@ -106,6 +106,7 @@ class PyPin {
  public:
   PyPin(CacheRef owner, std::unique_ptr<Pin> pin) : owner_(std::move(owner)), pin_(std::move(pin)) {}
   std::int64_t num_tokens() const { return pin_->num_tokens(); }
+  bool pinned() const { return pin_->pinned(); }
   void unpin() {
     owner_->work(0, [&] { pin_->unpin(); });
   }
@@ -201,6 +202,13 @@ void bind_cache(nb::module_& m) {
                     "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
       .def_prop_ro("num_tokens", &PyPin::num_tokens, "Tokens of the pinned prefix.")
       .def("unpin", &PyPin::unpin, "Let the prefix be evicted again. LeaseError if done already.")
+      .def("__repr__",
+           [](const PyPin& p) { return "Pin(" + str(p.num_tokens()) + " tokens" + (p.pinned() ? ")" : ", undone)"); })
+      .def("__reduce_ex__",
+           [](nb::handle, nb::args) -> nb::object {
+             throw nb::type_error(
+                 "a Pin cannot be pickled or copied: it keeps pages of this process. pin() the tokens elsewhere");
+           })
       .def("__enter__", [](nb::object self) { return self; })
       .def("__exit__", [](PyPin& p, nb::args) { p.leave(); });
 }

@@ -121,6 +121,25 @@ PyLease fork(PyLease& l) {
   return PyLease(l.owner, std::move(forked));
 }
 
+std::string repr(const PyLease& l) {
+  if (l.lease->released()) return "Lease(released)";
+  try {
+    const std::string& name = l.lease->name();
+    return "Lease(" + str(l.lease->num_tokens()) + " tokens, " + str(l.lease->num_cached()) + " cached, " +
+           str(l.lease->num_written()) + " written, " + str(static_cast<std::int64_t>(l.lease->pages().size())) +
+           " pages" + (name.empty() ? "" : ", namespace " + text(nb::str(name.c_str(), name.size()), PyObject_Repr)) +
+           ")";
+  } catch (const Error&) {
+    return "Lease(of another thread)";
+  }
+}
+
+nb::object no_copy(nb::handle, nb::args) {
+  throw nb::type_error(
+      "a Lease cannot be pickled or copied: it is one claim on pages of this process. Use fork() for a second one, or "
+      "acquire() its tokens elsewhere");
+}
+
 int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   if (nb::inst_ready(self)) Py_VISIT(nb::inst_ptr<PyLease>(self)->owner.object().ptr());
@@ -168,6 +187,8 @@ void bind_lease(nb::module_& m) {
       .def(
           "adopt", [](PyLease& l) { l.owner->work(0, [&] { l.lease->adopt(); }); },
           "From now on the lease belongs to the calling thread.")
+      .def("__repr__", &repr)
+      .def("__reduce_ex__", &no_copy)
       .def("__enter__", [](nb::object self) { return self; })
       .def("__exit__", &leave, "type"_a.none(), "value"_a.none(), "traceback"_a.none());
 }

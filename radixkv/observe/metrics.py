@@ -93,6 +93,7 @@ class Metrics:
     def watch(self, request: _AnyRequest) -> _AnyRequest:
         """Count a request, and those of the same submission, when they are done; returns it. Call it once."""
         with self._lock:
+            self._gather()  # so that none is kept where nobody asks for the figures
             self._watched.extend(request.siblings or (request,))
         return request
 

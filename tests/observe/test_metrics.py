@@ -124,6 +124,18 @@ def test_a_step_that_raises_is_timed_and_cascades_add_up():
     assert value(text, "radixkv_cascade_saved_tokens_total") == 1200
 
 
+def test_requests_that_are_done_are_let_go_where_nobody_scrapes():
+    host = Host()
+    scheduler, metrics = Scheduler(host), Metrics(host.cache)
+    for token in range(20):
+        scheduler.submit(metrics.watch(Request([token], 1)))
+        batch = scheduler.next()
+        batch.leases[0].advance()
+        scheduler.accept([7])
+    assert len(metrics._watched) == 1
+    assert value(exported(metrics), 'radixkv_finished_requests_total{group="default",status="length"}') == 20
+
+
 def test_a_scrape_changes_nothing():
     cache, metrics = served(None, list(range(40)))
     before = str(cache.snapshot()), cache.stats()

@@ -1,0 +1,32 @@
+"""What a type checker says of calls that are wrong, and of those that are right."""
+
+from __future__ import annotations
+
+import pytest
+
+api = pytest.importorskip("mypy.api")
+
+RIGHT = """
+import array
+import numpy as np
+import radixkv
+cache = radixkv.PrefixCache(4)
+for tokens in ([1], (1, 2), range(3), np.zeros(3, np.int32), np.zeros(3, np.int64), array.array("i", [1])):
+    cache.match(tokens)
+cache.acquire([1]).extend([2])
+assert cache.would_fit([1]).needed == 1
+"""
+
+
+def errors(code: str) -> str:
+    out, err, _ = api.run(["--strict", "--no-incremental", "-c", code])
+    return str(out + err)
+
+
+def test_tokens_that_are_right():
+    assert errors(RIGHT).startswith("Success")
+
+
+def test_a_str_is_no_tokens():
+    found = errors("import radixkv; radixkv.PrefixCache(4).match('abc'); radixkv.PrefixCache(4).acquire({1: 2})")
+    assert found.count("[arg-type]") == 2
