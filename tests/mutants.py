@@ -24,8 +24,8 @@ CORE = (
 )  # fmt: skip
 JOURNAL = ("tests/cache/test_journal.py", "tests/cache/test_state_machine.py")
 ATTENTION = (
-    "tests/attention/test_cascade.py", "tests/attention/test_attention.py", "tests/attention/test_attention_fp8.py",
-    "tests/attention/test_attention_identity.py",
+    "tests/attention/test_cascade.py", "tests/attention/test_attention.py", "tests/attention/test_attention_formats.py",
+    "tests/attention/test_quantized_rows.py", "tests/attention/test_attention_identity.py",
 )  # fmt: skip
 
 
@@ -162,18 +162,36 @@ MUTANTS = [
     Mutant("keys are packed in another order than they are read in place", "attention/kernel/math.hpp",
            "return units + (d + 2 * half + j) * kLanes;",
            "return units + (d + 2 * half + (1 - j)) * kLanes;", ATTENTION),
-    Mutant("8-bit values are rounded to odd on a tie", "attention/kernel/formats.hpp",
+    Mutant("8-bit values are rounded to odd on a tie", "attention/kernel/quantize.hpp",
            "bounded + 0x7ffffu +", "bounded + 0x80000u -", ATTENTION),
-    Mutant("what 8 bits cannot hold becomes NaN", "attention/kernel/formats.hpp",
+    Mutant("what 8 bits cannot hold becomes NaN", "attention/kernel/quantize.hpp",
            "size < 0x43e00000u ? size : 0x43e00000u;", "size < 0x43f80000u ? size : 0x43f80000u;", ATTENTION),
-    Mutant("NaN in 8 bits becomes a number", "attention/kernel/formats.hpp",
+    Mutant("NaN in 8 bits becomes a number", "attention/kernel/quantize.hpp",
            "(size > 0x7f800000u ? 0x7fu : number)", "number", ATTENTION),
     Mutant("the scale of 8-bit values is forgotten", "attention/kernel/state.hpp",
-           "mul(div(x, sum), scale)", "(scale, div(x, sum))", ATTENTION),
+           "mul(div(load(values + d), sum), scale)", "(scale, div(load(values + d), sum))", ATTENTION),
     Mutant("an output row keeps the order of the product's lanes", "attention/kernel/state.hpp",
            "Op::in_order(a, b);", "", ATTENTION),
     Mutant("the smallest 8-bit number in a pair is zero", "attention/isa/avx512.hpp", "epi16(0, 0x3b00,",
            "epi16(0, 0x0000,", ATTENTION),
+    Mutant("the scale of a row of 8 bits is rounded down at times", "attention/kernel/quantize.hpp",
+           "to_bf16_above(most / 127.0f)", "to_bf16(most / 127.0f)", ATTENTION),
+    Mutant("a row that is not finite is stored as nothing", "attention/kernel/quantize.hpp",
+           "row_scale = 0x7fc0,", "row_scale = 0,", ATTENTION),
+    Mutant("a value that is not finite poisons nobody", "attention/kernel/block.hpp",
+           "poisoned && is_poisoned(lo[r], hi[r])", "false && is_poisoned(lo[r], hi[r])", ATTENTION),
+    Mutant("a value that is not finite poisons who does not see it", "attention/kernel/block.hpp",
+           "poisoned && is_poisoned(lo[r], hi[r])", "poisoned", ATTENTION),
+    Mutant("queries are not rotated as keys are", "attention/kernel/block.hpp",
+           "if (batch.layer.k.rotated) rotate(vector, k_dim);", "", ATTENTION),
+    Mutant("capped logits do not see the centre of the keys", "attention/kernel/block.hpp",
+           "return sum / batch.layer.k.product_scale();", "return 0.0f;", ATTENTION),
+    Mutant("both numbers of a byte are the first", "attention/isa/avx2.hpp",
+           "_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)", "_mm_and_si128(bytes, mask)", ATTENTION),
+    Mutant("a tile's weights are in units of the row's largest so far", "attention/kernel/block.hpp",
+           "const float top = most[r] > 1e-30f ? most[r] : 1e-30f;",
+           "const float top = most[r] > s.units[i + r] ? most[r] : s.units[i + r] + 1e-30f;", ATTENTION),
+    Mutant("every row's error is measured", "attention/dispatch.cpp", "% kSampled == 0;", "% 1 == 0;", ATTENTION),
 ]  # fmt: skip
 
 
