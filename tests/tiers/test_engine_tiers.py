@@ -226,3 +226,26 @@ def test_steps_tell_the_planner_how_fast_prompts_are_computed(tmp_path):
         serve(engine, PROMPT * 2)
         serve(engine, PROMPT[::-1] * 2)
         assert engine.tiers.stats()["computed_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("kv_format", [None, fp8(0.1, 0.3)], ids=["plain", "fp8"])
+def test_a_snapshot_gives_the_bits_of_a_hit(tmp_path, kv_format):
+    def last_row(engine):
+        with engine.acquire(PROMPT) as lease:
+            assert lease.num_cached == 49
+            with engine.step([lease]) as step:
+                return forward(step)[-1].clone()
+
+    sizes = {"kv_format": kv_format, "tiers": TierOptions(weights="w", threads=0)}
+    with make_engine(**sizes) as engine, make_engine(**sizes) as other:
+        with engine.acquire(PROMPT) as lease, engine.step([lease]) as step:
+            forward(step)
+        engine.save(tmp_path / "s")
+        assert other.load(tmp_path / "s") == 50  # the open page as well
+        assert torch.equal(last_row(engine), last_row(other))
+        other.cache.check()
+    with make_engine() as plain, pytest.raises(radixkv.InvalidArgument, match="tiers=TierOptions"):
+        plain.save(tmp_path / "t")
+    changed = {**sizes, "kv_format": fp8(0.1, 0.4)}
+    with make_engine(**changed) as another, pytest.raises(radixkv.InvalidArgument, match="another identity: layers"):
+        another.load(tmp_path / "s")
