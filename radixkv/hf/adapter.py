@@ -200,10 +200,11 @@ def forward(
     attach(model)
     rows = step.last_rows if rows is None else rows
     keep = {"logits_to_keep": rows} if _keeps_logits(model.__class__.forward) else {}
-    more = keep | position_arguments(model, step.positions)
+    config = text_config(model)
+    more = keep | position_arguments(config, step.positions)
     given = {"input_ids": step.input_ids} if embeds is None else {"inputs_embeds": embeds}
     given["position_ids"] = step.positions
-    with running(step_for(model, step)):
+    with running(step_for(config, step)):
         logits = model(**{name: x.unsqueeze(0) for name, x in given.items()}, use_cache=False, **more).logits[0]
     return cast("torch.Tensor", logits if keep else logits[rows])
 
@@ -348,12 +349,12 @@ def _two_words(model: PreTrainedModel) -> tuple[int, int]:
 
 def _observe(model: PreTrainedModel, tokens: list[int], positions: list[int] | None) -> _Probe:
     """What the attention layers of `model` are given in one forward pass, and its logits. None: it counts itself."""
-    seen, more = _Probe(), {}
-    with engine_attention(model), running(step_for(model, seen)), torch.inference_mode():
+    seen, more, config = _Probe(), {}, text_config(model)
+    with engine_attention(model), running(step_for(config, seen)), torch.inference_mode():
         rows = torch.tensor([tokens], device=model.device)
         if positions is not None:
             at = torch.tensor(positions, device=model.device)
-            more = {"position_ids": at[None], **position_arguments(model, at)}
+            more = {"position_ids": at[None], **position_arguments(config, at)}
         try:
             seen.logits = model(input_ids=rows, use_cache=False, **more).logits[0]
         except InvalidArgument:

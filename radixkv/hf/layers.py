@@ -5,22 +5,18 @@ For most models there is nothing to do here, and the step is handed to them as i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from radixkv.errors import InvalidArgument
-from radixkv.hf.config import attention_chunks, cache_argument, stored_layers, text_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from radixkv.hf.config import attention_chunks, cache_argument, stored_layers
 
 __all__ = ["position_arguments", "step_for"]
 
 
-def step_for(model: PreTrainedModel, step: Any) -> Any:
-    """`step`, or a stand-in for it that knows what the layers of `model` do not tell their attention."""
-    config = text_config(model)
+def step_for(config: Any, step: Any) -> Any:
+    """`step`, or a stand-in that knows what layers do not tell their attention. `config`: of the model's text part."""
     stored, chunks = stored_layers(config), attention_chunks(config)
     return step if stored is None and chunks is None else _LayeredStep(step, stored, chunks)
 
@@ -53,9 +49,9 @@ class _LayeredStep:
         return self._step.attend(target, q, **options)
 
 
-def position_arguments(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, Any]:
-    """What to call `model` with, besides position_ids, so that its rows stand at `positions`, int64 `[rows]`."""
-    if getattr(text_config(model), "attn_temperature_tuning", None):
+def position_arguments(config: Any, positions: torch.Tensor) -> dict[str, Any]:
+    """What to call a model with, besides position_ids, so that its rows stand at `positions`, int64 `[rows]`."""
+    if getattr(config, "attn_temperature_tuning", None):
         return {cache_argument(): _RowPositions(positions)}
     return {}
 

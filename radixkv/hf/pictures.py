@@ -40,13 +40,12 @@ class Features:
         """`[count, hidden]`, for the `count` tokens that stand for the picture."""
         if self._rows is None:
             found = model.get_image_features(**self._inputs, return_dict=True).pooler_output
-            rows = torch.cat(list(found)) if not isinstance(found, torch.Tensor) else found.flatten(0, -2)
-            if len(rows) != count:
-                raise InvalidTokens(
-                    f"the prompt has {count} placeholders for a picture of which the model makes {len(rows)} rows: use "
-                    "the input_ids of the model's own processor"
-                )
-            self._rows = rows
+            self._rows = torch.cat(list(found)) if not isinstance(found, torch.Tensor) else found.flatten(0, -2)
+        if len(self._rows) != count:
+            raise InvalidTokens(
+                f"the prompt has {count} placeholders for a picture of which the model makes {len(self._rows)} rows: "
+                "use the input_ids of the model's own processor"
+            )
         return self._rows
 
 

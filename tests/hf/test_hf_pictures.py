@@ -1,11 +1,14 @@
 """Pictures in prompts: the answers of stock transformers, one run of the vision tower a picture, no wrong hit."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from radixkv import InvalidArgument, InvalidTokens
 from radixkv.hf import Generator, engine_for
 from radixkv.hf.pictures import FAMILIES
+from radixkv.scheduling import space
 from tests.hf.helpers import IMAGE, assert_drains, random_prompts, tiny, vision_model
 from tests.zoo import families
 
@@ -62,6 +65,27 @@ def test_eight_requests_over_two_pictures(counted, max_step_tokens):
             assert len(seen) == towers
         assert [request.stats.cached_tokens for request in requests] == [len(prompt) - 1 for prompt in prompts]
     assert all(request.spans == () for request in requests), "features are let go"
+    assert_drains(engine)
+
+
+def test_requests_that_are_preempted_and_begin_again(counted):
+    model, seen = counted
+    pictures = [picture(1), picture(2)]
+    prompts = [[*text(6, seed=i), *[IMAGE] * COUNT, *text(9, seed=i)] for i in range(6)]
+    expected = [stock(model, prompt, [pictures[i % 2]]) for i, prompt in enumerate(prompts)]
+    engine = engine_for(model, num_pages=13, page_size=4)
+    seen.clear()
+    with (
+        mock.patch.object(space, "HEADROOM", 0),
+        Generator(model, engine, max_step_tokens=64, max_running=6) as generator,
+    ):
+        requests = [
+            generator.submit(prompt, content=[pictures[i % 2]], max_new_tokens=8) for i, prompt in enumerate(prompts)
+        ]
+        generator.run()
+    assert [request.tokens for request in requests] == expected
+    assert sum(request.stats.preemptions for request in requests) > 0
+    assert len(seen) == 2
     assert_drains(engine)
 
 
@@ -152,9 +176,10 @@ def test_a_picture_of_another_size_than_its_placeholders_ends_its_own_request():
     good = [5, *[IMAGE] * COUNT, 6]
     with Generator(model, engine) as generator:
         wrong = generator.submit([5, IMAGE, IMAGE, 6], content=[picture(1)])
+        also_wrong = generator.submit([7, IMAGE, 6], content=[picture(2)])
         right = generator.submit(good, content=[picture(2)], max_new_tokens=8)
         with pytest.raises(InvalidTokens, match="2 placeholders for a picture of which the model makes 4 rows"):
             generator.run()
-    assert wrong.status == "error"
+    assert wrong.status == also_wrong.status == "error"
     assert right.tokens == stock(model, good, [picture(2)])
     assert_drains(engine)
