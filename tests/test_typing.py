@@ -19,7 +19,7 @@ assert cache.would_fit([1]).needed == 1
 
 
 def errors(code: str) -> str:
-    out, err, _ = api.run(["--strict", "--no-incremental", "-c", code])
+    out, err, _ = api.run(["--config-file=", "--strict", "--follow-imports=silent", "-c", code])
     return str(out + err)
 
 

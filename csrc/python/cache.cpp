@@ -157,6 +157,22 @@ PyPin pin(nb::handle self, nb::handle tokens, nb::handle name) {
   return PyPin(std::move(cache), std::move(pin));
 }
 
+void bind_pin(nb::module_& m) {
+  nb::class_<PyPin>(m, "Pin", nb::type_slots(pin_slots),
+                    "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
+      .def_prop_ro("num_tokens", &PyPin::num_tokens, "Tokens of the pinned prefix.")
+      .def("unpin", &PyPin::unpin, "Let the prefix be evicted again. LeaseError if done already.")
+      .def("__repr__",
+           [](const PyPin& p) { return "Pin(" + str(p.num_tokens()) + " tokens" + (p.pinned() ? ")" : ", undone)"); })
+      .def("__reduce_ex__",
+           [](nb::handle, nb::args) -> nb::object {
+             throw nb::type_error(
+                 "a Pin cannot be pickled or copied: it keeps pages of this process. pin() the tokens elsewhere");
+           })
+      .def("__enter__", [](nb::object self) { return self; })
+      .def("__exit__", [](PyPin& p, nb::args) { p.leave(); });
+}
+
 }  // namespace
 
 void bind_cache(nb::module_& m) {
@@ -197,20 +213,7 @@ void bind_cache(nb::module_& m) {
       .def(
           "close", [](PyCache& c) { c.work(0, [&] { c.cache->close(); }); },
           "Take nothing new from now on; live leases can still be released.");
-
-  nb::class_<PyPin>(m, "Pin", nb::type_slots(pin_slots),
-                    "Keeps a cached prefix resident until unpin(); dropping the object does not unpin.")
-      .def_prop_ro("num_tokens", &PyPin::num_tokens, "Tokens of the pinned prefix.")
-      .def("unpin", &PyPin::unpin, "Let the prefix be evicted again. LeaseError if done already.")
-      .def("__repr__",
-           [](const PyPin& p) { return "Pin(" + str(p.num_tokens()) + " tokens" + (p.pinned() ? ")" : ", undone)"); })
-      .def("__reduce_ex__",
-           [](nb::handle, nb::args) -> nb::object {
-             throw nb::type_error(
-                 "a Pin cannot be pickled or copied: it keeps pages of this process. pin() the tokens elsewhere");
-           })
-      .def("__enter__", [](nb::object self) { return self; })
-      .def("__exit__", [](PyPin& p, nb::args) { p.leave(); });
+  bind_pin(m);
 }
 
 }  // namespace radixkv

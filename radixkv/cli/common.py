@@ -6,11 +6,13 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, BinaryIO, TextIO, cast
 
 from radixkv.traces.formats import read_trace
@@ -101,14 +103,21 @@ def requests_of(args: argparse.Namespace) -> Iterator[TraceRequest]:
         yield request
 
 
+_DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
+
+
 def count(text: str, at_least: int = 1) -> int:
-    """A count of ``at_least`` or more: 100000, 100_000, 100k, 2M or 1G (decimal)."""
+    """A count of ``at_least`` or more: 100000, 100_000, 100k, 1.5M or 1G (decimal)."""
     units = {"k": 10**3, "m": 10**6, "g": 10**9}
     factor = units.get(text[-1:].lower(), 1)
+    number = text[:-1] if factor > 1 else text
     try:
-        value = int(text[:-1] if factor > 1 else text) * factor
+        exact = (Fraction(number) if _DECIMAL.fullmatch(number) else Fraction(int(number))) * factor
+        if exact.denominator > 1:
+            raise ValueError("no whole number")
+        value = int(exact)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count such as 100000, 100k or 2M") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count such as 100000, 100k or 1.5M") from None
     if value < at_least:
         raise argparse.ArgumentTypeError(f"{text} is less than {at_least}")
     return value
