@@ -30,10 +30,14 @@ class Audit {
   }
 
   void lru() {
-    NodeId before = kNone;
-    for (NodeId n = tree_.lru_.coldest(); n != kNone; before = n, n = tree_.nodes_[n].hotter) {
-      expect(tree_.nodes_[n].colder == before, "the LRU list is broken");
-      rank_[n] = static_cast<std::int64_t>(rank_.size());
+    for (const auto* ends : {&tree_.lru_.ended_, &tree_.lru_.live_}) {
+      NodeId before = kNone;
+      for (NodeId n = ends->coldest; n != kNone; before = n, n = tree_.nodes_[n].hotter) {
+        expect(tree_.nodes_[n].colder == before, "an LRU list is broken");
+        expect(tree_.nodes_[n].ended == (ends == &tree_.lru_.ended_), "a node is on the wrong LRU list");
+        rank_[n] = static_cast<std::int64_t>(rank_.size());
+      }
+      expect(ends->hottest == before, "an LRU list does not end where it says");
     }
   }
 
@@ -143,6 +147,7 @@ class Audit {
   void visit(NodeId n) {
     expect(seen_.insert(n).second, "a node is reached twice");
     const Node& node = tree_.nodes_[n];
+    branches(n);
     if (node.root) return expect(node.num_pages == 0, "a root holds pages");
     const std::int32_t page_size = tree_.pages_.page_size();
     expect(node.num_pages > 0, "a node holds no page");
@@ -157,6 +162,15 @@ class Audit {
       page = tree_.pages_.next(page);
     }
     expect(page == node.last, "a run of pages does not end where its node says");
+  }
+
+  // A node with two children, and all above a node that had them, is marked.
+  void branches(NodeId n) {
+    const Node& node = tree_.nodes_[n];
+    expect(node.branched || tree_.index_.list(n).size() < 2, "a branch was not noticed");
+    if (node.branched && node.parent != kNone && !node.detached) {
+      expect(tree_.nodes_[node.parent].branched, "a node above a branch does not know of it");
+    }
   }
 
   void lock(NodeId n) { holder(n), ++locks_[n]; }

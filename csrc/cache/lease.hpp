@@ -59,7 +59,7 @@ class Lease {
   void advance(std::int64_t n);                // n < 0: all
   std::int64_t drop(std::int64_t num_tokens);  // returns the pages freed
   void commit();
-  void release(bool commit);
+  void release(bool commit, bool cold);  // cold: the session ends with it
   std::unique_ptr<Lease> fork();
   void adopt();
 
@@ -85,11 +85,11 @@ class Lease {
   void write_tokens(const Token* tokens, std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
-  void publish_written(bool closing);
+  NodeId publish_written(bool closing);
   void fold(NodeId child, std::int32_t full);
   void publish(std::int32_t full, NodeId shorter);
-  void publish_open(std::int32_t tokens, bool closing);
-  void let_go(bool commit);
+  NodeId publish_open(std::int32_t tokens, bool closing);
+  void let_go(bool commit, bool cold);
   void record(Journal& journal) const noexcept;
   void copy_tokens(std::int64_t from, std::int64_t to, Token* out) const;
   void check_fork() const;

@@ -112,7 +112,8 @@ RadixTree::Child RadixTree::child(NodeId n, PageId page, std::int32_t count) con
 NodeId RadixTree::new_node(NodeId parent) {
   const NodeId n = free_ != kNone ? free_ : fresh_++;
   if (n == free_) free_ = nodes_[n].parent;
-  nodes_[n] = Node{parent, kNone, kNone, 0, pages_.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0, false, false};
+  nodes_[n] = Node{parent, kNone, kNone, 0,    pages_.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0,
+                   false,  false, false, false};
   ++num_nodes_;
   return n;
 }
@@ -137,6 +138,7 @@ NodeId RadixTree::split(NodeId n, std::int32_t k) {
   l.parent = upper;
   u.locks = l.locks > 0;
   u.pins = l.pins > 0;
+  u.branched = l.branched;
   index_.insert(n);
   if (u.locks == 0) lru_.insert_hotter_than(n, upper);
   return upper;
@@ -167,6 +169,7 @@ NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std:
   node.last_len = last_len;
   for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
   index_.insert(n);
+  note_branch(parent);
   lru_.push_hottest(n);
   evictable_ += count;
   if (journal_ && last_len == page_size()) record_run(parent, nodes_[parent].last, run, count);
@@ -175,7 +178,7 @@ NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std:
 
 bool RadixTree::can_append(NodeId n) const {
   const Node& node = nodes_[n];
-  return !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone;
+  return !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone && !node.branched;
 }
 
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
@@ -286,6 +289,22 @@ void RadixTree::drop_hold(NodeId n) {
   if (!node.detached) return expose(node);
   protected_ -= free_pages(n);
   free_node(n);
+}
+
+// A node that got its second child is no session's own, and neither is what lies above it. Each node is marked once.
+void RadixTree::note_branch(NodeId parent) {
+  if (!index_.branches(parent)) return;
+  for (NodeId n = parent; n != kNone && !nodes_[n].branched; n = nodes_[n].parent) nodes_[n].branched = true;
+}
+
+void RadixTree::end_session(NodeId end) {
+  NodeId below = kNone;
+  for (NodeId n = end; !nodes_[n].root && nodes_[n].locks == 0 && !nodes_[n].branched; n = nodes_[n].parent) {
+    if (nodes_[n].children != kNone && below == kNone) return;  // somebody went on from here
+    lru_.remove(n);
+    lru_.push_ended(n);
+    below = n;
+  }
 }
 
 // --- eviction --------------------------------------------------------------------------------------------------------

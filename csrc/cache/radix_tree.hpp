@@ -106,6 +106,9 @@ class RadixTree {
   // changes recency: eviction passes over the page by taking it out of the tree.
   void hold(NodeId n);
   void drop_hold(NodeId n);
+  // The session whose last request ends here is over: what nobody else began with is the first to be evicted, the end
+  // of the path before the rest. O(nodes of that part).
+  void end_session(NodeId end);
 
   // --- eviction -----------------------------------------------------------------------------------------------------
   // Frees up to `count` pages from the cold end, trimming leaves page by page; `watch` is a page whose eviction the
@@ -147,6 +150,7 @@ class RadixTree {
   void record_removed(const Node& n);
   void protect(const Node& n);
   void expose(const Node& n);
+  void note_branch(NodeId parent);
 
   using Roots = std::map<std::string, NodeId, std::less<>>;
 
