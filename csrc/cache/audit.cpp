@@ -30,14 +30,14 @@ class Audit {
   }
 
   void lru() {
-    for (const auto* ends : {&tree_.lru_.ended_, &tree_.lru_.live_}) {
+    for (int list = 0; list < LruLists::kLists; ++list) {
       NodeId before = kNone;
-      for (NodeId n = ends->coldest; n != kNone; before = n, n = tree_.nodes_[n].hotter) {
+      for (NodeId n = tree_.lru_.coldest(list); n != kNone; before = n, n = tree_.nodes_[n].hotter) {
         expect(tree_.nodes_[n].colder == before, "an LRU list is broken");
-        expect(tree_.nodes_[n].ended == (ends == &tree_.lru_.ended_), "a node is on the wrong LRU list");
+        expect(tree_.nodes_[n].list == list, "a node is on the wrong LRU list");
         rank_[n] = static_cast<std::int64_t>(rank_.size());
       }
-      expect(ends->hottest == before, "an LRU list does not end where it says");
+      expect(tree_.lru_.ends_[list].hottest == before, "an LRU list does not end where it says");
     }
   }
 
@@ -126,7 +126,9 @@ class Audit {
       const bool listed = !node.root && !node.detached && node.locks == 0;
       expect(listed == (rank_.count(n) > 0), "a node is on the LRU list and should not be, or the reverse");
       if (listed && !tree_.nodes_[node.parent].root && tree_.nodes_[node.parent].locks == 0) {
-        expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");
+        const std::uint8_t above = tree_.nodes_[node.parent].list;
+        expect(above != LruLists::kEnded || node.list == LruLists::kEnded, "a path goes on below its end");
+        if (above == node.list) expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");
       }
       (node.locks > 0 || node.holds > 0 ? guarded : evictable) += node.num_pages;
       if (node.pins > 0) pinned += node.num_pages;

@@ -12,7 +12,7 @@ std::int64_t most_pinned(std::int64_t num_pages) { return num_pages - std::max<s
 
 constexpr std::int64_t kMaxPageSize = std::int64_t{1} << 26;  // ChildIndex counts a page's bits in 32 of them
 
-RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size) {
+RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size, bool hazard) {
   if (num_pages < 1) invalid("num_pages must be at least 1; got " + str(num_pages));
   if (page_size < 1 || page_size > kMaxPageSize) {
     invalid("page_size must be 1 to " + str(kMaxPageSize) + "; got " + str(page_size));
@@ -21,11 +21,12 @@ RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size) {
     invalid("num_pages * page_size must be below 2**31; got " + str(num_pages) + " * " + str(page_size) +
             ": use several caches");
   }
-  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size));
+  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size), hazard);
 }
 }  // namespace
 
-Cache::Cache(std::int64_t num_pages, std::int64_t page_size) : tree_(tree_of(num_pages, page_size)) {}
+Cache::Cache(std::int64_t num_pages, std::int64_t page_size, bool hazard)
+    : tree_(tree_of(num_pages, page_size, hazard)) {}
 
 // --- checks: everything that can fail, before anything changes -------------------------------------------------------
 

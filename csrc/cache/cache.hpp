@@ -44,7 +44,7 @@ struct Stats {
 
 class Cache : public std::enable_shared_from_this<Cache> {
  public:
-  Cache(std::int64_t num_pages, std::int64_t page_size);
+  Cache(std::int64_t num_pages, std::int64_t page_size, bool hazard);
 
   std::unique_ptr<Lease> acquire(const Token* tokens, std::int64_t n, std::string_view name);
   std::int64_t match(const Token* tokens, std::int64_t n, std::string_view name);

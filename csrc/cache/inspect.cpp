@@ -37,7 +37,9 @@ std::vector<PageId> Cache::coldest_first() {
 
 std::vector<PageId> RadixTree::coldest_first() const {
   std::vector<PageId> out;
-  for (NodeId n = lru_.coldest(); n != kNone; n = lru_.after(n)) out.push_back(nodes_[n].last);
+  for (int list = 0; list < LruLists::kLists; ++list) {
+    for (NodeId n = lru_.coldest(list); n != kNone; n = nodes_[n].hotter) out.push_back(nodes_[n].last);
+  }
   return out;
 }
 

@@ -308,6 +308,7 @@ void Lease::let_go(bool commit, bool cold) {
     tree_.give_back(pages_.back());
     pages_.pop_back();
   }
+  tree_.used(tail_ != kNone ? tail_ : node_, num_cached_, num_tokens_);
   if (tail_ != kNone) tree_.unlock(tail_);
   tree_.unlock(node_);
   if (cold && !gone) tree_.end_session(end);

@@ -1,30 +1,32 @@
-// The order of eviction: two LRU lists of unlocked nodes, coldest first, linked through the nodes themselves. What ended
-// sessions left (`RadixTree::end_session`) goes before everything else. Every operation is O(1).
+// LRU lists of unlocked nodes, coldest first, linked through the nodes themselves. Every operation is O(1).
 //
-// A path goes onto the hot end leaf first and root last, so a parent is always hotter than its children and the cold
-// end is always a leaf. No clock, no heap, no set of leaves.
+//   0      what ended sessions left (`RadixTree::end_session`): goes before everything else
+//   1 ...  everything else: one list, or with the "hazard" policy one for each class of nodes
+//
+// A path goes onto the hot end leaf first and root last, so on one list a parent is always hotter than its children. With
+// one list the cold end is always a leaf. No clock, no heap, no set of leaves.
 #pragma once
 
+#include <array>
 #include <utility>
 
+#include "cache/hazard.hpp"
 #include "cache/node.hpp"
 
 namespace radixkv {
 
-class LruList {
+class LruLists {
  public:
-  explicit LruList(LazyArray<Node>& nodes) : nodes_(nodes) {}
+  static constexpr std::uint8_t kEnded = 0, kLive = 1;
+  static constexpr int kLists = kLive + Hazard::kClasses;
 
-  NodeId coldest() const { return ended_.coldest != kNone ? ended_.coldest : live_.coldest; }
-  // The next one to be evicted after n.
-  NodeId after(NodeId n) const {
-    return nodes_[n].hotter == kNone && nodes_[n].ended ? live_.coldest : nodes_[n].hotter;
-  }
-  void push_hottest(NodeId n) { insert(n, live_.hottest, kNone, false); }
-  void push_ended(NodeId n) { insert(n, ended_.hottest, kNone, true); }
-  void insert_hotter_than(NodeId colder, NodeId n) { insert(n, colder, nodes_[colder].hotter, nodes_[colder].ended); }
+  explicit LruLists(LazyArray<Node>& nodes) : nodes_(nodes) {}
+
+  NodeId coldest(int list) const { return ends_[list].coldest; }
+  void push_hottest(NodeId n, std::uint8_t list) { insert(n, ends_[list].hottest, kNone, list); }
+  void insert_hotter_than(NodeId colder, NodeId n) { insert(n, colder, nodes_[colder].hotter, nodes_[colder].list); }
   void remove(NodeId n) {
-    Ends& ends = nodes_[n].ended ? ended_ : live_;
+    Ends& ends = ends_[nodes_[n].list];
     const auto [colder, hotter] = std::pair{nodes_[n].colder, nodes_[n].hotter};
     (colder == kNone ? ends.coldest : nodes_[colder].hotter) = hotter;
     (hotter == kNone ? ends.hottest : nodes_[hotter].colder) = colder;
@@ -37,9 +39,9 @@ class LruList {
     NodeId coldest = kNone, hottest = kNone;
   };
 
-  void insert(NodeId n, NodeId colder, NodeId hotter, bool ended) {
-    Ends& ends = ended ? ended_ : live_;
-    nodes_[n].ended = ended;
+  void insert(NodeId n, NodeId colder, NodeId hotter, std::uint8_t list) {
+    Ends& ends = ends_[list];
+    nodes_[n].list = list;
     nodes_[n].colder = colder;
     nodes_[n].hotter = hotter;
     (colder == kNone ? ends.coldest : nodes_[colder].hotter) = n;
@@ -47,7 +49,7 @@ class LruList {
   }
 
   LazyArray<Node>& nodes_;
-  Ends ended_, live_;
+  std::array<Ends, kLists> ends_;
 };
 
 }  // namespace radixkv

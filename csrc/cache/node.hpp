@@ -27,9 +27,9 @@ struct Node {
   std::int32_t pins;      // pins that end here, plus children with pins
   std::int32_t holds;     // leases that have yet to copy from its (only) page
   bool root;
-  bool detached;  // out of the tree, alive until the last lock and hold go
-  bool branched;  // it, or a node below it, had two children once: several sessions began with it
-  bool ended;     // on the list of what ended sessions left
+  bool detached;      // out of the tree, alive until the last lock and hold go
+  bool branched;      // it, or a node below it, had two children once: several sessions began with it
+  std::uint8_t list;  // the LRU list that it is on, if it is on one
 };
 
 }  // namespace radixkv

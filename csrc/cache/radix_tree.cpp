@@ -5,13 +5,16 @@
 
 namespace radixkv {
 
-RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size)
-    : pages_(num_pages, page_size), nodes_(2 * static_cast<std::size_t>(num_pages) + 1), index_(nodes_, pages_) {}
+RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard)
+    : pages_(num_pages, page_size), nodes_(2 * static_cast<std::size_t>(num_pages) + 1), index_(nodes_, pages_) {
+  if (hazard) hazard_ = std::make_unique<HazardState>(num_pages);
+}
 
 // --- pages -----------------------------------------------------------------------------------------------------------
 
 bool RadixTree::take(PageId* out, std::int32_t need, PageId watch) {
   bool watched = false;
+  if (hazard_) hazard_->hazard.took(need);
   if (const std::int32_t missing = need - num_free(); missing > 0) watched = evict(missing, watch).watched;
   std::int32_t taken = 0;
   if (watched) {
@@ -139,6 +142,7 @@ NodeId RadixTree::split(NodeId n, std::int32_t k) {
   u.locks = l.locks > 0;
   u.pins = l.pins > 0;
   u.branched = l.branched;
+  if (hazard_) hazard_->uses[upper] = hazard_->uses[n];
   index_.insert(n);
   if (u.locks == 0) lru_.insert_hotter_than(n, upper);
   return upper;
@@ -161,6 +165,17 @@ std::int32_t RadixTree::replace_duplicates(NodeId n, PageId* run, std::int32_t c
 }
 
 NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len) {
+  std::int32_t uses = 0;
+  if (hazard_ && last_len == page_size()) {
+    // Pages with different pasts become different nodes, one below the other.
+    const std::int32_t same = same_past(parent, run, count, &uses);
+    if (same < count) return add(add_one(parent, run, same, last_len, uses), run + same, count - same, last_len);
+  }
+  return add_one(parent, run, count, last_len, uses);
+}
+
+NodeId RadixTree::add_one(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len,
+                          std::int32_t uses) {
   const NodeId n = new_node(parent);
   Node& node = nodes_[n];
   node.first = run[0];
@@ -170,7 +185,8 @@ NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std:
   for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
   index_.insert(n);
   note_branch(parent);
-  lru_.push_hottest(n);
+  if (hazard_) hazard_->uses[n] = {hazard_->hazard.now(), 0, uses, 0};
+  expose_to_eviction(n);
   evictable_ += count;
   if (journal_ && last_len == page_size()) record_run(parent, nodes_[parent].last, run, count);
   return n;
@@ -178,7 +194,8 @@ NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std:
 
 bool RadixTree::can_append(NodeId n) const {
   const Node& node = nodes_[n];
-  return !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone && !node.branched;
+  return !hazard_ && !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone &&
+         !node.branched;
 }
 
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
@@ -261,7 +278,7 @@ void RadixTree::unlock(NodeId n) {
     if (node.root) {
       drop_root_if_bare(n);
     } else if (!node.detached) {
-      lru_.push_hottest(n);
+      expose_to_eviction(n);
       if (node.holds == 0) expose(node);
     } else if (node.holds == 0) {
       protected_ -= free_pages(n);
@@ -302,17 +319,28 @@ void RadixTree::end_session(NodeId end) {
   for (NodeId n = end; !nodes_[n].root && nodes_[n].locks == 0 && !nodes_[n].branched; n = nodes_[n].parent) {
     if (nodes_[n].children != kNone && below == kNone) return;  // somebody went on from here
     lru_.remove(n);
-    lru_.push_ended(n);
+    lru_.push_hottest(n, LruLists::kEnded);
     below = n;
   }
 }
 
+void RadixTree::expose_to_eviction(NodeId n) {
+  if (!hazard_) return lru_.push_hottest(n, LruLists::kLive);
+  HazardState::Use& use = hazard_->uses[n];
+  use.touched = hazard_->hazard.now();
+  lru_.push_hottest(n, LruLists::kLive + use.of);
+}
+
 // --- eviction --------------------------------------------------------------------------------------------------------
+
+NodeId RadixTree::victim() const {
+  if (const NodeId ended = lru_.coldest(LruLists::kEnded); ended != kNone) return ended;
+  return hazard_ ? least_likely() : lru_.coldest(LruLists::kLive);
+}
 
 RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
   Evicted out{0, false};
-  while (out.pages < count && lru_.coldest() != kNone) {
-    const NodeId victim = lru_.coldest();
+  for (NodeId victim; out.pages < count && (victim = this->victim()) != kNone;) {
     Node& node = nodes_[victim];
     const NodeId parent = node.parent;
     if (node.holds > 0) {
@@ -327,6 +355,7 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
         node.last = pages_.prev(page);
         out.watched |= page == watch;
         if (journal_ && node.last_len == page_size()) journal_->removed(page);
+        if (hazard_ && node.last_len == page_size()) remember(victim, page);
         pages_.give_back(page);
       }
       evictable_ -= trim;

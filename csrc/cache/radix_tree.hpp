@@ -46,7 +46,7 @@ struct Match {
 
 class RadixTree {
  public:
-  RadixTree(std::int32_t num_pages, std::int32_t page_size);
+  RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard);
   RadixTree(const RadixTree&) = delete;
 
   // --- pages --------------------------------------------------------------------------------------------------------
@@ -109,6 +109,9 @@ class RadixTree {
   // The session whose last request ends here is over: what nobody else began with is the first to be evicted, the end
   // of the path before the rest. O(nodes of that part).
   void end_session(NodeId end);
+  // A request ended that found `cached` of its `total` tokens; `end` is the last node of its path, which is still
+  // locked. With the "hazard" policy O(nodes of the path), else nothing.
+  void used(NodeId end, std::int64_t cached, std::int64_t total);
 
   // --- eviction -----------------------------------------------------------------------------------------------------
   // Frees up to `count` pages from the cold end, trimming leaves page by page; `watch` is a page whose eviction the
@@ -141,6 +144,7 @@ class RadixTree {
   friend class Audit;  // recomputes all of it
 
   NodeId new_node(NodeId parent);
+  NodeId add_one(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len, std::int32_t uses);
   void free_node(NodeId n);
   void drop_root_if_bare(NodeId root);
   NodeId split(NodeId n, std::int32_t k);  // its first k pages become a new parent of the rest; returns that. O(k)
@@ -151,13 +155,23 @@ class RadixTree {
   void protect(const Node& n);
   void expose(const Node& n);
   void note_branch(NodeId parent);
+  void expose_to_eviction(NodeId n);  // onto the hot end of its list
+  NodeId victim() const;              // the leaf to be evicted next; kNone: there is none
+
+  // The "hazard" policy: hazard_order.cpp.
+  NodeId least_likely() const;
+  std::int32_t same_past(NodeId parent, const PageId* run, std::int32_t count, std::int32_t* uses);
+  void remember(NodeId n, PageId page);
+  void take_census();
+  std::uint64_t key_of(NodeId parent) const;
 
   using Roots = std::map<std::string, NodeId, std::less<>>;
 
   Pages pages_;
   LazyArray<Node> nodes_;
   ChildIndex index_;
-  LruList lru_{nodes_};
+  LruLists lru_{nodes_};
+  std::unique_ptr<HazardState> hazard_;  // null: plain LRU
   Roots roots_;
   std::unordered_map<NodeId, Roots::iterator> root_names_;  // where each root's name stands
   std::unique_ptr<Journal> journal_;

@@ -87,6 +87,12 @@ nb::dict stats(PyCache& c) {
   return d;
 }
 
+bool is_hazard(nb::handle policy) {
+  const std::string name = nb::cast<std::string>(nb::str(policy));
+  if (name != "lru" && name != "hazard") invalid("policy is '" + name + "': give 'lru' or 'hazard'");
+  return name == "hazard";
+}
+
 std::int64_t evict(PyCache& c, nb::handle num_pages) {
   const std::int64_t n = int_from(num_pages, "num_pages");
   if (n < 0) invalid("num_pages must be at least 0; got " + str(n));
@@ -153,10 +159,11 @@ void bind_cache(nb::module_& m) {
   nb::class_<PyCache>(m, "Cache", "The native half of radixkv.PrefixCache.")
       .def(
           "__init__",
-          [](PyCache* self, nb::handle num_pages, nb::handle page_size) {
-            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"));
+          [](PyCache* self, nb::handle num_pages, nb::handle page_size, nb::handle policy) {
+            const bool hazard = is_hazard(policy);
+            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"), hazard);
           },
-          "num_pages"_a.none(), "page_size"_a.none() = 16)
+          "num_pages"_a.none(), "page_size"_a.none() = 16, "policy"_a.none() = "lru")
       .def_prop_ro(
           "num_pages", [](const PyCache& c) { return c.cache->num_pages(); }, "Pages of the pool.")
       .def_prop_ro(
