@@ -1,5 +1,6 @@
 // RadixTree's part for the "hazard" policy: what it tells the estimate, and the choice of a leaf.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cache/radix_tree.hpp"
 
@@ -9,6 +10,15 @@ namespace {
 std::uint64_t mixed(std::uint64_t key) {
   key = (key ^ (key >> 32)) * 0xd6e8feb86659fd93u;
   return key ^ (key >> 29);
+}
+
+// A multilinear hash: the sum of the tokens, each times a number of its own.
+std::uint64_t next_key(std::uint64_t key, const Token* tokens, std::int32_t n) {
+  std::uint64_t sum = key * 0x9e3779b97f4a7c15u, factor = 0xd6e8feb86659fd93u;
+  for (std::int32_t i = 0; i < n; ++i, factor += 0xa0761d6478bd642eu) {
+    sum += (static_cast<std::uint64_t>(tokens[i]) + 1) * factor;
+  }
+  return mixed(sum);
 }
 }  // namespace
 
@@ -25,7 +35,7 @@ std::int32_t RadixTree::same_past(NodeId parent, const PageId* run, std::int32_t
   std::uint64_t key = key_of(parent);
   std::int32_t same = 0;
   for (; same < count; ++same) {
-    for (const Token* t = tokens(run[same]); t < tokens(run[same]) + page_size(); ++t) key = mixed(key + *t);
+    key = next_key(key, tokens(run[same]), page_size());
     const Ghosts::Ghost* ghost = state.ghosts.find(key);
     const std::int32_t before = ghost ? ghost->uses : 0;
     if (same > 0 && before != *uses) break;
@@ -45,12 +55,14 @@ void RadixTree::remember(NodeId n, PageId page) {
   if (gone.there) hazard_->hazard.forgotten(gone.of, gone.touched, 1);
 }
 
-void RadixTree::used(NodeId end, std::int64_t cached, std::int64_t total) {
+void RadixTree::used(NodeId end, std::int64_t since, std::int64_t cached, std::int64_t total) {
   if (!hazard_) return;
   Hazard& hazard = hazard_->hazard;
+  static const int spl = getenv("HZ_SPLIT") ? atoi(getenv("HZ_SPLIT")) : 0;
+  if (spl && !nodes_[end].root && !nodes_[end].detached && nodes_[end].num_pages > spl) upper(end, nodes_[end].num_pages - spl);
   for (NodeId n = end; !nodes_[n].root; n = nodes_[n].parent) {
     HazardState::Use& use = hazard_->uses[n];
-    if (use.uses > 0) hazard.reused(use.of, use.touched, nodes_[n].num_pages);
+    if (use.uses > 0) hazard.reused(use.of, use.touched + hazard.now() - since, nodes_[n].num_pages);
     use.uses += use.uses > 0 ? 1 : use.before + 1;
     use.of = Hazard::class_of(use.uses, n == end, cached, total, nodes_[n].children != kNone);
     use.touched = hazard.now();
@@ -70,19 +82,24 @@ void RadixTree::take_census() {
   hazard.estimate();
 }
 
-// The class whose coldest node has the lowest index; of equals, the node that waits longest. Whoever uses what lies below
-// a node uses the node, so nothing below it is likelier to be used: a leaf there goes.
+// Of the leaves below the coldest node of each class the one with the lowest index; of equals, the one that waits
+// longest.
 NodeId RadixTree::least_likely() const {
+  static const int mode = getenv("HZ_MODE") ? atoi(getenv("HZ_MODE")) : 0;
   NodeId best = kNone;
   double lowest = 0;
+  std::int64_t oldest = 0;
   for (int of = 0; of < Hazard::kClasses; ++of) {
-    const NodeId n = lru_.coldest(LruLists::kLive + of);
+    NodeId n = lru_.coldest(LruLists::kLive + of);
     if (n == kNone) continue;
-    const std::int64_t touched = hazard_->uses[n].touched;
-    const double index = hazard_->hazard.index(of, touched);
-    if (best == kNone || index < lowest || (index == lowest && touched < hazard_->uses[best].touched)) {
+    if (mode == 1) while (nodes_[n].children != kNone) n = index_.any(n);
+    if (mode == 2) { NodeId m = n; while (m != kNone && nodes_[m].children != kNone) m = nodes_[m].hotter; if (m == kNone) while (nodes_[n].children != kNone) n = index_.any(n); else n = m; }
+    const HazardState::Use& use = hazard_->uses[n];
+    const double index = hazard_->hazard.index(use.of, use.touched);
+    if (best == kNone || index < lowest || (index == lowest && use.touched < oldest)) {
       best = n;
       lowest = index;
+      oldest = use.touched;
     }
   }
   while (best != kNone && nodes_[best].children != kNone) best = index_.any(best);

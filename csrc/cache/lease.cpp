@@ -93,6 +93,7 @@ void Lease::copy_tokens(std::int64_t from, std::int64_t to, Token* out) const {
 
 // Its pages_ have their final size, those of the match in front. Nothing here fails.
 void Lease::start(const Match& match, const Token* tokens, std::int64_t n) {
+  started_ = tree_.pages_taken();
   const std::int64_t shared = static_cast<std::int64_t>(match.pages) * tree_.page_size();
   node_ = tree_.end_of(match);
   tree_.lock(node_);
@@ -308,7 +309,7 @@ void Lease::let_go(bool commit, bool cold) {
     tree_.give_back(pages_.back());
     pages_.pop_back();
   }
-  tree_.used(tail_ != kNone ? tail_ : node_, num_cached_, num_tokens_);
+  tree_.used(tail_ != kNone ? tail_ : node_, started_, num_cached_, num_tokens_);
   if (tail_ != kNone) tree_.unlock(tail_);
   tree_.unlock(node_);
   if (cold && !gone) tree_.end_session(end);
@@ -362,6 +363,7 @@ void Lease::share_with(Lease& child) {
   child.num_shared_ = num_shared_;
   child.first_page_ = first_page_;
   child.num_prompt_ = num_prompt_;
+  child.started_ = tree_.pages_taken();
   child.num_cached_ = child.num_written_ = child.num_tokens_ = num_tokens_;
   tree_.lock(child.node_);
   const auto rest = static_cast<std::int32_t>(num_tokens_ % tree_.page_size());

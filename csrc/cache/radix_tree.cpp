@@ -14,7 +14,6 @@ RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard
 
 bool RadixTree::take(PageId* out, std::int32_t need, PageId watch) {
   bool watched = false;
-  if (hazard_) hazard_->hazard.took(need);
   if (const std::int32_t missing = need - num_free(); missing > 0) watched = evict(missing, watch).watched;
   std::int32_t taken = 0;
   if (watched) {
@@ -22,6 +21,7 @@ bool RadixTree::take(PageId* out, std::int32_t need, PageId watch) {
     out[taken++] = watch;
   }
   for (; taken < need; ++taken) out[taken] = pages_.take();
+  if (hazard_) hazard_->hazard.took(need);
   return watched;
 }
 

@@ -111,7 +111,8 @@ class RadixTree {
   void end_session(NodeId end);
   // A request ended that found `cached` of its `total` tokens; `end` is the last node of its path, which is still
   // locked. With the "hazard" policy O(nodes of the path), else nothing.
-  void used(NodeId end, std::int64_t cached, std::int64_t total);
+  void used(NodeId end, std::int64_t since, std::int64_t cached, std::int64_t total);
+  std::int64_t pages_taken() const { return hazard_ ? hazard_->hazard.now() : 0; }
 
   // --- eviction -----------------------------------------------------------------------------------------------------
   // Frees up to `count` pages from the cold end, trimming leaves page by page; `watch` is a page whose eviction the
