@@ -123,9 +123,9 @@ class Audit {
       expect(node.locks == locks_[n], "a lock count is wrong");
       expect(node.pins == pins_[n], "a pin count is wrong");
       expect(node.holds == holds_[n], "a hold count is wrong");
-      const bool listed = !node.root && !node.detached && node.locks == 0;
+      const bool listed = tree_.listed(node);
       expect(listed == (rank_.count(n) > 0), "a node is on the LRU list and should not be, or the reverse");
-      if (listed && !tree_.nodes_[node.parent].root && tree_.nodes_[node.parent].locks == 0) {
+      if (listed && tree_.listed(tree_.nodes_[node.parent])) {
         const std::uint8_t above = tree_.nodes_[node.parent].list;
         expect(above != LruLists::kEnded || node.list == LruLists::kEnded, "a path goes on below its end");
         if (above == node.list) expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");

@@ -24,12 +24,6 @@ ChildIndex::Best ChildIndex::find(NodeId parent, const Token* tokens, std::int64
   return {ref, pages_.common_prefix(nodes_[ref].first, tokens, most)};
 }
 
-NodeId ChildIndex::any(NodeId parent) const {
-  std::int32_t ref = nodes_[parent].children;
-  while (is_branch(ref)) ref = branch(ref).side[0];
-  return ref;
-}
-
 void ChildIndex::insert(NodeId child) {
   const NodeId parent = nodes_[child].parent;
   nodes_[child].branch = kNone;

@@ -2,17 +2,16 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 
 namespace radixkv {
 
 namespace {
-const int kSub = getenv("HZ_SUB") ? atoi(getenv("HZ_SUB")) : 2;
-const int kPerOctave = 1 << kSub;          // bins
+constexpr int kBits = 2;  // of an age below its highest one that tell its bin: 4 bins an octave
+constexpr int kPerOctave = 1 << kBits;
 constexpr int kFinest = 6;             // the first octave ends at 2^-kFinest turnovers
-const double kDecay = getenv("HZ_DECAY") ? atof(getenv("HZ_DECAY")) : 0.95;        // of all counts, at each estimate
-const std::int64_t kPeriod = getenv("HZ_PERIOD") ? atoi(getenv("HZ_PERIOD")) : 256;  // requests between two
-const double kPrior = getenv("HZ_PRIOR") ? atof(getenv("HZ_PRIOR")) : 10;          // pages that weigh as much as what all classes tell
+constexpr double kDecay = 0.95;        // of all counts, at each estimate
+constexpr std::int64_t kPeriod = 256;  // requests between two
+constexpr double kPrior = 10;          // pages that weigh as much as what all classes tell
 }  // namespace
 
 Hazard::Hazard(std::int32_t num_pages) : num_pages_(num_pages) {}
@@ -25,12 +24,11 @@ std::uint8_t Hazard::class_of(std::int32_t uses, bool end, std::int64_t cached, 
 
 // Bin 0 is up to 2^-kFinest turnovers; then kPerOctave bins for each doubling.
 int Hazard::bin(std::int64_t age) const {
-  age = std::max<std::int64_t>(age, 0);
-  const std::uint64_t scaled = (static_cast<std::uint64_t>(age) << (kFinest + kSub)) / num_pages_;  // quarters
-  if (scaled < (1u << kSub)) return 0;
-  const int octave = std::bit_width(scaled) - 1 - kSub;
-  const int quarter = static_cast<int>((scaled >> octave) & ((1 << kSub) - 1));
-  return std::min(1 + octave * kPerOctave + quarter, kBins - 1);
+  const auto scaled = static_cast<std::uint64_t>(std::max<std::int64_t>(0, age)) * (kPerOctave << kFinest) / num_pages_;
+  if (scaled < kPerOctave) return 0;
+  const int octave = std::bit_width(scaled) - 1 - kBits;
+  const int part = static_cast<int>(scaled >> octave) % kPerOctave;
+  return std::min(1 + octave * kPerOctave + part, kBins - 1);
 }
 
 double Hazard::width(int bin) const {

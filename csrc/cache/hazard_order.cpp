@@ -1,6 +1,5 @@
 // RadixTree's part for the "hazard" policy: what it tells the estimate, and the choice of a leaf.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cache/radix_tree.hpp"
 
@@ -56,10 +55,10 @@ void RadixTree::remember(NodeId n, PageId page) {
 }
 
 void RadixTree::used(NodeId end, std::int64_t since, std::int64_t cached, std::int64_t total) {
-  if (!hazard_) return;
+  if (!hazard_ || nodes_[end].detached) return;
   Hazard& hazard = hazard_->hazard;
-  static const int spl = getenv("HZ_SPLIT") ? atoi(getenv("HZ_SPLIT")) : 0;
-  if (spl && !nodes_[end].root && !nodes_[end].detached && nodes_[end].num_pages > spl) upper(end, nodes_[end].num_pages - spl);
+  // Only its last page is the end of a path.
+  if (!nodes_[end].root && nodes_[end].num_pages > 1) upper(end, nodes_[end].num_pages - 1);
   for (NodeId n = end; !nodes_[n].root; n = nodes_[n].parent) {
     HazardState::Use& use = hazard_->uses[n];
     if (use.uses > 0) hazard.reused(use.of, use.touched + hazard.now() - since, nodes_[n].num_pages);
@@ -72,37 +71,43 @@ void RadixTree::used(NodeId end, std::int64_t since, std::int64_t cached, std::i
 
 void RadixTree::take_census() {
   Hazard& hazard = hazard_->hazard;
-  for (int list = 0; list < LruLists::kLists; ++list) {
-    for (NodeId n = lru_.coldest(list); n != kNone; n = nodes_[n].hotter) {
-      const HazardState::Use& use = hazard_->uses[n];
-      hazard.waiting(use.of, use.touched, nodes_[n].num_pages);
-    }
+  for (NodeId n = 0; n < fresh_; ++n) {
+    if (nodes_[n].num_pages == 0 || nodes_[n].locks > 0) continue;  // free, a root, or in use
+    const HazardState::Use& use = hazard_->uses[n];
+    hazard.waiting(use.of, use.touched, nodes_[n].num_pages);
   }
   hazard_->ghosts.for_each([&](const Ghosts::Ghost& ghost) { hazard.waiting(ghost.of, ghost.touched, 1); });
   hazard.estimate();
 }
 
-// Of the leaves below the coldest node of each class the one with the lowest index; of equals, the one that waits
-// longest.
-NodeId RadixTree::least_likely() const {
-  static const int mode = getenv("HZ_MODE") ? atoi(getenv("HZ_MODE")) : 0;
-  NodeId best = kNone;
-  double lowest = 0;
-  std::int64_t oldest = 0;
-  for (int of = 0; of < Hazard::kClasses; ++of) {
-    NodeId n = lru_.coldest(LruLists::kLive + of);
-    if (n == kNone) continue;
-    if (mode == 1) while (nodes_[n].children != kNone) n = index_.any(n);
-    if (mode == 2) { NodeId m = n; while (m != kNone && nodes_[m].children != kNone) m = nodes_[m].hotter; if (m == kNone) while (nodes_[n].children != kNone) n = index_.any(n); else n = m; }
-    const HazardState::Use& use = hazard_->uses[n];
-    const double index = hazard_->hazard.index(use.of, use.touched);
-    if (best == kNone || index < lowest || (index == lowest && use.touched < oldest)) {
-      best = n;
-      lowest = index;
-      oldest = use.touched;
+// A node that has lost its last child joins the leaves of its class where its age belongs, as far as that is found in a
+// few steps; what an ended session left goes on to be evicted.
+void RadixTree::list_bared(NodeId n) {
+  constexpr int kSteps = Hazard::kClasses;
+  const std::uint8_t list = nodes_[n].list;
+  NodeId hotter = lru_.coldest(list);
+  if (list != LruLists::kEnded) {
+    const std::int64_t touched = hazard_->uses[n].touched;
+    for (int i = 0; i < kSteps && hotter != kNone && hazard_->uses[hotter].touched < touched; ++i) {
+      hotter = nodes_[hotter].hotter;
     }
   }
-  while (best != kNone && nodes_[best].children != kNone) best = index_.any(best);
+  lru_.insert_colder_than(hotter, n, list);
+}
+
+// The class whose coldest leaf has the lowest index; of equals, the one that waits longest.
+NodeId RadixTree::least_likely() const {
+  NodeId best = kNone;
+  double lowest = 0;
+  for (int of = 0; of < Hazard::kClasses; ++of) {
+    const NodeId n = lru_.coldest(LruLists::kLive + of);
+    if (n == kNone) continue;
+    const std::int64_t touched = hazard_->uses[n].touched;
+    const double index = hazard_->hazard.index(of, touched);
+    if (best != kNone && (index > lowest || (index == lowest && touched >= hazard_->uses[best].touched))) continue;
+    best = n;
+    lowest = index;
+  }
   return best;
 }
 

@@ -1,10 +1,11 @@
 // LRU lists of unlocked nodes, coldest first, linked through the nodes themselves. Every operation is O(1).
 //
 //   0      what ended sessions left (`RadixTree::end_session`): goes before everything else
-//   1 ...  everything else: one list, or with the "hazard" policy one for each class of nodes
+//   1 ...  everything else: one list, or with the "hazard" policy one for the leaves of each class
 //
-// A path goes onto the hot end leaf first and root last, so on one list a parent is always hotter than its children. With
-// one list the cold end is always a leaf. No clock, no heap, no set of leaves.
+// A path goes onto the hot end leaf first and root last, so a parent is always hotter than its children and the cold
+// end is always a leaf. No clock, no heap, no set of leaves; only with several lists a parent waits for its last child to
+// go before it is on one.
 #pragma once
 
 #include <array>
@@ -25,6 +26,10 @@ class LruLists {
   NodeId coldest(int list) const { return ends_[list].coldest; }
   void push_hottest(NodeId n, std::uint8_t list) { insert(n, ends_[list].hottest, kNone, list); }
   void insert_hotter_than(NodeId colder, NodeId n) { insert(n, colder, nodes_[colder].hotter, nodes_[colder].list); }
+  // hotter: kNone where it is to be the hottest.
+  void insert_colder_than(NodeId hotter, NodeId n, std::uint8_t list) {
+    insert(n, hotter == kNone ? ends_[list].hottest : nodes_[hotter].colder, hotter, list);
+  }
   void remove(NodeId n) {
     Ends& ends = ends_[nodes_[n].list];
     const auto [colder, hotter] = std::pair{nodes_[n].colder, nodes_[n].hotter};

@@ -123,6 +123,7 @@ NodeId RadixTree::new_node(NodeId parent) {
 
 void RadixTree::free_node(NodeId n) {
   nodes_[n].parent = free_;
+  nodes_[n].num_pages = 0;
   free_ = n;
   --num_nodes_;
 }
@@ -144,7 +145,8 @@ NodeId RadixTree::split(NodeId n, std::int32_t k) {
   u.branched = l.branched;
   if (hazard_) hazard_->uses[upper] = hazard_->uses[n];
   index_.insert(n);
-  if (u.locks == 0) lru_.insert_hotter_than(n, upper);
+  u.list = l.list;
+  if (listed(u)) lru_.insert_hotter_than(n, upper);
   return upper;
 }
 
@@ -183,6 +185,7 @@ NodeId RadixTree::add_one(NodeId parent, const PageId* run, std::int32_t count, 
   node.num_pages = count;
   node.last_len = last_len;
   for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
+  if (hazard_ && listed(nodes_[parent])) lru_.remove(parent);
   index_.insert(n);
   note_branch(parent);
   if (hazard_) hazard_->uses[n] = {hazard_->hazard.now(), 0, uses, 0};
@@ -210,9 +213,9 @@ void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
 }
 
 void RadixTree::remove_open(NodeId open) {
-  index_.remove(open);
   Node& n = nodes_[open];
-  if (n.locks == 0) lru_.remove(open);
+  if (listed(n)) lru_.remove(open);
+  index_.remove(open);
   if (n.locks > 0 || n.holds > 0) {
     n.detached = true;
     return;
@@ -263,9 +266,9 @@ void RadixTree::expose(const Node& n) {
 
 void RadixTree::lock(NodeId n) {
   for (; n != kNone; n = nodes_[n].parent) {
+    if (listed(nodes_[n])) lru_.remove(n);
     if (nodes_[n].locks++ > 0) return;
     if (nodes_[n].root) return;
-    lru_.remove(n);
     if (nodes_[n].holds == 0) protect(nodes_[n]);
   }
 }
@@ -318,17 +321,22 @@ void RadixTree::end_session(NodeId end) {
   NodeId below = kNone;
   for (NodeId n = end; !nodes_[n].root && nodes_[n].locks == 0 && !nodes_[n].branched; n = nodes_[n].parent) {
     if (nodes_[n].children != kNone && below == kNone) return;  // somebody went on from here
-    lru_.remove(n);
-    lru_.push_hottest(n, LruLists::kEnded);
+    const bool on = listed(nodes_[n]);
+    if (on) lru_.remove(n);
+    nodes_[n].list = LruLists::kEnded;
+    if (on) lru_.push_hottest(n, LruLists::kEnded);
     below = n;
   }
 }
 
 void RadixTree::expose_to_eviction(NodeId n) {
-  if (!hazard_) return lru_.push_hottest(n, LruLists::kLive);
-  HazardState::Use& use = hazard_->uses[n];
-  use.touched = hazard_->hazard.now();
-  lru_.push_hottest(n, LruLists::kLive + use.of);
+  nodes_[n].list = LruLists::kLive;
+  if (hazard_) {
+    HazardState::Use& use = hazard_->uses[n];
+    use.touched = hazard_->hazard.now();
+    nodes_[n].list += use.of;
+  }
+  if (listed(nodes_[n])) lru_.push_hottest(n, nodes_[n].list);
 }
 
 // --- eviction --------------------------------------------------------------------------------------------------------
@@ -369,7 +377,11 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
       lru_.remove(victim);
       free_node(victim);
     }
-    if (nodes_[parent].root) drop_root_if_bare(parent);
+    if (nodes_[parent].root) {
+      drop_root_if_bare(parent);
+    } else if (hazard_ && listed(nodes_[parent])) {
+      list_bared(parent);
+    }
   }
   return out;
 }
@@ -384,10 +396,10 @@ std::int32_t RadixTree::clear(NodeId root) {
   }
   std::int32_t freed = 0;
   for (const NodeId n : all) {
-    index_.clear(n);
     Node& node = nodes_[n];
+    if (listed(node)) lru_.remove(n);
+    index_.clear(n);
     if (node.root) continue;
-    if (node.locks == 0) lru_.remove(n);
     if (node.locks > 0 || node.holds > 0) {
       node.detached = true;
       continue;

@@ -156,11 +156,16 @@ class RadixTree {
   void protect(const Node& n);
   void expose(const Node& n);
   void note_branch(NodeId parent);
+  // Whether it is on an LRU list: it can be evicted, now or after what lies below it.
+  bool listed(const Node& n) const {
+    return n.locks == 0 && !n.root && !n.detached && (!hazard_ || n.children == kNone);
+  }
   void expose_to_eviction(NodeId n);  // onto the hot end of its list
   NodeId victim() const;              // the leaf to be evicted next; kNone: there is none
 
   // The "hazard" policy: hazard_order.cpp.
   NodeId least_likely() const;
+  void list_bared(NodeId n);
   std::int32_t same_past(NodeId parent, const PageId* run, std::int32_t count, std::int32_t* uses);
   void remember(NodeId n, PageId page);
   void take_census();
