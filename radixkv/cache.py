@@ -49,12 +49,15 @@ class PrefixCache(_core.Cache):
     Args:
         num_pages: pages of the pool, at least 1.
         page_size: tokens a page holds, 1 to 2**26, 16 by default; ``num_pages * page_size < 2**31``.
+        policy: what is evicted first: "lru", the least recently used; or "hazard", what is the least likely to be used
+            soon, by how pages like it were used before. `radixkv policies` says what it would gain on a trace.
 
     Raises:
-        InvalidArgument: a size is out of range.
+        InvalidArgument: a size is out of range, or there is no such policy.
 
     Memory: 4 bytes a token for the tokens themselves and about 1 byte more for everything else at page size 16,
-    taken from the operating system as pages are first used.
+    taken from the operating system as pages are first used. The policy "hazard" takes about 360 bytes a page more: it
+    remembers the last 8 * num_pages pages that it evicted.
     """
 
     __slots__ = ("__weakref__",)

@@ -11,7 +11,7 @@ constexpr int kPerOctave = 1 << kBits;
 constexpr int kFinest = 6;             // the first octave ends at 2^-kFinest turnovers
 constexpr double kDecay = 0.95;        // of all counts, at each estimate
 constexpr std::int64_t kPeriod = 256;  // requests between two
-constexpr double kPrior = 10;          // pages that weigh as much as what all classes tell
+constexpr double kPrior = 100;         // pages that weigh as much as what all classes tell
 }  // namespace
 
 Hazard::Hazard(std::int32_t num_pages) : num_pages_(num_pages) {}
@@ -74,7 +74,7 @@ void Hazard::estimate() {
 // --- ghosts ----------------------------------------------------------------------------------------------------------
 
 Ghosts::Ghosts(std::int32_t num_pages)
-    : capacity_(kPerPage * num_pages),
+    : capacity_(std::min<std::int64_t>(kPerPage * num_pages, INT32_MAX - 1)),
       mask_(std::bit_ceil(static_cast<std::uint64_t>(2 * capacity_)) - 1),
       ring_(capacity_),
       slots_(mask_ + 1) {}

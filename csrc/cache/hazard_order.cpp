@@ -81,18 +81,19 @@ void RadixTree::take_census() {
 }
 
 // A node that has lost its last child joins the leaves of its class where its age belongs, as far as that is found in a
-// few steps; what an ended session left goes on to be evicted.
+// few steps from either end; what an ended session left goes on to be evicted.
 void RadixTree::list_bared(NodeId n) {
   constexpr int kSteps = Hazard::kClasses;
   const std::uint8_t list = nodes_[n].list;
-  NodeId hotter = lru_.coldest(list);
-  if (list != LruLists::kEnded) {
-    const std::int64_t touched = hazard_->uses[n].touched;
-    for (int i = 0; i < kSteps && hotter != kNone && hazard_->uses[hotter].touched < touched; ++i) {
-      hotter = nodes_[hotter].hotter;
-    }
+  NodeId cold = lru_.coldest(list), hot = lru_.hottest(list);
+  if (list == LruLists::kEnded || cold == kNone) return lru_.insert_colder_than(cold, n, list);
+  const auto younger = [&](NodeId other) { return hazard_->uses[other].touched >= hazard_->uses[n].touched; };
+  for (int i = 0; i < kSteps && !younger(cold); ++i) {
+    if (!younger(hot)) return lru_.insert_hotter_than(hot, n);
+    cold = nodes_[cold].hotter;
+    hot = nodes_[hot].colder;
   }
-  lru_.insert_colder_than(hotter, n, list);
+  lru_.insert_colder_than(cold, n, list);
 }
 
 // The class whose coldest leaf has the lowest index; of equals, the one that waits longest.

@@ -24,6 +24,7 @@ class LruLists {
   explicit LruLists(LazyArray<Node>& nodes) : nodes_(nodes) {}
 
   NodeId coldest(int list) const { return ends_[list].coldest; }
+  NodeId hottest(int list) const { return ends_[list].hottest; }
   void push_hottest(NodeId n, std::uint8_t list) { insert(n, ends_[list].hottest, kNone, list); }
   void insert_hotter_than(NodeId colder, NodeId n) { insert(n, colder, nodes_[colder].hotter, nodes_[colder].list); }
   // hotter: kNone where it is to be the hottest.

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 import radixkv
-from radixkv.cli import curve, demo, doctor, generate, info, lint, plan, record, replay, view
+from radixkv.cli import curve, demo, doctor, generate, info, lint, plan, policies, record, replay, view
 from radixkv.cli.common import flush_output, say
 from radixkv.errors import RadixKVError
 
@@ -20,6 +20,7 @@ __all__ = ["main"]
 COMMANDS = (
     replay.COMMAND,
     curve.COMMAND,
+    policies.COMMAND,
     plan.COMMAND,
     view.COMMAND,
     lint.COMMAND,

@@ -85,9 +85,11 @@ def replay(
 ) -> ReplayResult:
     """Serve ``requests`` one at a time from a cache of ``capacity_tokens // page_size`` pages.
 
-    ``hints`` tells the cache where sessions end, which keeps the whole trace in memory. ``make_cache(num_pages=, page_size=)`` replaces PrefixCache, for another cache with the same face. ``cache_seconds``
-    is the time inside the cache's calls; ``seconds`` includes reading the trace. Raises InvalidArgument for a capacity
-    below one page and for hints of a trace without sessions, and TraceError from the trace.
+    ``hints`` tells the cache where sessions end, which keeps the whole trace in memory.
+    ``make_cache(num_pages=, page_size=)`` replaces PrefixCache, for another cache with the same face.
+    ``cache_seconds`` is the time inside the cache's calls; ``seconds`` includes reading the trace. Raises
+    InvalidArgument for a capacity below one page and for hints of a trace that does not tell where sessions end, and
+    TraceError from the trace.
     """
     if page_size < 1:
         raise InvalidArgument(f"page_size must be at least 1, not {page_size}")
@@ -116,15 +118,16 @@ def replay(
 
 
 def session_ends(requests: Sequence[TraceRequest]) -> frozenset[int]:
-    """The places of the requests that are the last of their session. Where none names one, InvalidArgument.
+    """The places of the requests that are the last of their session.
 
-    A request without a session is no session's end: a guessed end costs more than a known one gains.
+    Raises InvalidArgument where the trace does not tell: no request names its session, or each is one of its own. A
+    guessed end costs more than a known one gains.
     """
+    named = [(r.namespace, r.session) for r in requests if r.session]
     last = {(r.namespace, r.session): place for place, r in enumerate(requests) if r.session}
-    if requests and not last:
-        raise InvalidArgument(
-            "no request of this trace names its session: record it with sessions, or leave the hints out"
-        )
+    if requests and len(last) == len(named):
+        why = "each request is a session of its own" if named else "no request of this trace names its session"
+        raise InvalidArgument(f"{why}: record it with sessions of several requests, or leave the hints out")
     return frozenset(last.values())
 
 

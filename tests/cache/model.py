@@ -213,7 +213,7 @@ class Model:
         self.free += private - lease.private
 
     def commit(self, lease: ModelLease, closing: bool = False) -> Page | None:
-        """Returns the page, if there is one, that another request published with the tokens of the lease's open page."""
+        """Returns another request's page, if there is one, that has the tokens of the lease's open page."""
         if lease.cleared or lease.tail is not None or lease.source is not None or lease.dropped > len(lease.path):
             return None
         size = self.page_size

@@ -80,3 +80,60 @@ def test_the_same_calls_give_the_same_pages():
     assert [[pages(c) for c in root["children"]] for root in first.snapshot()] == [
         [pages(c) for c in root["children"]] for root in second.snapshot()
     ]
+
+
+def test_pages_of_one_kind_leave_least_recently_used_first():
+    """One class, one list: that is LRU. 600 requests, so that the estimate is made twice."""
+    caches = [radixkv.PrefixCache(32, 4, policy) for policy in ("lru", "hazard")]
+    for i in range(600):
+        for cache in caches:
+            serve(cache, [i, i, i, i])
+    lru, hazard = ([pages(c) for c in cache.snapshot()[0]["children"]] for cache in caches)
+    assert lru == hazard
+    for _ in range(32):
+        for cache in caches:
+            assert cache.evict(1) == 1
+        lru, hazard = ([[pages(c) for c in root["children"]] for root in cache.snapshot()] for cache in caches)
+        assert lru == hazard
+
+
+def test_what_is_used_again_and_again_outlives_a_flood():
+    """Of 20 pages each round 16 are never used again; LRU forgets the four before they come once more."""
+    hits = {}
+    for policy in ("lru", "hazard"):
+        cache = radixkv.PrefixCache(16, 4, policy)
+        for i in range(1500):
+            if i % 5 == 0:
+                serve(cache, [*([i // 5 % 4] * 4), 9, 9])
+            else:
+                serve(cache, [100 + i] * 6)
+        hits[policy] = cache.stats().hit_tokens
+        cache.check()
+    assert hits["hazard"] > 1.5 * hits["lru"]
+
+
+def test_what_an_ended_session_left_goes_first_with_any_policy():
+    cache = radixkv.PrefixCache(16, 4, "hazard")
+    serve(cache, list(range(100, 108)))
+    serve(cache, list(range(200, 212)), cold=True)
+    for left in (8, 4, 0):
+        cache.evict(1)
+        assert cache.match(list(range(200, 212))) == left
+    assert cache.match(list(range(100, 108))) == 8
+    cache.check()
+
+
+def test_evicted_pages_are_remembered():
+    """A prefix that came five times is kept although it was evicted each time in between."""
+    cache = radixkv.PrefixCache(8, 4, "hazard")
+    for i in range(2000):
+        serve(cache, [1] * 8 if i % 8 == 0 else [i + 2] * 8)
+    assert cache.stats().hit_tokens > 0.5 * 7 * 2000 / 8
+    cache.check()
+
+
+def test_a_policy_that_is_none():
+    with pytest.raises(radixkv.InvalidArgument, match="policy is 'fifo': give 'lru' or 'hazard'"):
+        radixkv.PrefixCache(8, 4, "fifo")
+    with pytest.raises(radixkv.InvalidArgument, match="policy is 'None'"):
+        radixkv.PrefixCache(8, 4, None)
