@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from radixkv import _core
 from radixkv._core import Lease, Pin
 from radixkv.journal import Journal
+
+if TYPE_CHECKING:
+    from radixkv._core import Tokens
+    from radixkv.journal_log import LogWriter
+    from radixkv.journal_story import Explanation
 
 __all__ = ["Lease", "Pin", "PrefixCache", "Stats"]
 
@@ -73,6 +79,28 @@ class PrefixCache(_core.Cache):
             LeaseError: the cache is closed.
         """
         return Journal(self)
+
+    def record(self, path: str) -> LogWriter:
+        """Write what happens to the tree, and which requests end, to an operation log from now on: `radixkv log FILE`.
+
+        Raises:
+            TraceError: the file cannot be made. LeaseError: the cache is closed.
+        """
+        from radixkv.journal_log import LogWriter
+
+        return LogWriter(self, path)
+
+    def explain(self, tokens: Tokens, namespace: str = "") -> Explanation:
+        """Why these tokens are cached as far as they are, by what the journal still tells; ``str()`` says it in words.
+
+        The journal tells what came since the first `journal()`, `record()` or `explain()`, and of that the last
+        4 * num_pages changes. For times, and for how large a pool would have kept the tokens, ask a log (`record`).
+        Reads the whole journal: a tool for people, not for every request.
+        """
+        from radixkv.journal_story import story_of
+
+        self.match(tokens, namespace)  # refuses what are no tokens
+        return story_of(self).explain(tokens, namespace, sizes=False)
 
     def __enter__(self) -> PrefixCache:
         return self

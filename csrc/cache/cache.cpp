@@ -92,6 +92,8 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   check_tokens(tokens, n, static_cast<std::int64_t>(m.pages) * page_size());
   const auto need = static_cast<std::int32_t>(lease->pages_.size()) - m.pages;
   require_pages(need, known != kNone ? tree_.evictable_on_path(m) : 0);
+  lease->number_ = requests_ + 1;
+  tree_.serving(lease->number_);
   lease->root_ = tree_.make_root(name);
   if (known == kNone) m.node = lease->root_;
 
@@ -171,12 +173,14 @@ void Cache::move_pins(NodeId from, NodeId to) {
 std::int64_t Cache::evict(std::int64_t num_pages) {
   Guard guard(mutex_);
   check_open();
+  tree_.serving(0);
   return tree_.evict(num_pages).pages;
 }
 
 std::int64_t Cache::clear() {
   Guard guard(mutex_);
   check_open();
+  tree_.serving(0);
   std::int64_t freed = 0;
   while (!tree_.roots().empty()) freed += tree_.clear(tree_.roots().begin()->second);
   return freed;
@@ -185,6 +189,7 @@ std::int64_t Cache::clear() {
 std::int64_t Cache::clear(std::string_view name) {
   Guard guard(mutex_);
   check_open();
+  tree_.serving(0);
   const NodeId root = tree_.find_root(name);
   return root == kNone ? 0 : tree_.clear(root);
 }

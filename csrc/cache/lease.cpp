@@ -155,6 +155,7 @@ void Lease::extend(const Token* tokens, std::int64_t n) {
   const std::int32_t need = more + (tail != kNone && !back ? 1 : 0);
   cache_->require_pages(need, 0);
 
+  tree_.serving(number_);
   const PageId open = pages_.back();
   if (back) tree_.take_back(tail);
   pages_.resize(total);
@@ -222,6 +223,7 @@ void Lease::commit() {
 
 // Closing, returns the page that another request published with the very tokens of the open page, if there is one.
 NodeId Lease::publish_written(bool closing) {
+  tree_.serving(number_);
   if (tree_.detached(root_)) return kNone;      // its namespace was cleared: these tokens are not to be found again
   if (tail_ != kNone) return kNone;             // an earlier commit published the open page, and nothing came after
   if (source_ != kNone) return kNone;           // nobody has said that the open page's copy is made; the rest is shared
@@ -318,7 +320,7 @@ void Lease::let_go(bool commit, bool cold) {
 
 void Lease::record(Journal& journal) const noexcept {
   try {
-    Release release{name_, num_prompt_, std::vector<Token>(num_tokens_)};
+    Release release{name_, num_prompt_, std::vector<Token>(num_tokens_), number_, num_cached_, journal.end()};
     copy_tokens(0, num_tokens_, release.tokens.data());
     journal.released(std::move(release));
   } catch (...) {
@@ -364,6 +366,7 @@ void Lease::share_with(Lease& child) {
   child.first_page_ = first_page_;
   child.num_prompt_ = num_prompt_;
   child.started_ = tree_.pages_taken();
+  child.number_ = number_;
   child.num_cached_ = child.num_written_ = child.num_tokens_ = num_tokens_;
   tree_.lock(child.node_);
   const auto rest = static_cast<std::int32_t>(num_tokens_ % tree_.page_size());

@@ -108,6 +108,7 @@ class Lease {
   NodeId source_ = kNone;       // held; the node to copy from
   PageCopy copy_{kNone, kNone, 0};
   std::int32_t num_shared_ = 0;
+  std::int64_t number_ = 0;      // of its request, from 1 in the order of acquire(); a fork has its parent's
   std::int64_t started_ = 0;     // RadixTree::pages_taken() when it began
   std::int32_t first_page_ = 0;  // the pages before it were dropped
   std::int64_t num_tokens_ = 0, num_written_ = 0, num_cached_ = 0, num_prompt_ = 0;

@@ -136,6 +136,9 @@ class RadixTree {
   std::vector<PageId> coldest_first() const;  // the last page of each unlocked node
   // From now on every change is recorded, after one record for each namespace and each full page that is there.
   Journal& start_journal();
+  void serving(std::int64_t request) {
+    if (journal_) journal_->serving(request);
+  }
   Journal* journal() { return journal_.get(); }  // null: nobody has asked for one
   const Journal* journal() const { return journal_.get(); }
   // What is there now, as the records that would make it. O(cached tokens).

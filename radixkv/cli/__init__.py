@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 import radixkv
-from radixkv.cli import curve, demo, doctor, generate, info, lint, plan, policies, record, replay, view
+from radixkv.cli import curve, demo, doctor, generate, info, lint, log, plan, policies, record, replay, view
 from radixkv.cli.common import flush_output, say
 from radixkv.errors import RadixKVError
 
@@ -24,6 +24,7 @@ COMMANDS = (
     plan.COMMAND,
     view.COMMAND,
     lint.COMMAND,
+    log.COMMAND,
     generate.COMMAND,
     record.COMMAND,
     info.COMMAND,
