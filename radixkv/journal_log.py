@@ -11,6 +11,7 @@ stream of msgpack maps:
     header    {"radixkv-log": 1, "num_pages": int, "page_size": int}
     records   {"first": int, "dump": bool, "time": s, "op", "page", "parent", "root", "request", "tokens": bin,
                "names": {index: namespace}}
+    lost      {"lost": int}: so many releases were not read in time
     release   {"request", "at", "num_prompt", "num_cached": int, "time": s, "namespace": str, "ids": bin}
 
 Numbers are little-endian, int32 but for "request" (int64) and "op" (uint8); "tokens" are those of STORED records. Of a
@@ -50,7 +51,8 @@ class LogWriter:
 
     A thread reads the journal every few milliseconds, which is how exact the times are. It never disturbs serving: when
     the file cannot be written, recording stops, and ``close`` raises what happened. Where the cache changes faster than
-    the journal is read, the log goes on from a dump of the tree; steps in between are missing (`num_lost`).
+    the journal is read (more than 4 * num_pages pages in 5 ms), the log goes on from a dump of the tree, and steps in
+    between are missing (`num_lost` times); who serves requests without computing them calls ``pump`` now and then.
     """
 
     def __init__(self, cache: PrefixCache, path: str) -> None:
@@ -89,6 +91,7 @@ class LogWriter:
                 self._failure = error
 
     def _write_all(self) -> None:
+        assert self._stream is not None
         while len((batch := self._journal.read(self._cursor, _LIMIT)).op):
             if batch.lost:
                 self.num_lost += 1
@@ -98,7 +101,9 @@ class LogWriter:
             self.num_steps += len(batch.op)
             self._cursor = batch.cursor
         while True:
-            releases, self._released, _ = self._journal.releases(self._released)
+            releases, self._released, lost = self._journal.releases(self._released)
+            if lost:
+                self._stream.write(self._pack({"lost": lost}))
             for release in releases:
                 self._write_release(release)
             if not releases:
@@ -184,6 +189,9 @@ def _maps(stream: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def _add(story: Story, entry: dict[str, Any]) -> None:
+    if "lost" in entry:
+        story.lost_releases += int(entry["lost"])
+        return
     if "op" not in entry:
         ids = np.frombuffer(entry["ids"], "<i4").astype(np.int32)
         names = ("request", "num_cached", "at")

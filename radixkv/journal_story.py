@@ -110,6 +110,8 @@ class Story:
         self.changes: list[Change] = []
         self.releases: list[Release] = []
         self.prefixes: list[Prefix] = []
+        self.lost_releases = 0
+        """Requests that ended unseen."""
         self.gaps: list[tuple[int, int]] = []
         """Steps (from, to) that were lost."""
         self.begin = self.end = 0
@@ -227,7 +229,8 @@ class Story:
     def explain(self, tokens: Sequence[int] | npt.NDArray[Any], namespace: str = "", sizes: bool = True) -> Explanation:
         """Why these tokens are cached as far as they are at the end of the story.
 
-        ``sizes``: also how large a pool would have kept the rest, by serving all its requests again, one at a time.
+        ``sizes``: also how large a pool would have kept the rest, by serving all its requests again, one at a time;
+        where none of them was lost.
         """
         wanted = np.asarray(tokens, dtype=np.int32)
         there = self._there(self.end)
@@ -242,7 +245,7 @@ class Story:
         facts: dict[str, Any] = {"wanted": int(wanted[num_cached]), "instead": instead}
         if cached < len(path):
             facts |= self._removal(self.prefixes[path[cached]])
-            if sizes and facts:
+            if sizes and facts and not self.lost_releases:
                 facts["pool_factor"] = self._factor(wanted[: len(path) * self.page_size], namespace)
         return Explanation(len(wanted), num_cached, **facts)
 

@@ -62,6 +62,7 @@ def _summary(args: argparse.Namespace, story: Story) -> None:
         "removed": len(story.changes) - stored,
         "requests": len(story.releases),
         "lost": [list(gap) for gap in story.gaps],
+        "lost_requests": story.lost_releases,
     }
     if args.json:
         print_json(found)
@@ -69,6 +70,8 @@ def _summary(args: argparse.Namespace, story: Story) -> None:
     print(f"log         {printable(args.log)}: {story.num_pages:,} pages of {story.page_size} tokens")
     print(f"steps       {story.begin:,} to {story.end:,}: {stored:,} pages stored, {found['removed']:,} removed")
     print(f"requests    {len(story.releases):,} ended")
+    if story.lost_releases:
+        print(f"lost        {story.lost_releases:,} requests")
     for begin, end in story.gaps:
         print(f"lost        steps {begin:,} to {end:,}")
 

@@ -60,6 +60,7 @@ def test_steps_that_were_lost_are_refused_and_the_rest_is_whole(tmp_path):
         serve(cache, [7, 8, 9])
         log.pump()
         assert log.num_lost == 1
+        assert log.num_requests == 41
         now = full_pages(cache)
     story = read_log(str(tmp_path / "log"))
     assert rebuilt(story, story.end) == now
@@ -231,3 +232,17 @@ def test_the_command(tmp_path, capsys):
 
 def test_an_explanation_without_times():
     assert "s after" not in str(Explanation(8, 4, 1, None, 9, 2))
+
+
+def test_requests_that_were_lost_are_counted(tmp_path):
+    path = str(tmp_path / "log")
+    cache = radixkv.PrefixCache(4000, 16)
+    with cache.record(path) as log:
+        with log._lock:
+            for i in range(40):
+                serve(cache, [i] * 60_000)  # the journal keeps 2**20 tokens of releases
+        log.pump()
+    story = read_log(path)
+    assert story.lost_releases + len(story.releases) == 40
+    assert story.lost_releases > 20
+    assert story.explain([0] * 60_000).pool_factor is None
