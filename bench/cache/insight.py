@@ -1,4 +1,4 @@
-"""What watching a cache costs: microseconds of CPU a request with the journal off, on, read by a log, and by policy.
+"""What watching a cache costs: microseconds of CPU a request, plain, with its journal, log and what-if, and by policy.
 
 python -m bench.cache.insight              1,000 requests of the chat workload, the best of five runs
 """
@@ -35,11 +35,13 @@ def serve(cache: PrefixCache, requests: list[TraceRequest], pump: Callable[[], N
 
 
 def measure(name: str, requests: list[TraceRequest], num_pages: int) -> float:
-    """One run: "plain", "journal", "log" or "hazard"."""
+    """One run: "plain", "journal", "log", "what if" or "hazard"."""
     with ExitStack() as stack:
         cache, pump = PrefixCache(num_pages, _PAGE, "hazard" if name == "hazard" else "lru"), None
         if name == "journal":
             cache.journal()
+        if name == "what if":
+            cache.curve()
         if name == "log":
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             pump = stack.enter_context(cache.record(os.path.join(folder, "log"))).pump
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     requests = list(generate("chat", args.requests))
-    ways = ("plain", "journal", "log", "hazard")
+    ways = ("plain", "journal", "log", "what if", "hazard")
     best = {name: min(measure(name, requests, args.pages) for _ in range(args.runs)) for name in ways}
     print(json.dumps({name: round(micros, 1) for name, micros in best.items()}))
 

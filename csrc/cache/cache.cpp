@@ -98,6 +98,10 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   if (known == kNone) m.node = lease->root_;
 
   // Nothing below fails.
+  if (tree_.what_if() != nullptr) {
+    const std::int64_t hit = static_cast<std::int64_t>(m.pages) * page_size() + m.partial;
+    tree_.count_what_if(name, lease->pages_.data(), m.pages, tokens, n, hit);
+  }
   lease->start(m, tokens, n);
   ++requests_;
   input_tokens_ += n;

@@ -67,6 +67,9 @@ class Cache : public std::enable_shared_from_this<Cache> {
   std::vector<bool> still_stored(const std::vector<std::int64_t>& pages, const std::vector<std::int64_t>& numbers);
   std::pair<std::int64_t, std::int64_t> journal_ends();  // the numbers that the next record and release get
 
+  // [0]: input tokens since the first call, [1]: of them hit, [2 + i]: hit by a pool of WhatIf::kFactors[i] times the pages.
+  std::vector<std::int64_t> what_if();
+
   std::int32_t num_pages() const { return tree_.num_pages(); }
   std::int32_t page_size() const { return tree_.page_size(); }
   // For tests: the n-th request for pages from now on is refused as if the pool were full (0: the next one).

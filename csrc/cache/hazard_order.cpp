@@ -1,31 +1,13 @@
 // RadixTree's part for the "hazard" policy: what it tells the estimate, and the choice of a leaf.
 #include <algorithm>
 
+#include "cache/prefix_hash.hpp"
 #include "cache/radix_tree.hpp"
 
 namespace radixkv {
 
-namespace {
-std::uint64_t mixed(std::uint64_t key) {
-  key = (key ^ (key >> 32)) * 0xd6e8feb86659fd93u;
-  return key ^ (key >> 29);
-}
-
-// A multilinear hash: the sum of the tokens, each times a number of its own.
-std::uint64_t next_key(std::uint64_t key, const Token* tokens, std::int32_t n) {
-  std::uint64_t sum = key * 0x9e3779b97f4a7c15u, factor = 0xd6e8feb86659fd93u;
-  for (std::int32_t i = 0; i < n; ++i, factor += 0xa0761d6478bd642eu) {
-    sum += (static_cast<std::uint64_t>(tokens[i]) + 1) * factor;
-  }
-  return mixed(sum);
-}
-}  // namespace
-
 std::uint64_t RadixTree::key_of(NodeId parent) const {
-  if (!nodes_[parent].root) return hazard_->keys[nodes_[parent].last];
-  std::uint64_t key = 1;
-  for (const char c : root_names_.at(parent)->first) key = mixed(key + static_cast<unsigned char>(c) + 1);
-  return key;
+  return nodes_[parent].root ? prefix_of(root_names_.at(parent)->first) : hazard_->keys[nodes_[parent].last];
 }
 
 // How many of the new pages, from the first on, were used equally often before they were evicted; and how often.
@@ -34,7 +16,7 @@ std::int32_t RadixTree::same_past(NodeId parent, const PageId* run, std::int32_t
   std::uint64_t key = key_of(parent);
   std::int32_t same = 0;
   for (; same < count; ++same) {
-    key = next_key(key, tokens(run[same]), page_size());
+    key = prefix_of(key, tokens(run[same]), page_size());
     const Ghosts::Ghost* ghost = state.ghosts.find(key);
     const std::int32_t before = ghost ? ghost->uses : 0;
     if (same > 0 && before != *uses) break;

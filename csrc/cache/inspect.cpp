@@ -114,4 +114,15 @@ std::pair<std::int64_t, std::int64_t> Cache::journal_ends() {
   return {tree_.journal()->end(), tree_.journal()->releases_end()};
 }
 
+std::vector<std::int64_t> Cache::what_if() {
+  Guard guard(mutex_);
+  check_open();
+  const WhatIf& w = tree_.start_what_if();
+  std::vector<std::int64_t> out{w.input_tokens(), w.hit_tokens()};
+  for (std::size_t i = 0; i < WhatIf::kFactors.size(); ++i) {
+    out.push_back(w.hit_tokens() + w.more_tokens(static_cast<int>(i)));
+  }
+  return out;
+}
+
 }  // namespace radixkv

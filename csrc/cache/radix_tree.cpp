@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cache/prefix_hash.hpp"
+
 namespace radixkv {
 
 RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard)
@@ -192,6 +194,7 @@ NodeId RadixTree::add_one(NodeId parent, const PageId* run, std::int32_t count, 
   expose_to_eviction(n);
   evictable_ += count;
   if (journal_ && last_len == page_size()) record_run(parent, nodes_[parent].last, run, count);
+  if (what_if_ && last_len == page_size()) remember_prefixes(parent, nodes_[parent].last, run, count);
   return n;
 }
 
@@ -204,6 +207,7 @@ bool RadixTree::can_append(NodeId n) const {
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
   Node& node = nodes_[n];
   if (journal_) record_run(n, node.last, run, count);
+  if (what_if_) remember_prefixes(n, node.last, run, count);
   for (std::int32_t i = 0; i < count; ++i) {
     pages_.link(node.last, run[i]);
     node.last = run[i];
@@ -353,6 +357,7 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
     const NodeId parent = node.parent;
     if (node.holds > 0) {
       if (journal_) record_removed(node);
+      if (what_if_ && node.last_len == page_size()) what_if_->evicted(node.last);
       index_.remove(victim);
       lru_.remove(victim);
       node.detached = true;
@@ -364,6 +369,7 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
         out.watched |= page == watch;
         if (journal_ && node.last_len == page_size()) journal_->removed(page);
         if (hazard_ && node.last_len == page_size()) remember(victim, page);
+        if (what_if_ && node.last_len == page_size()) what_if_->evicted(page);
         pages_.give_back(page);
       }
       evictable_ -= trim;
@@ -394,6 +400,7 @@ std::int32_t RadixTree::clear(NodeId root) {
   if (journal_) {
     for (auto n = all.rbegin(); n != all.rend(); ++n) record_removed(nodes_[*n]);  // children first
   }
+  if (what_if_) what_if_->forget();  // no pool would have kept it
   std::int32_t freed = 0;
   for (const NodeId n : all) {
     Node& node = nodes_[n];
@@ -465,6 +472,45 @@ void RadixTree::record_all(Journal& journal) const {
     for (std::int32_t i = 0; i < node.num_pages; ++i, before = page, page = pages_.next(page)) {
       journal.stored(page, before, before == kNone ? root : kNone, tokens(page));
     }
+  }
+}
+
+// --- what if ---------------------------------------------------------------------------------------------------------
+
+void RadixTree::remember_prefixes(NodeId parent, PageId before, const PageId* run, std::int32_t count) {
+  std::uint64_t prefix = nodes_[parent].root ? prefix_of(root_names_.at(parent)->first) : what_if_->prefix(before);
+  for (std::int32_t i = 0; i < count; ++i) {
+    prefix = prefix_of(prefix, tokens(run[i]), page_size());
+    what_if_->stored(run[i], prefix);
+  }
+}
+
+WhatIf& RadixTree::start_what_if() {
+  if (what_if_) return *what_if_;
+  what_if_ = std::make_unique<WhatIf>(num_pages(), page_size());
+  std::vector<NodeId> open;
+  for (const auto& [name, root] : roots_) open.push_back(root);
+  while (!open.empty()) {
+    const NodeId n = open.back();
+    open.pop_back();
+    for (const NodeId child : index_.list(n)) open.push_back(child);
+    if (nodes_[n].root || nodes_[n].last_len < page_size()) continue;
+    PageId before = nodes_[nodes_[n].parent].last, page = nodes_[n].first;
+    NodeId above = nodes_[n].parent;
+    for (std::int32_t i = 0; i < nodes_[n].num_pages; ++i, above = n, before = page, page = pages_.next(page)) {
+      remember_prefixes(above, before, &page, 1);
+    }
+  }
+  return *what_if_;
+}
+
+void RadixTree::count_what_if(std::string_view name, const PageId* pages, std::int32_t matched, const Token* tokens,
+                              std::int64_t n, std::int64_t hit) {
+  what_if_->request(n, hit);
+  std::uint64_t prefix = matched > 0 ? what_if_->prefix(pages[matched - 1]) : prefix_of(name);
+  for (std::int64_t i = matched; i < (n - 1) / page_size(); ++i) {
+    prefix = prefix_of(prefix, tokens + i * page_size(), page_size());
+    if (!what_if_->missed(prefix)) return;
   }
 }
 

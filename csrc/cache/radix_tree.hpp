@@ -22,6 +22,7 @@
 #include "cache/lru.hpp"
 #include "cache/node.hpp"
 #include "cache/pages.hpp"
+#include "cache/what_if.hpp"
 
 namespace radixkv {
 
@@ -141,6 +142,12 @@ class RadixTree {
   }
   Journal* journal() { return journal_.get(); }  // null: nobody has asked for one
   const Journal* journal() const { return journal_.get(); }
+  // From now on it is counted what larger pools would have hit.
+  WhatIf& start_what_if();
+  WhatIf* what_if() { return what_if_.get(); }  // null: nobody has asked for it
+  // A request acquired n tokens in this namespace, `hit` of which were cached, on these pages.
+  void count_what_if(std::string_view name, const PageId* pages, std::int32_t matched, const Token* tokens,
+                     std::int64_t n, std::int64_t hit);
   // What is there now, as the records that would make it. O(cached tokens).
   JournalBatch dump() const;
 
@@ -156,6 +163,7 @@ class RadixTree {
   void record_all(Journal& journal) const;
   void record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count);
   void record_removed(const Node& n);
+  void remember_prefixes(NodeId parent, PageId before, const PageId* run, std::int32_t count);
   void protect(const Node& n);
   void expose(const Node& n);
   void note_branch(NodeId parent);
@@ -184,6 +192,7 @@ class RadixTree {
   Roots roots_;
   std::unordered_map<NodeId, Roots::iterator> root_names_;  // where each root's name stands
   std::unique_ptr<Journal> journal_;
+  std::unique_ptr<WhatIf> what_if_;
   NodeId fresh_ = 0, free_ = kNone;
   std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0, num_evicted_ = 0;
 };

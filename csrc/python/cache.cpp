@@ -179,6 +179,14 @@ void bind_cache(nb::module_& m) {
            "Take back up to num_pages evictable pages now, coldest first; returns how many. O(1) a page.")
       .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
       .def("_stats", &stats)
+      .def("_what_if",
+           [](PyCache& c) {
+             const auto counts = c.work(kLongWork, [&] { return c.cache->what_if(); });
+             nb::list factors, tokens;
+             for (const double factor : WhatIf::kFactors) factors.append(factor);
+             for (const std::int64_t count : counts) tokens.append(count);
+             return nb::make_tuple(factors, tokens);
+           })
       .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.cache->refuse_pages(n); })
       .def("snapshot", &snapshot,
            "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "

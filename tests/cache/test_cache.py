@@ -568,3 +568,11 @@ def test_an_end_in_a_cleared_namespace_is_an_end(cache):
     cache.clear()
     lease.release(cold=True)
     assert cache.stats().free == cache.num_pages
+
+
+def test_an_end_inside_a_page_that_others_filled_tells_nothing_of_it(cache):
+    session(cache, list(range(8)), cold=False)
+    session(cache, [9] * 4, cold=False)
+    session(cache, list(range(6)), cold=True)  # its open page is the beginning of another session's
+    cache.evict(1)
+    assert (cache.match([9] * 4), cache.match(list(range(8)))) == (0, 8)
