@@ -125,9 +125,6 @@ class PrefixCache(_core.Cache):
         no page is tried out, its place among the evicted ones says it. With policy "hazard" and with hints it is an
         estimate. Of eight pools with more than 2**11 pages a sample is followed. Costs a hash of each page that
         is stored, and 8 bytes a page of the pool; nothing for a hit.
-
-        Raises:
-            LeaseError: the cache is closed.
         """
         factors, (inputs, hits, *larger) = self._what_if()
         return WhatIf(self.num_pages, inputs, hits, dict(zip(factors, larger, strict=True)))

@@ -22,6 +22,7 @@ CORE = (
     "tests/engine/test_drop.py", "tests/cache/test_cache.py", "tests/engine/test_step.py",
     "tests/cache/test_refusals.py", "tests/cache/test_state_machine.py",
 )  # fmt: skip
+WHAT_IF = ("tests/cache/test_what_if.py",)
 HAZARD = ("tests/cache/test_hazard.py",)
 JOURNAL = ("tests/cache/test_journal.py", "tests/cache/test_state_machine.py")
 ATTENTION = (
@@ -134,6 +135,16 @@ MUTANTS = [
            "std::max(0, first_page_ - num_shared_));", "0);"),
     Mutant("shared pages that were dropped do not count", "cache/lease.cpp",
            "std::max(0, first_page_ - num_shared_));", "first_page_);"),
+    Mutant("what is missed is counted five pages too near", "cache/what_if.cpp",
+           "const std::int64_t after = there_ - up_to(slots_[slot] - 1);",
+           "const std::int64_t after = there_ - up_to(slots_[slot] - 1) - 5;", WHAT_IF),
+    Mutant("a page that is stored again is still away", "cache/what_if.cpp",
+           "if (const std::uint64_t slot = slot_of(prefix); slots_[slot] != 0) remove(slot);\n}",
+           "}", WHAT_IF),
+    Mutant("what was cleared would have been hit", "cache/radix_tree.cpp",
+           "if (what_if_) what_if_->forget();", "", WHAT_IF),
+    Mutant("an eviction is another request's", "cache/cache.cpp",
+           "tree_.serving(lease->number_);", "tree_.serving(lease->number_ - 1);", ("tests/cache/test_log.py",)),
     Mutant("an evicted page stays in the journal", "cache/radix_tree.cpp",
            "if (journal_ && node.last_len == page_size()) journal_->removed(page);", "", JOURNAL),
     Mutant("a held page that is evicted stays in the journal", "cache/radix_tree.cpp",

@@ -116,7 +116,6 @@ std::pair<std::int64_t, std::int64_t> Cache::journal_ends() {
 
 std::vector<std::int64_t> Cache::what_if() {
   Guard guard(mutex_);
-  check_open();
   const WhatIf& w = tree_.start_what_if();
   std::vector<std::int64_t> out{w.input_tokens(), w.hit_tokens()};
   for (std::size_t i = 0; i < WhatIf::kFactors.size(); ++i) {

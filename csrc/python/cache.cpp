@@ -87,6 +87,14 @@ nb::dict stats(PyCache& c) {
   return d;
 }
 
+nb::tuple what_if(PyCache& c) {
+  const auto counts = c.work(kLongWork, [&] { return c.cache->what_if(); });
+  nb::list factors, tokens;
+  for (const double factor : WhatIf::kFactors) factors.append(factor);
+  for (const std::int64_t count : counts) tokens.append(count);
+  return nb::make_tuple(factors, tokens);
+}
+
 bool is_hazard(nb::handle policy) {
   const std::string name = nb::cast<std::string>(nb::str(policy));
   if (name != "lru" && name != "hazard") invalid("policy is '" + name + "': give 'lru' or 'hazard'");
@@ -179,14 +187,7 @@ void bind_cache(nb::module_& m) {
            "Take back up to num_pages evictable pages now, coldest first; returns how many. O(1) a page.")
       .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
       .def("_stats", &stats)
-      .def("_what_if",
-           [](PyCache& c) {
-             const auto counts = c.work(kLongWork, [&] { return c.cache->what_if(); });
-             nb::list factors, tokens;
-             for (const double factor : WhatIf::kFactors) factors.append(factor);
-             for (const std::int64_t count : counts) tokens.append(count);
-             return nb::make_tuple(factors, tokens);
-           })
+      .def("_what_if", &what_if)
       .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.cache->refuse_pages(n); })
       .def("snapshot", &snapshot,
            "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "
