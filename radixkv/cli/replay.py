@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             args.page_size,
             args.page_aligned,
             progress,
-            make_cache=partial(PrefixCache, policy=args.policy),
+            make_cache=None if args.policy == "lru" else partial(PrefixCache, policy=args.policy),
             hints=args.hints,
         )
     if args.json:
