@@ -14,8 +14,10 @@ from radixkv.journal import Journal
 
 if TYPE_CHECKING:
     from radixkv._core import Tokens
+    from radixkv.journal_log import LogWriter
+    from radixkv.journal_story import Explanation
 
-__all__ = ["BestMatch", "Fit", "Lease", "Pin", "PrefixCache", "Stats", "best_match"]
+__all__ = ["BestMatch", "Fit", "Lease", "Pin", "PrefixCache", "Stats", "WhatIf", "best_match"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,34 @@ class Fit:
         return self.needed <= self.free + self.evictable
 
 
+@dataclass(frozen=True)
+class WhatIf:
+    """What larger pools would have hit of the requests since the first `PrefixCache.curve`."""
+
+    num_pages: int
+    input_tokens: int
+    hit_tokens: int
+    larger: dict[float, int]
+    """Pages as a multiple of num_pages -> tokens that so large a pool would have hit."""
+
+    @property
+    def hit_rates(self) -> dict[float, float]:
+        """Multiple of num_pages, 1.0 first -> hit rate, 0.0 to 1.0."""
+        counts = {1.0: self.hit_tokens, **self.larger}
+        return {factor: hits / self.input_tokens if self.input_tokens else 0.0 for factor, hits in counts.items()}
+
+    def __sub__(self, earlier: WhatIf) -> WhatIf:
+        """What came after an earlier answer of the same cache: of the last hour, say."""
+        larger = {factor: hits - earlier.larger[factor] for factor, hits in self.larger.items()}
+        inputs, hits = self.input_tokens - earlier.input_tokens, self.hit_tokens - earlier.hit_tokens
+        return WhatIf(self.num_pages, inputs, hits, larger)
+
+    def __str__(self) -> str:
+        rates = self.hit_rates
+        better = ", ".join(f"{100 * rates[factor]:.1f} with {factor:g} times the pages" for factor in self.larger)
+        return f"hit rate {100 * rates[1.0]:.1f} %; {better}"
+
+
 class PrefixCache(_core.Cache):
     """A radix tree that maps token prefixes to refcounted pages and evicts them least recently used.
 
@@ -68,12 +98,15 @@ class PrefixCache(_core.Cache):
     Args:
         num_pages: pages of the pool, at least 1.
         page_size: tokens a page holds, 1 to 2**26, 16 by default; ``num_pages * page_size < 2**31``.
+        policy: what is evicted first: "lru", the least recently used; or "hazard", what is the least likely to be used
+            soon, by how pages like it were used before. `radixkv policies` says what it would gain on a trace.
 
     Raises:
-        InvalidArgument: a size is out of range.
+        InvalidArgument: a size is out of range, or there is no such policy.
 
     Memory: 4 bytes a token for the tokens themselves and about 1 byte more for everything else at page size 16,
-    taken from the operating system as pages are first used.
+    taken from the operating system as pages are first used. The policy "hazard" takes about 360 bytes a page more: it
+    remembers the last 8 * num_pages pages that it evicted.
     """
 
     __slots__ = ("__weakref__",)
@@ -97,6 +130,39 @@ class PrefixCache(_core.Cache):
             LeaseError: the cache is closed.
         """
         return Journal(self)
+
+    def record(self, path: str) -> LogWriter:
+        """Write what happens to the tree, and which requests end, to an operation log from now on: `radixkv log FILE`.
+
+        Raises:
+            TraceError: the file cannot be made. LeaseError: the cache is closed.
+        """
+        from radixkv.journal_log import LogWriter
+
+        return LogWriter(self, path)
+
+    def curve(self) -> WhatIf:
+        """What larger pools would have hit; counted from the first call on.
+
+        For LRU it is what those pools would have done with the same requests, as far as leases and pins do not overlap:
+        no page is tried out, its place among the evicted ones says it. With policy "hazard" and with hints it is an
+        estimate. Of eight pools with more than 2**11 pages a sample is followed. Costs a hash of each page that
+        is stored, and 8 bytes a page of the pool; nothing for a hit.
+        """
+        factors, (inputs, hits, *larger) = self._what_if()
+        return WhatIf(self.num_pages, inputs, hits, dict(zip(factors, larger, strict=True)))
+
+    def explain(self, tokens: Tokens, namespace: str = "") -> Explanation:
+        """Why these tokens are cached as far as they are, by what the journal still tells; ``str()`` says it in words.
+
+        The journal tells what came since the first `journal()`, `record()` or `explain()`, and of that the last
+        4 * num_pages changes. For times, and for how large a pool would have kept the tokens, ask a log (`record`).
+        Reads the whole journal: a tool for people, not for every request.
+        """
+        from radixkv.journal_story import story_of
+
+        self.match(tokens, namespace)  # refuses what are no tokens
+        return story_of(self).explain(tokens, namespace, sizes=False)
 
     def __enter__(self) -> PrefixCache:
         return self

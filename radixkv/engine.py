@@ -44,6 +44,7 @@ class Engine:
         kv_format: how K and V are stored: None for dtype; "int8" for half the memory of 16 bits; another name of
             `radixkv.formats.FORMATS`; a `LayerFormat` such as ``fp8(k_scale=0.5)``; a list with one of these for each
             layer; or a `KvPlan`, which `radixkv kv-check` finds for a model.
+        policy: what the cache evicts first, "lru" or "hazard" (`PrefixCache`).
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
             `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
         tiers: what lies below the pool: RAM, and a disk that keeps pages over restarts. On the CPU only. Close such an
@@ -68,6 +69,7 @@ class Engine:
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         kv_format: str | LayerFormat | KvPlan | Sequence[str | LayerFormat | None] | None = None,
+        policy: str = "lru",
         cuda_graphs: bool = False,
         tiers: TierOptions | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class Engine:
             per_page = sum(f.page_bytes(page_size, s) for s, f in zip(self.layers, formats, strict=True))
             num_pages = pages_for_capacity(capacity, per_page, device)
         assert num_pages is not None
-        self.cache: PrefixCache = TieredCache(num_pages, page_size)
+        self.cache: PrefixCache = TieredCache(num_pages, page_size, policy)
         self.pool = KVPool(self.layers, formats, self.cache.num_pages, self.cache.page_size, device)
         self.device = self.pool.device  # "cuda" has become the device it stood for
         self.attention = backend_for(self.pool.layers, dtype, cuda_graphs=cuda_graphs)

@@ -43,6 +43,8 @@ class Batch(NamedTuple):
     page: npt.NDArray[np.int32]
     parent: npt.NDArray[np.int32]
     root: npt.NDArray[np.int32]
+    request: npt.NDArray[np.int64]
+    """[records]: the number of the request whose call it was, from 1 in the order of acquire; 0: no request's."""
     tokens: npt.NDArray[np.int32]
     """[records, page_size]."""
     names: dict[int, str]
@@ -60,6 +62,12 @@ class Release(NamedTuple):
     num_prompt: int
     tokens: npt.NDArray[np.int32]
     """All its tokens, those that acquire was given first."""
+    request: int
+    """Its number, from 1 in the order of acquire; a fork has its parent's."""
+    num_cached: int
+    """Tokens that acquire found."""
+    at: int
+    """The number that the next record got."""
 
 
 class Journal(_core.Journal):
@@ -100,5 +108,5 @@ class Journal(_core.Journal):
         return [Release(*release) for release in found], cursor, lost
 
     def _batch(self, columns: _core.JournalColumns) -> Batch:
-        op, page, parent, root, tokens, names, cursor, lost = columns
-        return Batch(op, page, parent, root, tokens.reshape(len(op), self.page_size), names, cursor, lost)
+        op, page, parent, root, request, tokens, names, cursor, lost = columns
+        return Batch(op, page, parent, root, request, tokens.reshape(len(op), self.page_size), names, cursor, lost)

@@ -30,10 +30,14 @@ class Audit {
   }
 
   void lru() {
-    NodeId before = kNone;
-    for (NodeId n = tree_.lru_.coldest(); n != kNone; before = n, n = tree_.nodes_[n].hotter) {
-      expect(tree_.nodes_[n].colder == before, "the LRU list is broken");
-      rank_[n] = static_cast<std::int64_t>(rank_.size());
+    for (int list = 0; list < LruLists::kLists; ++list) {
+      NodeId before = kNone;
+      for (NodeId n = tree_.lru_.coldest(list); n != kNone; before = n, n = tree_.nodes_[n].hotter) {
+        expect(tree_.nodes_[n].colder == before, "an LRU list is broken");
+        expect(tree_.nodes_[n].list == list, "a node is on the wrong LRU list");
+        rank_[n] = static_cast<std::int64_t>(rank_.size());
+      }
+      expect(tree_.lru_.ends_[list].hottest == before, "an LRU list does not end where it says");
     }
   }
 
@@ -119,10 +123,12 @@ class Audit {
       expect(node.locks == locks_[n], "a lock count is wrong");
       expect(node.pins == pins_[n], "a pin count is wrong");
       expect(node.holds == holds_[n], "a hold count is wrong");
-      const bool listed = !node.root && !node.detached && node.locks == 0;
+      const bool listed = tree_.listed(node);
       expect(listed == (rank_.count(n) > 0), "a node is on the LRU list and should not be, or the reverse");
-      if (listed && !tree_.nodes_[node.parent].root && tree_.nodes_[node.parent].locks == 0) {
-        expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");
+      if (listed && tree_.listed(tree_.nodes_[node.parent])) {
+        const std::uint8_t above = tree_.nodes_[node.parent].list;
+        expect(above != LruLists::kEnded || node.list == LruLists::kEnded, "a path goes on below its end");
+        if (above == node.list) expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");
       }
       (node.locks > 0 || node.holds > 0 ? guarded : evictable) += node.num_pages;
       if (node.pins > 0) pinned += node.num_pages;
@@ -143,6 +149,7 @@ class Audit {
   void visit(NodeId n) {
     expect(seen_.insert(n).second, "a node is reached twice");
     const Node& node = tree_.nodes_[n];
+    branches(n);
     if (node.root) return expect(node.num_pages == 0, "a root holds pages");
     const std::int32_t page_size = tree_.pages_.page_size();
     expect(node.num_pages > 0, "a node holds no page");
@@ -157,6 +164,15 @@ class Audit {
       page = tree_.pages_.next(page);
     }
     expect(page == node.last, "a run of pages does not end where its node says");
+  }
+
+  // A node with two children, and all above a node that had them, is marked.
+  void branches(NodeId n) {
+    const Node& node = tree_.nodes_[n];
+    expect(node.branched || tree_.index_.list(n).size() < 2, "a branch was not noticed");
+    if (node.branched && node.parent != kNone && !node.detached) {
+      expect(tree_.nodes_[node.parent].branched, "a node above a branch does not know of it");
+    }
   }
 
   void lock(NodeId n) { holder(n), ++locks_[n]; }

@@ -12,7 +12,7 @@ std::int64_t most_pinned(std::int64_t num_pages) { return num_pages - std::max<s
 
 constexpr std::int64_t kMaxPageSize = std::int64_t{1} << 26;  // ChildIndex counts a page's bits in 32 of them
 
-RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size) {
+RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size, bool hazard) {
   if (num_pages < 1) invalid("num_pages must be at least 1; got " + str(num_pages));
   if (page_size < 1 || page_size > kMaxPageSize) {
     invalid("page_size must be 1 to " + str(kMaxPageSize) + "; got " + str(page_size));
@@ -21,11 +21,12 @@ RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size) {
     invalid("num_pages * page_size must be below 2**31; got " + str(num_pages) + " * " + str(page_size) +
             ": use several caches");
   }
-  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size));
+  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size), hazard);
 }
 }  // namespace
 
-Cache::Cache(std::int64_t num_pages, std::int64_t page_size) : tree_(tree_of(num_pages, page_size)) {}
+Cache::Cache(std::int64_t num_pages, std::int64_t page_size, bool hazard)
+    : tree_(tree_of(num_pages, page_size, hazard)) {}
 
 // --- checks: everything that can fail, before anything changes -------------------------------------------------------
 
@@ -112,10 +113,16 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   const auto need = static_cast<std::int32_t>(lease->pages_.size()) - m.pages;
   require_pages(need, known != kNone ? tree_.evictable_on_path(m) : 0,
                 static_cast<std::int64_t>(m.pages) * page_size() + m.partial);
+  lease->number_ = requests_ + 1;
+  tree_.serving(lease->number_);
   lease->root_ = tree_.make_root(name);
   if (known == kNone) m.node = lease->root_;
 
   // Nothing below fails.
+  if (tree_.what_if() != nullptr) {
+    const std::int64_t hit = static_cast<std::int64_t>(m.pages) * page_size() + m.partial;
+    tree_.count_what_if(name, lease->pages_.data(), m.pages, tokens, n, hit);
+  }
   lease->start(m, tokens, n);
   ++requests_;
   input_tokens_ += n;
@@ -192,12 +199,14 @@ void Cache::move_pins(NodeId from, NodeId to) {
 std::int64_t Cache::evict(std::int64_t num_pages) {
   Guard guard(mutex_);
   check_open();
+  tree_.serving(0);
   return tree_.evict(num_pages).pages;
 }
 
 std::int64_t Cache::clear() {
   Guard guard(mutex_);
   check_open();
+  tree_.serving(0);
   std::int64_t freed = 0;
   while (!tree_.roots().empty()) freed += tree_.clear(tree_.roots().begin()->second);
   return freed;
@@ -206,6 +215,7 @@ std::int64_t Cache::clear() {
 std::int64_t Cache::clear(std::string_view name) {
   Guard guard(mutex_);
   check_open();
+  tree_.serving(0);
   const NodeId root = tree_.find_root(name);
   return root == kNone ? 0 : tree_.clear(root);
 }

@@ -45,7 +45,7 @@ struct Stats {
 
 class Cache : public std::enable_shared_from_this<Cache> {
  public:
-  Cache(std::int64_t num_pages, std::int64_t page_size);
+  Cache(std::int64_t num_pages, std::int64_t page_size, bool hazard);
 
   std::unique_ptr<Lease> acquire(const Token* tokens, std::int64_t n, std::string_view name);
   std::int64_t match(const Token* tokens, std::int64_t n, std::string_view name);
@@ -68,6 +68,9 @@ class Cache : public std::enable_shared_from_this<Cache> {
   // For each page, whether it is in the tree since the record with that number.
   std::vector<bool> still_stored(const std::vector<std::int64_t>& pages, const std::vector<std::int64_t>& numbers);
   std::pair<std::int64_t, std::int64_t> journal_ends();  // the numbers that the next record and release get
+
+  // [0]: input tokens since the first call, [1]: of them hit, [2 + i]: hit by a pool of WhatIf::kFactors[i] times the pages.
+  std::vector<std::int64_t> what_if();
 
   std::int32_t num_pages() const { return tree_.num_pages(); }
   std::int32_t page_size() const { return tree_.page_size(); }

@@ -34,8 +34,9 @@ class ChildIndex {
   void clear(NodeId parent);                      // forgets the children, keeps the nodes. O(children)
   std::vector<NodeId> list(NodeId parent) const;  // in lexicographic order of their tokens
 
-  std::int32_t key_tokens(NodeId node) const;  // tokens of its first page
-  void check(NodeId parent) const;             // throws std::logic_error
+  bool branches(NodeId parent) const { return is_branch(nodes_[parent].children); }  // it has two children or more
+  std::int32_t key_tokens(NodeId node) const;                                        // tokens of its first page
+  void check(NodeId parent) const;                                                   // throws std::logic_error
 
  private:
   struct Branch {

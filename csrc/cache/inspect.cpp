@@ -37,7 +37,9 @@ std::vector<PageId> Cache::coldest_first() {
 
 std::vector<PageId> RadixTree::coldest_first() const {
   std::vector<PageId> out;
-  for (NodeId n = lru_.coldest(); n != kNone; n = nodes_[n].hotter) out.push_back(nodes_[n].last);
+  for (int list = 0; list < LruLists::kLists; ++list) {
+    for (NodeId n = lru_.coldest(list); n != kNone; n = nodes_[n].hotter) out.push_back(nodes_[n].last);
+  }
   return out;
 }
 
@@ -110,6 +112,16 @@ std::vector<bool> Cache::still_stored(const std::vector<std::int64_t>& pages,
 std::pair<std::int64_t, std::int64_t> Cache::journal_ends() {
   Guard guard(mutex_);
   return {tree_.journal()->end(), tree_.journal()->releases_end()};
+}
+
+std::vector<std::int64_t> Cache::what_if() {
+  Guard guard(mutex_);
+  const WhatIf& w = tree_.start_what_if();
+  std::vector<std::int64_t> out{w.input_tokens(), w.hit_tokens()};
+  for (std::size_t i = 0; i < WhatIf::kFactors.size(); ++i) {
+    out.push_back(w.hit_tokens() + w.more_tokens(static_cast<int>(i)));
+  }
+  return out;
 }
 
 }  // namespace radixkv

@@ -21,18 +21,18 @@ Journal::Journal(std::int32_t num_pages, std::int32_t page_size)
 
 void Journal::name(NodeId root, std::string_view name) {
   names_[end_ % capacity_] = name;  // the only thing here that may run out of memory
-  records_[place()] = Record{Op::name_space, kNone, kNone, root};
+  records_[place()] = Record{Op::name_space, kNone, kNone, root, request_};
 }
 
 void Journal::stored(PageId page, PageId parent, NodeId root, const Token* tokens) {
   const std::int64_t at = place();
-  records_[at] = Record{Op::stored, page, parent, root};
+  records_[at] = Record{Op::stored, page, parent, root, request_};
   std::memcpy(tokens_.data() + at * page_size_, tokens, page_size_ * sizeof(Token));
   stored_at_[page] = end_;
 }
 
 void Journal::removed(PageId page) {
-  records_[place()] = Record{Op::removed, page, kNone, kNone};
+  records_[place()] = Record{Op::removed, page, kNone, kNone, request_};
   stored_at_[page] = 0;
 }
 
@@ -57,6 +57,7 @@ JournalBatch Journal::read(std::int64_t cursor, std::int64_t limit) const {
   out.lost = cursor < first;
   const std::int64_t begin = std::clamp(cursor, first, end_), count = std::min(limit, end_ - begin);
   for (auto* column : {&out.op, &out.page, &out.parent, &out.root}) column->reserve(count);
+  out.request.reserve(count);
   out.tokens.resize(count * page_size_);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t at = (begin + i) % capacity_;
@@ -65,6 +66,7 @@ JournalBatch Journal::read(std::int64_t cursor, std::int64_t limit) const {
     out.page.push_back(record.page);
     out.parent.push_back(record.parent);
     out.root.push_back(record.root);
+    out.request.push_back(record.request);
     if (record.op == Op::name_space) out.names.emplace_back(i, names_[at]);
     if (record.op != Op::stored) continue;
     std::memcpy(out.tokens.data() + i * page_size_, tokens_.data() + at * page_size_, page_size_ * sizeof(Token));

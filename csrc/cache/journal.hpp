@@ -27,6 +27,7 @@ enum class Op : std::int32_t { name_space, stored, removed };
 // Some tree records, column by column.
 struct JournalBatch {
   std::vector<std::int32_t> op, page, parent, root;         // what a record does not have is -1
+  std::vector<std::int64_t> request;                        // whose call it was; 0: no request's
   std::vector<Token> tokens;                                // [records * page_size], zero but for STORED
   std::vector<std::pair<std::int64_t, std::string>> names;  // (index into the columns, name) of each NAMESPACE
   std::int64_t cursor = 0;                                  // the number to read from next
@@ -37,6 +38,9 @@ struct Release {
   std::string name;  // of the namespace
   std::int64_t num_prompt = 0;
   std::vector<Token> tokens;
+  std::int64_t request = 0;     // its number, from 1 in the order of acquire()
+  std::int64_t num_cached = 0;  // tokens found at acquire
+  std::int64_t at = 0;          // the number that the next tree record gets
 };
 
 struct ReleaseBatch {
@@ -50,6 +54,7 @@ class Journal {
   Journal(std::int32_t num_pages, std::int32_t page_size);
 
   // --- the cache writes; with its mutex held ----------------------------------------------------------------------
+  void serving(std::int64_t request) { request_ = request; }  // whose the records are from here on; 0: no request's
   void name(NodeId root, std::string_view name);
   // parent: the page before it, or kNone where it is the first of the namespace `root`.
   void stored(PageId page, PageId parent, NodeId root, const Token* tokens);
@@ -72,12 +77,13 @@ class Journal {
     PageId page;
     PageId parent;
     NodeId root;
+    std::int64_t request;
   };
   std::int64_t place() { return end_++ % capacity_; }
 
   const std::int64_t capacity_;
   const std::int32_t page_size_;
-  std::int64_t end_ = 0;
+  std::int64_t end_ = 0, request_ = 0;
   LazyArray<Record> records_;
   LazyArray<Token> tokens_;
   std::vector<std::string> names_;     // of NAMESPACE records, at their places

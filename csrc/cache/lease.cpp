@@ -24,7 +24,7 @@ Lease::Lease(std::shared_ptr<Cache> cache, std::string_view name)
 Lease::~Lease() {
   if (released()) return;
   Cache::Guard guard(cache_->mutex_);
-  let_go(false);
+  let_go(false, false);
 }
 
 // --- who may use it --------------------------------------------------------------------------------------------------
@@ -93,6 +93,7 @@ void Lease::copy_tokens(std::int64_t from, std::int64_t to, Token* out) const {
 
 // Its pages_ have their final size, those of the match in front. Nothing here fails.
 void Lease::start(const Match& match, const Token* tokens, std::int64_t n) {
+  started_ = tree_.pages_taken();
   const std::int64_t shared = static_cast<std::int64_t>(match.pages) * tree_.page_size();
   node_ = tree_.end_of(match);
   tree_.lock(node_);
@@ -154,6 +155,7 @@ void Lease::extend(const Token* tokens, std::int64_t n) {
   const std::int32_t need = more + (tail != kNone && !back ? 1 : 0);
   cache_->require_pages(need, 0);
 
+  tree_.serving(number_);
   const PageId open = pages_.back();
   if (back) tree_.take_back(tail);
   pages_.resize(total);
@@ -251,11 +253,13 @@ void Lease::commit() {
   publish_written(false);
 }
 
-void Lease::publish_written(bool closing) {
-  if (tree_.detached(root_)) return;      // its namespace was cleared: these tokens are not to be found again
-  if (tail_ != kNone) return;             // an earlier commit published the open page, and nothing came after
-  if (source_ != kNone) return;           // nobody has said that the open page's copy is made; the rest is shared
-  if (first_page_ > num_shared_) return;  // what comes next was dropped
+// Closing, returns the page that another request published with the very tokens of the open page, if there is one.
+NodeId Lease::publish_written(bool closing) {
+  tree_.serving(number_);
+  if (tree_.detached(root_)) return kNone;      // its namespace was cleared: these tokens are not to be found again
+  if (tail_ != kNone) return kNone;             // an earlier commit published the open page, and nothing came after
+  if (source_ != kNone) return kNone;           // nobody has said that the open page's copy is made; the rest is shared
+  if (first_page_ > num_shared_) return kNone;  // what comes next was dropped
   const std::int32_t page_size = tree_.page_size();
   const auto full = static_cast<std::int32_t>(num_written_ / page_size);
   const auto rest = static_cast<std::int32_t>(num_written_ % page_size);
@@ -268,7 +272,7 @@ void Lease::publish_written(bool closing) {
     }
   }
   // A page with unwritten tokens is still to be written to, so it waits; a published page never changes.
-  if (rest > 0 && (closing || num_written_ == num_tokens_)) publish_open(rest, closing);
+  return rest > 0 && (closing || num_written_ == num_tokens_) ? publish_open(rest, closing) : kNone;
 }
 
 // Another request published `child` first: use its pages and free the duplicates.
@@ -301,16 +305,15 @@ void Lease::publish(std::int32_t full, NodeId shorter) {
   cache_->committed_tokens_ += static_cast<std::int64_t>(count) * tree_.page_size();
 }
 
-void Lease::publish_open(std::int32_t tokens, bool closing) {
+NodeId Lease::publish_open(std::int32_t tokens, bool closing) {
   const PageId page = pages_[num_shared_];
   const RadixTree::Child child = tree_.child(node_, page, tokens);
   if (child.shared == tokens) {  // a page of the tree begins with these tokens already
-    if (closing) {
-      const NodeId node = tree_.isolate(child.node);
-      tree_.lock(node);
-      tree_.unlock(node);  // used just now
-    }
-    return;
+    if (!closing) return kNone;
+    const NodeId node = tree_.isolate(child.node);
+    tree_.lock(node);
+    tree_.unlock(node);  // used just now
+    return child.whole ? node : kNone;
   }
   const NodeId shorter = child.whole ? child.node : kNone;
   const bool pinned = shorter != kNone && tree_.pinned(shorter);
@@ -319,32 +322,37 @@ void Lease::publish_open(std::int32_t tokens, bool closing) {
   tree_.lock(tail_);
   if (pinned) cache_->move_pins(shorter, tail_);
   cache_->committed_tokens_ += tokens;
+  return kNone;
 }
 
 // --- it ends, or goes on twice ---------------------------------------------------------------------------------------
 
-void Lease::release(bool commit) {
+void Lease::release(bool commit, bool cold) {
   change();
   Cache::Guard guard(cache_->mutex_);
-  let_go(commit);
+  let_go(commit, cold);
 }
 
-void Lease::let_go(bool commit) {
-  if (commit) publish_written(true);
+void Lease::let_go(bool commit, bool cold) {
+  const NodeId twin = commit ? publish_written(true) : kNone;
+  const NodeId end = twin != kNone ? twin : tail_ != kNone ? tail_ : node_;
+  const bool gone = tree_.detached(end);
   if (Journal* journal = tree_.journal()) record(*journal);
   if (source_ != kNone) tree_.drop_hold(source_);
   for (std::int64_t i = num_private(); i > 0; --i) {
     tree_.give_back(pages_.back());
     pages_.pop_back();
   }
+  tree_.used(tail_ != kNone ? tail_ : node_, started_, num_cached_, num_tokens_);
   if (tail_ != kNone) tree_.unlock(tail_);
   tree_.unlock(node_);
+  if (cold && !gone) tree_.end_session(end);
   cache_->delist(*this);
 }
 
 void Lease::record(Journal& journal) const noexcept {
   try {
-    Release release{name_, num_prompt_, std::vector<Token>(num_tokens_)};
+    Release release{name_, num_prompt_, std::vector<Token>(num_tokens_), number_, num_cached_, journal.end()};
     copy_tokens(0, num_tokens_, release.tokens.data());
     journal.released(std::move(release));
   } catch (...) {
@@ -389,6 +397,8 @@ void Lease::share_with(Lease& child) {
   child.num_shared_ = num_shared_;
   child.first_page_ = first_page_;
   child.num_prompt_ = num_prompt_;
+  child.started_ = tree_.pages_taken();
+  child.number_ = number_;
   child.num_cached_ = child.num_written_ = child.num_tokens_ = num_tokens_;
   tree_.lock(child.node_);
   const auto rest = static_cast<std::int32_t>(num_tokens_ % tree_.page_size());

@@ -61,7 +61,7 @@ class Lease {
   std::int64_t drop(std::int64_t num_tokens);      // returns the pages freed
   std::int64_t truncate(std::int64_t num_tokens);  // keeps the first ones; returns the pages freed
   void commit();
-  void release(bool commit);
+  void release(bool commit, bool cold);  // cold: the session ends with it
   std::unique_ptr<Lease> fork();
   void adopt();
 
@@ -88,11 +88,11 @@ class Lease {
   void write_tokens(const Token* tokens, std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
-  void publish_written(bool closing);
+  NodeId publish_written(bool closing);
   void fold(NodeId child, std::int32_t full);
   void publish(std::int32_t full, NodeId shorter);
-  void publish_open(std::int32_t tokens, bool closing);
-  void let_go(bool commit);
+  NodeId publish_open(std::int32_t tokens, bool closing);
+  void let_go(bool commit, bool cold);
   void record(Journal& journal) const noexcept;
   void copy_tokens(std::int64_t from, std::int64_t to, Token* out) const;
   void check_fork() const;
@@ -111,6 +111,8 @@ class Lease {
   NodeId source_ = kNone;       // held; the node to copy from
   PageCopy copy_{kNone, kNone, 0};
   std::int32_t num_shared_ = 0;
+  std::int64_t number_ = 0;      // of its request, from 1 in the order of acquire(); a fork has its parent's
+  std::int64_t started_ = 0;     // RadixTree::pages_taken() when it began
   std::int32_t first_page_ = 0;  // the pages before it were dropped
   std::int64_t num_tokens_ = 0, num_written_ = 0, num_cached_ = 0, num_prompt_ = 0;
   std::atomic<std::thread::id> thread_;

@@ -1,38 +1,61 @@
-// The LRU list: unlocked nodes, coldest first, linked through the nodes themselves. Every operation is O(1).
+// LRU lists of unlocked nodes, coldest first, linked through the nodes themselves. Every operation is O(1).
+//
+//   0      what ended sessions left (`RadixTree::end_session`): goes before everything else
+//   1 ...  everything else: one list, or with the "hazard" policy one for the leaves of each class
 //
 // A path goes onto the hot end leaf first and root last, so a parent is always hotter than its children and the cold
-// end is always a leaf. No clock, no heap, no set of leaves.
+// end is always a leaf. No clock, no heap, no set of leaves; only with several lists a parent waits for its last child to
+// go before it is on one.
 #pragma once
 
+#include <array>
 #include <utility>
 
+#include "cache/hazard.hpp"
 #include "cache/node.hpp"
 
 namespace radixkv {
 
-class LruList {
+class LruLists {
  public:
-  explicit LruList(LazyArray<Node>& nodes) : nodes_(nodes) {}
+  static constexpr std::uint8_t kEnded = 0, kLive = 1;
+  static constexpr int kLists = kLive + Hazard::kClasses;
 
-  NodeId coldest() const { return coldest_; }
-  void push_hottest(NodeId n) { insert(n, hottest_, kNone); }
-  void insert_hotter_than(NodeId colder, NodeId n) { insert(n, colder, nodes_[colder].hotter); }
+  explicit LruLists(LazyArray<Node>& nodes) : nodes_(nodes) {}
+
+  NodeId coldest(int list) const { return ends_[list].coldest; }
+  NodeId hottest(int list) const { return ends_[list].hottest; }
+  void push_hottest(NodeId n, std::uint8_t list) { insert(n, ends_[list].hottest, kNone, list); }
+  void insert_hotter_than(NodeId colder, NodeId n) { insert(n, colder, nodes_[colder].hotter, nodes_[colder].list); }
+  // hotter: kNone where it is to be the hottest.
+  void insert_colder_than(NodeId hotter, NodeId n, std::uint8_t list) {
+    insert(n, hotter == kNone ? ends_[list].hottest : nodes_[hotter].colder, hotter, list);
+  }
   void remove(NodeId n) {
+    Ends& ends = ends_[nodes_[n].list];
     const auto [colder, hotter] = std::pair{nodes_[n].colder, nodes_[n].hotter};
-    (colder == kNone ? coldest_ : nodes_[colder].hotter) = hotter;
-    (hotter == kNone ? hottest_ : nodes_[hotter].colder) = colder;
+    (colder == kNone ? ends.coldest : nodes_[colder].hotter) = hotter;
+    (hotter == kNone ? ends.hottest : nodes_[hotter].colder) = colder;
   }
 
  private:
-  void insert(NodeId n, NodeId colder, NodeId hotter) {
+  friend class Audit;  // recomputes all of it
+
+  struct Ends {
+    NodeId coldest = kNone, hottest = kNone;
+  };
+
+  void insert(NodeId n, NodeId colder, NodeId hotter, std::uint8_t list) {
+    Ends& ends = ends_[list];
+    nodes_[n].list = list;
     nodes_[n].colder = colder;
     nodes_[n].hotter = hotter;
-    (colder == kNone ? coldest_ : nodes_[colder].hotter) = n;
-    (hotter == kNone ? hottest_ : nodes_[hotter].colder) = n;
+    (colder == kNone ? ends.coldest : nodes_[colder].hotter) = n;
+    (hotter == kNone ? ends.hottest : nodes_[hotter].colder) = n;
   }
 
   LazyArray<Node>& nodes_;
-  NodeId coldest_ = kNone, hottest_ = kNone;
+  std::array<Ends, kLists> ends_;
 };
 
 }  // namespace radixkv

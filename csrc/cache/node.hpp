@@ -22,12 +22,14 @@ struct Node {
   std::int32_t last_len;  // tokens in its last page: page_size, or fewer in a node that is one open page
   std::int32_t children;  // ChildIndex reference to its children
   std::int32_t branch;    // above it in its parent's ChildIndex; kNone: it is the only child
-  NodeId colder, hotter;  // neighbours on the LRU list; a node is on it while it is attached, unlocked and no root
+  NodeId colder, hotter;  // neighbours on its LRU list; a node is on one while RadixTree::listed()
   std::int32_t locks;     // leases and pins that end here, plus children with locks
   std::int32_t pins;      // pins that end here, plus children with pins
   std::int32_t holds;     // leases that have yet to copy from its (only) page
   bool root;
-  bool detached;  // out of the tree, alive until the last lock and hold go
+  bool detached;      // out of the tree, alive until the last lock and hold go
+  bool branched;      // it, or a node below it, had two children once: several sessions began with it
+  std::uint8_t list;  // the LRU list that it is on, or shall go onto
 };
 
 }  // namespace radixkv

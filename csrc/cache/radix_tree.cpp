@@ -3,10 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cache/prefix_hash.hpp"
+
 namespace radixkv {
 
-RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size)
-    : pages_(num_pages, page_size), nodes_(2 * static_cast<std::size_t>(num_pages) + 1), index_(nodes_, pages_) {}
+RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard)
+    : pages_(num_pages, page_size), nodes_(2 * static_cast<std::size_t>(num_pages) + 1), index_(nodes_, pages_) {
+  if (hazard) hazard_ = std::make_unique<HazardState>(num_pages);
+}
 
 // --- pages -----------------------------------------------------------------------------------------------------------
 
@@ -19,6 +23,7 @@ bool RadixTree::take(PageId* out, std::int32_t need, PageId watch) {
     out[taken++] = watch;
   }
   for (; taken < need; ++taken) out[taken] = pages_.take();
+  if (hazard_) hazard_->hazard.took(need);
   return watched;
 }
 
@@ -112,13 +117,15 @@ RadixTree::Child RadixTree::child(NodeId n, PageId page, std::int32_t count) con
 NodeId RadixTree::new_node(NodeId parent) {
   const NodeId n = free_ != kNone ? free_ : fresh_++;
   if (n == free_) free_ = nodes_[n].parent;
-  nodes_[n] = Node{parent, kNone, kNone, 0, pages_.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0, false, false};
+  nodes_[n] = Node{parent, kNone, kNone, 0,    pages_.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0,
+                   false,  false, false, false};
   ++num_nodes_;
   return n;
 }
 
 void RadixTree::free_node(NodeId n) {
   nodes_[n].parent = free_;
+  nodes_[n].num_pages = 0;
   free_ = n;
   --num_nodes_;
 }
@@ -137,8 +144,11 @@ NodeId RadixTree::split(NodeId n, std::int32_t k) {
   l.parent = upper;
   u.locks = l.locks > 0;
   u.pins = l.pins > 0;
+  u.branched = l.branched;
+  if (hazard_) hazard_->uses[upper] = hazard_->uses[n];
   index_.insert(n);
-  if (u.locks == 0) lru_.insert_hotter_than(n, upper);
+  u.list = l.list;
+  if (listed(u)) lru_.insert_hotter_than(n, upper);
   return upper;
 }
 
@@ -159,6 +169,17 @@ std::int32_t RadixTree::replace_duplicates(NodeId n, PageId* run, std::int32_t c
 }
 
 NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len) {
+  std::int32_t uses = 0;
+  if (hazard_ && last_len == page_size()) {
+    // Pages with different pasts become different nodes, one below the other.
+    const std::int32_t same = same_past(parent, run, count, &uses);
+    if (same < count) return add(add_one(parent, run, same, last_len, uses), run + same, count - same, last_len);
+  }
+  return add_one(parent, run, count, last_len, uses);
+}
+
+NodeId RadixTree::add_one(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len,
+                          std::int32_t uses) {
   const NodeId n = new_node(parent);
   Node& node = nodes_[n];
   node.first = run[0];
@@ -166,21 +187,27 @@ NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std:
   node.num_pages = count;
   node.last_len = last_len;
   for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
+  if (hazard_ && listed(nodes_[parent])) lru_.remove(parent);
   index_.insert(n);
-  lru_.push_hottest(n);
+  note_branch(parent);
+  if (hazard_) hazard_->uses[n] = {hazard_->hazard.now(), 0, uses, 0};
+  expose_to_eviction(n);
   evictable_ += count;
   if (journal_ && last_len == page_size()) record_run(parent, nodes_[parent].last, run, count);
+  if (what_if_ && last_len == page_size()) remember_prefixes(parent, nodes_[parent].last, run, count);
   return n;
 }
 
 bool RadixTree::can_append(NodeId n) const {
   const Node& node = nodes_[n];
-  return !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone;
+  return !hazard_ && !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone &&
+         !node.branched;
 }
 
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
   Node& node = nodes_[n];
   if (journal_) record_run(n, node.last, run, count);
+  if (what_if_) remember_prefixes(n, node.last, run, count);
   pages_.link(node.last, run[0]);
   for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
   node.last = run[count - 1];
@@ -189,9 +216,9 @@ void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
 }
 
 void RadixTree::remove_open(NodeId open) {
-  index_.remove(open);
   Node& n = nodes_[open];
-  if (n.locks == 0) lru_.remove(open);
+  if (listed(n)) lru_.remove(open);
+  index_.remove(open);
   if (n.locks > 0 || n.holds > 0) {
     n.detached = true;
     return;
@@ -242,9 +269,9 @@ void RadixTree::expose(const Node& n) {
 
 void RadixTree::lock(NodeId n) {
   for (; n != kNone; n = nodes_[n].parent) {
+    if (listed(nodes_[n])) lru_.remove(n);
     if (nodes_[n].locks++ > 0) return;
     if (nodes_[n].root) return;
-    lru_.remove(n);
     if (nodes_[n].holds == 0) protect(nodes_[n]);
   }
 }
@@ -257,7 +284,7 @@ void RadixTree::unlock(NodeId n) {
     if (node.root) {
       drop_root_if_bare(n);
     } else if (!node.detached) {
-      lru_.push_hottest(n);
+      expose_to_eviction(n);
       if (node.holds == 0) expose(node);
     } else if (node.holds == 0) {
       protected_ -= free_pages(n);
@@ -287,27 +314,62 @@ void RadixTree::drop_hold(NodeId n) {
   free_node(n);
 }
 
+// A node that got its second child is no session's own, and neither is what lies above it. Each node is marked once.
+void RadixTree::note_branch(NodeId parent) {
+  if (!index_.branches(parent)) return;
+  for (NodeId n = parent; n != kNone && !nodes_[n].branched; n = nodes_[n].parent) nodes_[n].branched = true;
+}
+
+void RadixTree::end_session(NodeId end) {
+  NodeId below = kNone;
+  for (NodeId n = end; !nodes_[n].root && nodes_[n].locks == 0 && !nodes_[n].branched; n = nodes_[n].parent) {
+    if (nodes_[n].children != kNone && below == kNone) return;  // somebody went on from here
+    const bool on = listed(nodes_[n]);
+    if (on) lru_.remove(n);
+    nodes_[n].list = LruLists::kEnded;
+    if (on) lru_.push_hottest(n, LruLists::kEnded);
+    below = n;
+  }
+}
+
+void RadixTree::expose_to_eviction(NodeId n) {
+  nodes_[n].list = LruLists::kLive;
+  if (hazard_) {
+    HazardState::Use& use = hazard_->uses[n];
+    use.touched = hazard_->hazard.now();
+    nodes_[n].list += use.of;
+  }
+  if (listed(nodes_[n])) lru_.push_hottest(n, nodes_[n].list);
+}
+
 // --- eviction --------------------------------------------------------------------------------------------------------
+
+NodeId RadixTree::victim() const {
+  if (const NodeId ended = lru_.coldest(LruLists::kEnded); ended != kNone) return ended;
+  return hazard_ ? least_likely() : lru_.coldest(LruLists::kLive);
+}
 
 RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
   Evicted out{0, false};
-  while (out.pages < count && lru_.coldest() != kNone) {
-    const NodeId victim = lru_.coldest();
+  for (NodeId victim; out.pages < count && (victim = this->victim()) != kNone;) {
     Node& node = nodes_[victim];
     const NodeId parent = node.parent;
     if (node.holds > 0) {
       if (journal_) record_removed(node);
+      if (what_if_ && node.last_len == page_size()) what_if_->evicted(node.last);
       index_.remove(victim);
       lru_.remove(victim);
       node.detached = true;
     } else {
       const auto trim = static_cast<std::int32_t>(std::min<std::int64_t>(node.num_pages, count - out.pages));
-      const bool recorded = journal_ && node.last_len == page_size();
+      const bool whole = node.last_len == page_size(), recorded = journal_ && whole;
       for (std::int32_t i = 0; i < trim; ++i) {
         const PageId page = node.last;
         node.last = pages_.prev(page);
         out.watched |= page == watch;
         if (recorded) journal_->removed(page);
+        if (hazard_ && whole) remember(victim, page);
+        if (what_if_ && whole) what_if_->evicted(page);
         pages_.give_back(page);
       }
       evictable_ -= trim;
@@ -321,7 +383,11 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
       lru_.remove(victim);
       free_node(victim);
     }
-    if (nodes_[parent].root) drop_root_if_bare(parent);
+    if (nodes_[parent].root) {
+      drop_root_if_bare(parent);
+    } else if (hazard_ && listed(nodes_[parent])) {
+      list_bared(parent);
+    }
   }
   return out;
 }
@@ -334,12 +400,13 @@ std::int32_t RadixTree::clear(NodeId root) {
   if (journal_) {
     for (auto n = all.rbegin(); n != all.rend(); ++n) record_removed(nodes_[*n]);  // children first
   }
+  if (what_if_) what_if_->forget();  // no pool would have kept it
   std::int32_t freed = 0;
   for (const NodeId n : all) {
-    index_.clear(n);
     Node& node = nodes_[n];
+    if (listed(node)) lru_.remove(n);
+    index_.clear(n);
     if (node.root) continue;
-    if (node.locks == 0) lru_.remove(n);
     if (node.locks > 0 || node.holds > 0) {
       node.detached = true;
       continue;
@@ -405,6 +472,45 @@ void RadixTree::record_all(Journal& journal) const {
     for (std::int32_t i = 0; i < node.num_pages; ++i, before = page, page = pages_.next(page)) {
       journal.stored(page, before, before == kNone ? root : kNone, tokens(page));
     }
+  }
+}
+
+// --- what if ---------------------------------------------------------------------------------------------------------
+
+void RadixTree::remember_prefixes(NodeId parent, PageId before, const PageId* run, std::int32_t count) {
+  std::uint64_t prefix = nodes_[parent].root ? prefix_of(root_names_.at(parent)->first) : what_if_->prefix(before);
+  for (std::int32_t i = 0; i < count; ++i) {
+    prefix = prefix_of(prefix, tokens(run[i]), page_size());
+    what_if_->stored(run[i], prefix);
+  }
+}
+
+WhatIf& RadixTree::start_what_if() {
+  if (what_if_) return *what_if_;
+  what_if_ = std::make_unique<WhatIf>(num_pages(), page_size());
+  std::vector<NodeId> open;
+  for (const auto& [name, root] : roots_) open.push_back(root);
+  while (!open.empty()) {
+    const NodeId n = open.back();
+    open.pop_back();
+    for (const NodeId child : index_.list(n)) open.push_back(child);
+    if (nodes_[n].root || nodes_[n].last_len < page_size()) continue;
+    PageId before = nodes_[nodes_[n].parent].last, page = nodes_[n].first;
+    NodeId above = nodes_[n].parent;
+    for (std::int32_t i = 0; i < nodes_[n].num_pages; ++i, above = n, before = page, page = pages_.next(page)) {
+      remember_prefixes(above, before, &page, 1);
+    }
+  }
+  return *what_if_;
+}
+
+void RadixTree::count_what_if(std::string_view name, const PageId* pages, std::int32_t matched, const Token* tokens,
+                              std::int64_t n, std::int64_t hit) {
+  what_if_->request(n, hit);
+  std::uint64_t prefix = matched > 0 ? what_if_->prefix(pages[matched - 1]) : prefix_of(name);
+  for (std::int64_t i = matched; i < (n - 1) / page_size(); ++i) {
+    prefix = prefix_of(prefix, tokens + i * page_size(), page_size());
+    if (!what_if_->missed(prefix)) return;
   }
 }
 

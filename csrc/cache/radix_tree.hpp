@@ -22,6 +22,7 @@
 #include "cache/lru.hpp"
 #include "cache/node.hpp"
 #include "cache/pages.hpp"
+#include "cache/what_if.hpp"
 
 namespace radixkv {
 
@@ -46,7 +47,7 @@ struct Match {
 
 class RadixTree {
  public:
-  RadixTree(std::int32_t num_pages, std::int32_t page_size);
+  RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard);
   RadixTree(const RadixTree&) = delete;
 
   // --- pages --------------------------------------------------------------------------------------------------------
@@ -106,6 +107,13 @@ class RadixTree {
   // changes recency: eviction passes over the page by taking it out of the tree.
   void hold(NodeId n);
   void drop_hold(NodeId n);
+  // The session whose last request ends here is over: what nobody else began with is the first to be evicted, the end
+  // of the path before the rest. O(nodes of that part).
+  void end_session(NodeId end);
+  // A request ended that found `cached` of its `total` tokens; `end` is the last node of its path, which is still
+  // locked. With the "hazard" policy O(nodes of the path), else nothing.
+  void used(NodeId end, std::int64_t since, std::int64_t cached, std::int64_t total);
+  std::int64_t pages_taken() const { return hazard_ ? hazard_->hazard.now() : 0; }
 
   // --- eviction -----------------------------------------------------------------------------------------------------
   // Frees up to `count` pages from the cold end, trimming leaves page by page; `watch` is a page whose eviction the
@@ -129,8 +137,17 @@ class RadixTree {
   std::vector<PageId> coldest_first() const;  // the last page of each unlocked node
   // From now on every change is recorded, after one record for each namespace and each full page that is there.
   Journal& start_journal();
+  void serving(std::int64_t request) {
+    if (journal_) journal_->serving(request);
+  }
   Journal* journal() { return journal_.get(); }  // null: nobody has asked for one
   const Journal* journal() const { return journal_.get(); }
+  // From now on it is counted what larger pools would have hit.
+  WhatIf& start_what_if();
+  WhatIf* what_if() { return what_if_.get(); }  // null: nobody has asked for it
+  // A request acquired n tokens in this namespace, `hit` of which were cached, on these pages.
+  void count_what_if(std::string_view name, const PageId* pages, std::int32_t matched, const Token* tokens,
+                     std::int64_t n, std::int64_t hit);
   // What is there now, as the records that would make it. O(cached tokens).
   JournalBatch dump() const;
 
@@ -138,6 +155,7 @@ class RadixTree {
   friend class Audit;  // recomputes all of it
 
   NodeId new_node(NodeId parent);
+  NodeId add_one(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len, std::int32_t uses);
   void free_node(NodeId n);
   void drop_root_if_bare(NodeId root);
   NodeId split(NodeId n, std::int32_t k);  // its first k pages become a new parent of the rest; returns that. O(k)
@@ -145,18 +163,36 @@ class RadixTree {
   void record_all(Journal& journal) const;
   void record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count);
   void record_removed(const Node& n);
+  void remember_prefixes(NodeId parent, PageId before, const PageId* run, std::int32_t count);
   void protect(const Node& n);
   void expose(const Node& n);
+  void note_branch(NodeId parent);
+  // Whether it is on an LRU list: it can be evicted, now or after what lies below it.
+  bool listed(const Node& n) const {
+    return n.locks == 0 && !n.root && !n.detached && (!hazard_ || n.children == kNone);
+  }
+  void expose_to_eviction(NodeId n);  // onto the hot end of its list
+  NodeId victim() const;              // the leaf to be evicted next; kNone: there is none
+
+  // The "hazard" policy: hazard_order.cpp.
+  NodeId least_likely() const;
+  void list_bared(NodeId n);
+  std::int32_t same_past(NodeId parent, const PageId* run, std::int32_t count, std::int32_t* uses);
+  void remember(NodeId n, PageId page);
+  void take_census();
+  std::uint64_t key_of(NodeId parent) const;
 
   using Roots = std::map<std::string, NodeId, std::less<>>;
 
   Pages pages_;
   LazyArray<Node> nodes_;
   ChildIndex index_;
-  LruList lru_{nodes_};
+  LruLists lru_{nodes_};
+  std::unique_ptr<HazardState> hazard_;  // null: plain LRU
   Roots roots_;
   std::unordered_map<NodeId, Roots::iterator> root_names_;  // where each root's name stands
   std::unique_ptr<Journal> journal_;
+  std::unique_ptr<WhatIf> what_if_;
   NodeId fresh_ = 0, free_ = kNone;
   std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0, num_evicted_ = 0;
 };

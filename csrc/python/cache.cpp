@@ -89,6 +89,20 @@ nb::dict stats(PyCache& c) {
   return d;
 }
 
+nb::tuple what_if(PyCache& c) {
+  const auto counts = c.work(kLongWork, [&] { return c.cache->what_if(); });
+  nb::list factors, tokens;
+  for (const double factor : WhatIf::kFactors) factors.append(factor);
+  for (const std::int64_t count : counts) tokens.append(count);
+  return nb::make_tuple(factors, tokens);
+}
+
+bool is_hazard(nb::handle policy) {
+  const std::string name = nb::cast<std::string>(nb::str(policy));
+  if (name != "lru" && name != "hazard") invalid("policy is '" + name + "': give 'lru' or 'hazard'");
+  return name == "hazard";
+}
+
 std::int64_t evict(PyCache& c, nb::handle num_pages) {
   const std::int64_t n = int_from(num_pages, "num_pages");
   if (n < 0) invalid("num_pages must be at least 0; got " + str(n));
@@ -179,10 +193,11 @@ void bind_cache(nb::module_& m) {
   nb::class_<PyCache>(m, "Cache", "The native half of radixkv.PrefixCache.")
       .def(
           "__init__",
-          [](PyCache* self, nb::handle num_pages, nb::handle page_size) {
-            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"));
+          [](PyCache* self, nb::handle num_pages, nb::handle page_size, nb::handle policy) {
+            const bool hazard = is_hazard(policy);
+            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"), hazard);
           },
-          "num_pages"_a.none(), "page_size"_a.none() = 16)
+          "num_pages"_a.none(), "page_size"_a.none() = 16, "policy"_a.none() = "lru")
       .def_prop_ro(
           "num_pages", [](const PyCache& c) { return c.cache->num_pages(); }, "Pages of the pool.")
       .def_prop_ro(
@@ -199,6 +214,7 @@ void bind_cache(nb::module_& m) {
            "Take back up to num_pages evictable pages now, coldest first; returns how many. O(1) a page.")
       .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
       .def("_stats", &stats)
+      .def("_what_if", &what_if)
       .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.cache->refuse_pages(n); })
       .def("snapshot", &snapshot,
            "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "

@@ -23,12 +23,12 @@ std::int64_t at_least_0(nb::handle object, const char* name) {
   return n;
 }
 
-// (op, page, parent, root, tokens, names, cursor, lost)
+// (op, page, parent, root, request, tokens, names, cursor, lost)
 nb::tuple columns(const JournalBatch& batch) {
   nb::dict names;
   for (const auto& [i, name] : batch.names) names[nb::int_(i)] = name;
   return nb::make_tuple(to_numpy(batch.op), to_numpy(batch.page), to_numpy(batch.parent), to_numpy(batch.root),
-                        to_numpy(batch.tokens), names, batch.cursor, batch.lost);
+                        to_numpy(batch.request), to_numpy(batch.tokens), names, batch.cursor, batch.lost);
 }
 
 // Records that NumPy shall read are copied under the mutex and without the GIL.
@@ -41,7 +41,9 @@ nb::tuple read_releases(PyCache& c, nb::handle cursor, nb::handle limit) {
   const std::int64_t from = at_least_0(cursor, "cursor"), most = at_least_0(limit, "limit");
   const ReleaseBatch batch = c.work(kLongWork, [&] { return c.cache->read_releases(from, most); });
   nb::list releases;
-  for (const Release& r : batch.releases) releases.append(nb::make_tuple(r.name, r.num_prompt, to_numpy(r.tokens)));
+  for (const Release& r : batch.releases) {
+    releases.append(nb::make_tuple(r.name, r.num_prompt, to_numpy(r.tokens), r.request, r.num_cached, r.at));
+  }
   return nb::make_tuple(releases, batch.cursor, batch.lost);
 }
 

@@ -59,6 +59,14 @@ Raises:
     PoolExhausted: free and evictable pages do not suffice, or the pages it would hold are more than the pool's; the
         lease is as it was. Pages that drop() freed do not count.)";
 
+constexpr const char* kReleaseDoc =
+    R"(Commit (unless told not to), then let go of all pages.
+
+cold: no request of this session will follow. The pages that no other request ever branched off (the session's own, from
+its last page back to the first that it shares) are then evicted before anything else. A hint: they are found as
+long as they are there, and whoever uses them again makes them like any others. Where it is not known whether a session
+has ended, leave it out: wrong hints cost more than right ones gain.)";
+
 constexpr const char* kForkDoc =
     R"(A second lease on the same tokens. Commits this one: full pages are shared through the tree, the open page is copied
 on write.
@@ -67,12 +75,12 @@ Raises:
     LeaseError: tokens are unwritten, copies are not made (advance() says they are), what was dropped was not committed,
         or the namespace was cleared. PoolExhausted: no page is left for the copy.)";
 
-void release(PyLease& l, bool commit) {
-  l.owner->work(l.lease->num_tokens(), [&] { l.lease->release(commit); });
+void release(PyLease& l, bool commit, bool cold) {
+  l.owner->work(l.lease->num_tokens(), [&] { l.lease->release(commit, cold); });
 }
 
 void leave(PyLease& l, nb::handle type, nb::handle, nb::handle) {
-  if (!l.lease->released()) release(l, type.is_none());
+  if (!l.lease->released()) release(l, type.is_none(), false);
 }
 
 nb::list copies(const PyLease& l) {
@@ -182,7 +190,7 @@ void bind_lease(nb::module_& m) {
           "commit", [](PyLease& l) { l.owner->work(0, [&] { l.lease->commit(); }); },
           "Publish what is written, so that other requests match it. Duplicates of pages that another request "
           "published first are freed, so `pages` may change. O(tokens since the last commit).")
-      .def("release", &release, "commit"_a = true, "Commit (unless told not to), then let go of all pages.")
+      .def("release", &release, "commit"_a = true, "cold"_a = false, kReleaseDoc)
       .def("fork", &fork, kForkDoc)
       .def(
           "adopt", [](PyLease& l) { l.owner->work(0, [&] { l.lease->adopt(); }); },

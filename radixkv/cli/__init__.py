@@ -10,7 +10,22 @@ import argparse
 from collections.abc import Sequence
 
 import radixkv
-from radixkv.cli import curve, demo, doctor, generate, info, kv_check, lint, plan, record, replay, tiers, view
+from radixkv.cli import (
+    curve,
+    demo,
+    doctor,
+    generate,
+    info,
+    kv_check,
+    lint,
+    log,
+    plan,
+    policies,
+    record,
+    replay,
+    tiers,
+    view,
+)
 from radixkv.cli.common import flush_output, say
 from radixkv.errors import RadixKVError
 
@@ -20,10 +35,12 @@ __all__ = ["main"]
 COMMANDS = (
     replay.COMMAND,
     curve.COMMAND,
+    policies.COMMAND,
     plan.COMMAND,
     kv_check.COMMAND,
     view.COMMAND,
     lint.COMMAND,
+    log.COMMAND,
     generate.COMMAND,
     record.COMMAND,
     tiers.COMMAND,

@@ -20,6 +20,7 @@ from radixkv.cli.common import (
 from radixkv.errors import InvalidArgument
 from radixkv.traces.curve import CapacityCurve, capacity_curve
 from radixkv.traces.curve.clairvoyant import clairvoyant_hit_rates
+from radixkv.traces.replay import replay
 from radixkv.traces.request import TraceRequest
 
 __all__ = ["COMMAND"]
@@ -42,6 +43,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what no policy can exceed (Belady's rule); keeps the trace in memory",
     )
+    parser.add_argument(
+        "--hints",
+        action="store_true",
+        help="also what LRU gives that is told where sessions end, by replay at each share; keeps the trace in memory",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -50,19 +56,27 @@ def run(args: argparse.Namespace) -> int:
     outputs = [name for name in (args.csv, args.svg, "-" if args.json else None) if name is not None]
     if len(set(outputs)) < len(outputs):
         raise InvalidArgument("two outputs cannot share standard output or a file: give --csv or --svg another name")
-    kept = list(requests_of(args)) if args.clairvoyant else None
+    kept = list(requests_of(args)) if args.clairvoyant or args.hints else None
     with ProgressLine() as progress:
         curve = capacity_curve(requests_of(args) if kept is None else kept, args.page_size, progress)
     if curve.distinct_pages == 0:
         raise InvalidArgument(f"no request of {args.trace} fills a page of {args.page_size} tokens: lower --page-size")
-    shares = _share_rows(curve, kept)
+    shares = _share_rows(curve)
+    if args.clairvoyant and kept is not None:
+        _add_clairvoyant(shares, kept, curve.page_size)
+    if args.hints and kept is not None:
+        _add_hints(shares, kept, curve.page_size)
     if args.csv is not None:
         with text_output(args.csv) as stream:
             curve.to_csv(stream, args.points)
     if args.svg is not None:
         with text_output(args.svg) as stream:
-            bounds = [(row["capacity_pages"], row["clairvoyant"]) for row in shares if "clairvoyant" in row]
-            curve.to_svg(stream, f"{args.trace}: hit rate by capacity", bounds)
+            marks = {
+                name: [(row["capacity_pages"], row[name]) for row in shares]
+                for name in ("clairvoyant", "hints")
+                if name in shares[0]
+            }
+            curve.to_svg(stream, f"{args.trace}: hit rate by capacity", **marks)
     if args.json:
         print_json({"trace": args.trace, **curve.to_dict(args.points or 200), "shares": shares})
     elif "-" not in (args.csv, args.svg):
@@ -70,18 +84,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _share_rows(curve: CapacityCurve, requests: list[TraceRequest] | None) -> list[dict[str, Any]]:
-    """The hit rate at a few shares of the footprint, with the clairvoyant bound where the requests are given."""
+def _share_rows(curve: CapacityCurve) -> list[dict[str, Any]]:
+    """The hit rate at a few shares of the footprint."""
     capacities = [curve.distinct_pages * share // 100 for share in _SHARES]
-    rows: list[dict[str, Any]] = [
+    return [
         {"percent_of_footprint": share, "capacity_pages": pages, "hit_rate": curve.hit_rate(pages)}
         for share, pages in zip(_SHARES, capacities, strict=True)
     ]
-    if requests is not None:
-        bounds = clairvoyant_hit_rates(requests, curve.page_size, capacities)
-        for row, bound in zip(rows, bounds, strict=True):
-            row["clairvoyant"] = bound
-    return rows
+
+
+def _add_clairvoyant(rows: list[dict[str, Any]], requests: list[TraceRequest], page_size: int) -> None:
+    bounds = clairvoyant_hit_rates(requests, page_size, [row["capacity_pages"] for row in rows])
+    for row, bound in zip(rows, bounds, strict=True):
+        row["clairvoyant"] = bound
+
+
+def _add_hints(rows: list[dict[str, Any]], requests: list[TraceRequest], page_size: int) -> None:
+    with ProgressLine() as progress:
+        for row in rows:
+            tokens = max(1, row["capacity_pages"]) * page_size
+            row["hints"] = replay(requests, tokens, page_size, True, progress, hints=True).hit_rate
 
 
 def _print(trace: str, curve: CapacityCurve, shares: list[dict[str, Any]]) -> None:
@@ -89,12 +111,13 @@ def _print(trace: str, curve: CapacityCurve, shares: list[dict[str, Any]]) -> No
     print(f"trace       {printable(trace)}: {curve.requests:,} requests, {curve.input_tokens:,} input tokens")
     print(f"footprint   {curve.distinct_pages:,} pages of {page} tokens ({curve.distinct_pages * page:,} tokens)")
     print(f"best        {100 * curve.hit_rate(curve.max_pages):.2f} % from {curve.max_pages:,} pages on")
-    bound = "clairvoyant" in shares[0]
-    print(f"\n{'footprint':>9}  {'pages':>10}  {'tokens':>13}  {'hit rate':>8}" + ("  clairvoyant" if bound else ""))
+    more = [name for name in ("hints", "clairvoyant") if name in shares[0]]
+    heads = "".join(f"  {name:>11}" for name in more)
+    print(f"\n{'footprint':>9}  {'pages':>10}  {'tokens':>13}  {'hit rate':>8}{heads}")
     for row in shares:
         pages = row["capacity_pages"]
         line = f"{row['percent_of_footprint']:>7} %  {pages:>10,}  {pages * page:>13,}  {100 * row['hit_rate']:>6.2f} %"
-        print(line + (f"  {100 * row['clairvoyant']:>9.2f} %" if bound else ""))
+        print(line + "".join(f"  {100 * row[name]:>9.2f} %" for name in more))
 
 
 COMMAND = Command(

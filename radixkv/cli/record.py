@@ -34,5 +34,6 @@ COMMAND = Command(
     "radixkv record conversation_trace.jsonl conversation.msgpack",
     add,
     run,
-    "To record a live cache, use radixkv.traces.Recorder in the program that owns it. " + TRACE_HELP,
+    "It records no running cache: radixkv.traces.Recorder(path).attach(cache) does, in the program that owns the "
+    "cache, and only while it is attached. " + TRACE_HELP,
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
+from radixkv.cache import PrefixCache
 from radixkv.cli.common import (
     TRACE_HELP,
     Command,
@@ -32,26 +34,41 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count and insert full pages only, as `radixkv curve` and published figures do",
     )
+    parser.add_argument(
+        "--policy", choices=("lru", "hazard"), default="lru", help="what is evicted first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hints", action="store_true", help="tell the cache where sessions end; keeps the trace in memory"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay the trace; print the result."""
     with ProgressLine() as progress:
-        result = replay(requests_of(args), args.capacity_tokens, args.page_size, args.page_aligned, progress)
+        result = replay(
+            requests_of(args),
+            args.capacity_tokens,
+            args.page_size,
+            args.page_aligned,
+            progress,
+            make_cache=None if args.policy == "lru" else partial(PrefixCache, policy=args.policy),
+            hints=args.hints,
+        )
     if args.json:
-        print_json({"trace": args.trace, **result.to_dict()})
+        print_json({"trace": args.trace, "policy": args.policy, **result.to_dict()})
     else:
-        _print(args.trace, result)
+        _print(args.trace, args.policy, result)
     return 0
 
 
-def _print(trace: str, result: ReplayResult) -> None:
+def _print(trace: str, policy: str, result: ReplayResult) -> None:
     mode = "page-aligned" if result.page_aligned else "token-exact"
     print(f"trace         {printable(trace)}: {result.requests:,} requests, {result.input_tokens:,} input tokens")
     print(
         f"cache         {result.capacity_pages:,} pages of {result.page_size} tokens "
-        f"({result.capacity_pages * result.page_size:,} tokens), {mode}"
+        f"({result.capacity_pages * result.page_size:,} tokens), {mode}, {policy}"
+        + (" with hints" if result.hints else "")
     )
     print(f"hit rate      {100 * result.hit_rate:.2f} % ({result.hit_tokens:,} tokens)")
     print(f"evicted       {result.evicted_pages:,} pages")

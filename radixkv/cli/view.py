@@ -55,8 +55,8 @@ def _watch(requests: Iterable[TraceRequest], capacity_tokens: int, page_size: in
     made: list[Timeline] = []
     served: list[TraceRequest] = []
 
-    def make_cache(**sizes: int) -> PrefixCache:
-        made.append(Timeline(PrefixCache(**sizes)))
+    def make_cache(num_pages: int, page_size: int) -> PrefixCache:
+        made.append(Timeline(PrefixCache(num_pages, page_size)))
         return made[0].cache
 
     def each() -> Iterator[TraceRequest]:

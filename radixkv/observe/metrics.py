@@ -80,6 +80,7 @@ class Metrics:
             ) from None
         self._families = core
         self._cache = cache
+        cache.curve()  # counts from here on what larger pools would hit
         self._group = group
         self._lock = threading.Lock()
         self._watched: list[Any] = []
@@ -161,6 +162,16 @@ class Metrics:
         yield counter("radixkv_acquired_requests", "Requests that acquired pages.", value=stats.requests)
         yield counter("radixkv_input_tokens", "Tokens of these requests.", value=stats.input_tokens)
         yield counter("radixkv_hit_tokens", "Of these, tokens found in the cache.", value=stats.hit_tokens)
+        larger = counter(
+            "radixkv_what_if_hit_tokens",
+            "Tokens that a pool of so many times the pages would have found, since these metrics were made.",
+            labels=["times"],
+        )
+        curve = self._cache.curve()
+        for times, hits in {1.0: curve.hit_tokens, **curve.larger}.items():
+            larger.add_metric([f"{times:g}"], hits)
+        yield larger
+        yield counter("radixkv_what_if_input_tokens", "Of so many input tokens.", value=curve.input_tokens)
         yield counter("radixkv_committed_tokens", "Tokens published to the tree.", value=stats.committed_tokens)
         yield counter("radixkv_evicted_pages", "Pages taken back from the tree.", value=stats.evicted_pages)
 

@@ -3,6 +3,9 @@
 A request acquires its input, is extended by the output tokens the trace has, and is released; its whole path stays
 resident while it is served. A request longer than the cache keeps its first pages. The last input token is never a hit.
 
+With `hints` the last request of each session says that it is the last (``lease.release(cold=True)``), as a host would
+that knows when a session ends.
+
 Two ways to count:
 
 * **token-exact** (the default): what the cache does. Hits are ``lease.num_cached``.
@@ -13,7 +16,7 @@ Two ways to count:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,7 @@ from radixkv.traces.request import TraceRequest
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
 
-__all__ = ["Progress", "ReplayResult", "replay"]
+__all__ = ["Progress", "ReplayResult", "replay", "session_ends"]
 
 Progress = Callable[[int], None]
 """Called with the number of requests done, after each."""
@@ -44,6 +47,7 @@ class ReplayResult:
     truncated_requests: int
     seconds: float
     cache_seconds: float
+    hints: bool = False
 
     @property
     def hit_rate(self) -> float:
@@ -64,6 +68,7 @@ class ReplayResult:
             "capacity_tokens": self.capacity_pages * self.page_size,
             "page_size": self.page_size,
             "truncated_requests": self.truncated_requests,
+            "hints": self.hints,
             "seconds": round(self.seconds, 6),
             "cache_seconds": round(self.cache_seconds, 6),
         }
@@ -76,12 +81,15 @@ def replay(
     page_aligned: bool = False,
     progress: Progress | None = None,
     make_cache: Callable[..., PrefixCache] | None = None,
+    hints: bool = False,
 ) -> ReplayResult:
     """Serve ``requests`` one at a time from a cache of ``capacity_tokens // page_size`` pages.
 
-    ``make_cache(num_pages=, page_size=)`` replaces PrefixCache, for another cache with the same face. ``cache_seconds``
-    is the time inside the cache's calls; ``seconds`` includes reading the trace. Raises InvalidArgument for a capacity
-    below one page, and TraceError from the trace.
+    ``hints`` tells the cache where sessions end, which keeps the whole trace in memory.
+    ``make_cache(num_pages=, page_size=)`` replaces PrefixCache, for another cache with the same face.
+    ``cache_seconds`` is the time inside the cache's calls; ``seconds`` includes reading the trace. Raises
+    InvalidArgument for a capacity below one page and for hints of a trace that does not tell where sessions end, and
+    TraceError from the trace.
     """
     if page_size < 1:
         raise InvalidArgument(f"page_size must be at least 1, not {page_size}")
@@ -95,27 +103,46 @@ def replay(
         from radixkv.cache import PrefixCache
 
         make_cache = PrefixCache
+    ends: frozenset[int] = frozenset()
+    if hints:
+        requests = list(requests)
+        ends = session_ends(requests)
     started = time.perf_counter()
     with make_cache(num_pages=capacity_tokens // page_size, page_size=page_size) as cache:
-        counter = _Replay(cache, page_aligned)
+        counter = _Replay(cache, page_aligned, hints)
         for number, request in enumerate(requests, 1):
-            counter.serve(request)
+            counter.serve(request, number - 1 in ends)
             if progress is not None:
                 progress(number)
         return counter.result(time.perf_counter() - started)
 
 
+def session_ends(requests: Sequence[TraceRequest]) -> frozenset[int]:
+    """The places of the requests that are the last of their session.
+
+    Raises InvalidArgument where the trace does not tell: no request names its session, or each is one of its own. A
+    guessed end costs more than a known one gains.
+    """
+    named = [(r.namespace, r.session) for r in requests if r.session]
+    last = {(r.namespace, r.session): place for place, r in enumerate(requests) if r.session}
+    if requests and len(last) == len(named):
+        why = "each request is a session of its own" if named else "no request of this trace names its session"
+        raise InvalidArgument(f"{why}: record it with sessions of several requests, or leave the hints out")
+    return frozenset(last.values())
+
+
 class _Replay:
     """One pass over a trace: the cache and the counters."""
 
-    def __init__(self, cache: PrefixCache, page_aligned: bool) -> None:
+    def __init__(self, cache: PrefixCache, page_aligned: bool, hints: bool) -> None:
         self._cache = cache
         self._page_aligned = page_aligned
+        self._hints = hints
         self._pool_tokens = cache.num_pages * cache.page_size
         self._requests = self._input_tokens = self._output_tokens = self._hit_tokens = self._truncated = 0
         self._cache_seconds = 0.0
 
-    def serve(self, request: TraceRequest) -> None:
+    def serve(self, request: TraceRequest, ends_session: bool) -> None:
         """Serve one request to its end and count it."""
         tokens_in = request.tokens_in
         num_in, num_out = len(tokens_in), request.num_out
@@ -141,7 +168,10 @@ class _Replay:
         if len(output):
             lease.extend(output)
             lease.advance()
-        lease.release()
+        if ends_session:
+            lease.release(cold=True)
+        else:
+            lease.release()
         self._cache_seconds += time.perf_counter() - started
 
     def result(self, seconds: float) -> ReplayResult:
@@ -158,4 +188,5 @@ class _Replay:
             truncated_requests=self._truncated,
             seconds=seconds,
             cache_seconds=self._cache_seconds,
+            hints=self._hints,
         )

@@ -21,6 +21,7 @@ class Page:
     locks: int = 0
     holds: int = 0
     pins: int = 0
+    branched: bool = False  # two pages followed it, or one below it, at the same time, once
 
 
 @dataclass(eq=False)
@@ -48,6 +49,7 @@ class Model:
         self.free = num_pages
         self.tree: dict[tuple[str, tuple[int, ...]], Page] = {}
         self.order: list[Page] = []  # unlocked published pages, coldest first
+        self.ended: list[Page] = []  # those of ended sessions, which leave before them
         self.detached: list[Page] = []  # out of the tree, but held or locked
         self.leases: list[ModelLease] = []
         self.pins: list[list[Page]] = []
@@ -115,8 +117,12 @@ class Model:
     def lock(self, pages: list[Page]) -> None:
         for page in pages:
             page.locks += 1
-            if page in self.order:
-                self.order.remove(page)
+            self.unlist(page)
+
+    def unlist(self, page: Page) -> None:
+        for order in (self.order, self.ended):
+            if page in order:
+                order.remove(page)
 
     def unlock(self, pages: list[Page]) -> None:
         for page in reversed(pages):  # leaf first, root last
@@ -132,15 +138,14 @@ class Model:
 
     def unpublish(self, page: Page) -> None:
         del self.tree[page.name]
-        if page in self.order:
-            self.order.remove(page)
+        self.unlist(page)
         self.detached.append(page)
         self.bury(page)
 
     def evict(self, count: int) -> list[Page]:
         taken: list[Page] = []
-        while len(taken) < count and self.order:
-            page = self.order[0]
+        while len(taken) < count and (self.ended or self.order):
+            page = (self.ended or self.order)[0]
             if not page.holds:
                 taken.append(page)
             self.unpublish(page)
@@ -219,9 +224,10 @@ class Model:
         self.free += private - lease.private
         lease.tokens, lease.written = lease.tokens[:n], min(lease.written, n)
 
-    def commit(self, lease: ModelLease, closing: bool = False) -> None:
+    def commit(self, lease: ModelLease, closing: bool = False) -> Page | None:
+        """Returns another request's page, if there is one, that has the tokens of the lease's open page."""
         if lease.cleared or lease.tail is not None or lease.source is not None or lease.dropped > len(lease.path):
-            return
+            return None
         size = self.page_size
         while len(lease.path) < lease.written // size:
             name = (lease.namespace, tuple(lease.tokens[: (len(lease.path) + 1) * size]))
@@ -240,6 +246,8 @@ class Model:
                 assert page is not None
                 self.lock([page])
                 self.unlock([page])
+                return page if len(page.name[1]) == lease.written else None
+        return None
 
     def publish(self, name: tuple[str, tuple[int, ...]]) -> Page:
         page = Page(name)
@@ -256,15 +264,45 @@ class Model:
                 self.unpublish(shorter)
         self.tree[name] = page
         self.lock([page])
+        above = self.path_to(page)[:-1]
+        if above and len(self.below(above[-1])) > 1:
+            for p in above:
+                p.branched = True
         return page
 
-    def release(self, lease: ModelLease, commit: bool) -> None:
-        if commit:
-            self.commit(lease, closing=True)
+    def path_to(self, page: Page) -> list[Page]:
+        namespace, tokens = page.name
+        ends = [*range(self.page_size, len(tokens), self.page_size), len(tokens)]
+        return [self.tree[namespace, tokens[:end]] for end in ends]
+
+    def below(self, page: Page) -> list[Page]:
+        (namespace, tokens), end = page.name, len(page.name[1])
+        return [
+            p
+            for (ns, t), p in self.tree.items()
+            if ns == namespace and end < len(t) <= end + self.page_size and t[:end] == tokens
+        ]
+
+    def release(self, lease: ModelLease, commit: bool, cold: bool = False) -> None:
+        found = self.commit(lease, closing=True) if commit else None
         self.drop_source(lease)
         self.free += lease.private
-        self.unlock([*lease.path, *([lease.tail] if lease.tail else [])])
+        path = [*lease.path, *([lease.tail] if lease.tail else [])]
+        self.unlock(path)
         self.leases.remove(lease)
+        end = found or (path[-1] if path else None)
+        if cold and end is not None and self.tree.get(end.name) is end:
+            self.end_session(end)
+
+    def end_session(self, end: Page) -> None:
+        """The pages that no other request ever branched off leave first, the last of them before the others."""
+        kept = 0
+        for page in reversed(self.path_to(end)):
+            if page.locks or page.branched or len(self.below(page)) > kept:
+                return
+            self.unlist(page)
+            self.ended.append(page)
+            kept = 1
 
     def fork(self, lease: ModelLease) -> ModelLease:
         if lease.written != len(lease.tokens) or lease.source is not None or lease.cleared:

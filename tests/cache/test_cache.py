@@ -486,3 +486,98 @@ def test_page_table_of_a_mixed_batch(cache):
     assert table.last_rows.tolist() == [1, 2, 3]
     pages = [extend.pages[2], extend.pages[2], decode.pages[0], prefill.pages[0]]
     assert table.slots.tolist() == [int(p) * 4 + o for p, o in zip(pages, (0, 1, 2, 0), strict=True)]
+
+
+# --- the end of a session ---------------------------------------------------------------------------------------------
+
+
+def session(cache, tokens, cold):
+    lease = cache.acquire(tokens)
+    lease.advance()
+    lease.release(cold=cold)
+
+
+def test_what_an_ended_session_left_goes_first():
+    cache = radixkv.PrefixCache(num_pages=12, page_size=4)
+    system = list(range(8))
+    session(cache, [*system, *range(100, 108)], cold=False)
+    session(cache, [*system, *range(200, 210)], cold=True)  # newer, but over: two pages and an open one
+    session(cache, [*system, *range(300, 304)], cold=False)
+    assert cache.evict(3) == 3
+    assert cache.match([*system, *range(200, 210)]) == 8
+    assert cache.match([*system, *range(100, 108)]) == 16
+    cache.check()
+
+
+def test_the_end_of_an_ended_path_goes_before_its_beginning(cache):
+    session(cache, list(range(16)), cold=True)
+    session(cache, [9, 9, 9, 9], cold=False)
+    for left in (12, 8, 4, 0):
+        assert cache.evict(1) == 1
+        assert cache.match(list(range(16))) == left
+    assert cache.match([9, 9, 9, 9]) == 4
+
+
+def test_of_ended_sessions_the_one_that_ended_first_goes_first(cache):
+    session(cache, [1] * 4, cold=True)
+    session(cache, [2] * 4, cold=True)
+    cache.evict(1)
+    assert (cache.match([1] * 4), cache.match([2] * 4)) == (0, 4)
+
+
+def test_a_beginning_that_sessions_shared_is_never_one_session_s_own():
+    """Even when all the others are gone: the next one will begin with it as well."""
+    cache = radixkv.PrefixCache(num_pages=16, page_size=4)
+    system = list(range(8))
+    session(cache, [*system, *range(100, 108)], cold=True)
+    session(cache, [*system, *range(200, 208)], cold=False)
+    cache.evict(2)
+    session(cache, [*system, *range(200, 208)], cold=True)
+    session(cache, [5] * 4, cold=False)
+    assert cache.evict(3) == 3
+    assert cache.match(system) == 4  # the third page evicted is the coldest of all: the end of the system prompt
+    assert cache.match([5] * 4) == 4
+
+
+def test_who_uses_what_an_ended_session_left_renews_it(cache):
+    session(cache, list(range(8)), cold=True)
+    session(cache, [9] * 4, cold=False)
+    session(cache, [*range(8), 50], cold=False)
+    cache.evict(1)
+    assert (cache.match([9] * 4), cache.match(list(range(8)))) == (0, 8)
+
+
+def test_an_end_tells_nothing_of_pages_that_others_have(cache):
+    with cache.acquire(list(range(8))) as other:
+        other.advance()
+        other.commit()
+        session(cache, list(range(8)), cold=True)  # the same request: the other still goes on with these pages
+        session(cache, [9] * 4, cold=False)
+    cache.evict(1)
+    assert (cache.match([9] * 4), cache.match(list(range(8)))) == (0, 8)
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_an_end_needs_no_commit(cache, commit):
+    session(cache, list(range(8)), cold=False)
+    session(cache, [9] * 4, cold=False)
+    cache.acquire([*range(8), 50]).release(commit=commit, cold=True)
+    cache.evict(1)
+    assert (cache.match([9] * 4), cache.match(list(range(8)))) == (4, 4)
+
+
+def test_an_end_in_a_cleared_namespace_is_an_end(cache):
+    lease = cache.acquire(list(range(8)))
+    lease.advance()
+    lease.commit()
+    cache.clear()
+    lease.release(cold=True)
+    assert cache.stats().free == cache.num_pages
+
+
+def test_an_end_inside_a_page_that_others_filled_tells_nothing_of_it(cache):
+    session(cache, list(range(8)), cold=False)
+    session(cache, [9] * 4, cold=False)
+    session(cache, list(range(6)), cold=True)  # its open page is the beginning of another session's
+    cache.evict(1)
+    assert (cache.match([9] * 4), cache.match(list(range(8)))) == (0, 8)

@@ -48,7 +48,7 @@ def run(cache, steps, refuse_at):
                 leases[-1].truncate(leases[-1].num_tokens - len(tokens) // 2)
             elif kind == "finish" and leases:
                 leases[0].advance()
-                leases.pop(0).release()
+                leases.pop(0).release(cold=len(tokens) % 2 == 0)
         except radixkv.PoolExhausted:
             refused += 1
             assert state(cache) == before
@@ -64,17 +64,19 @@ def run(cache, steps, refuse_at):
     return refused
 
 
+@pytest.mark.parametrize("policy", ["lru", "hazard"])
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_refuse_the_nth_request_for_pages(page_size):
+def test_refuse_the_nth_request_for_pages(page_size, policy):
     steps = script(page_size)
-    assert run(radixkv.PrefixCache(200, page_size), steps, -1) == 0
+    assert run(radixkv.PrefixCache(200, page_size, policy), steps, -1) == 0
     n = 0
-    while run(radixkv.PrefixCache(200, page_size), steps, n) == 1:
+    while run(radixkv.PrefixCache(200, page_size, policy), steps, n) == 1:
         n += 1
     assert n > 15  # past the last request nothing is refused any more
 
 
+@pytest.mark.parametrize("policy", ["lru", "hazard"])
 @pytest.mark.parametrize("num_pages", range(1, 24))
-def test_a_pool_too_small_by_any_number_of_pages(num_pages):
-    cache = radixkv.PrefixCache(num_pages, 2)
+def test_a_pool_too_small_by_any_number_of_pages(num_pages, policy):
+    cache = radixkv.PrefixCache(num_pages, 2, policy)
     run(cache, script(2), -1)

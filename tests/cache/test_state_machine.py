@@ -120,8 +120,9 @@ class Machine(RuleBasedStateMachine):
             self.write(lease, model, unwritten)
             lease.advance()
             self.model.advance(model, unwritten)
-            lease.release()
-            self.model.release(model, True)
+            cold = data.draw(st.booleans())
+            lease.release(cold=cold)
+            self.model.release(model, True, cold)
             if self.shadow is not None:
                 self.shadow.catch_up()  # the ring holds what one operation records, and some more
 
@@ -181,11 +182,11 @@ class Machine(RuleBasedStateMachine):
             pair[0].commit()
             self.model.commit(pair[1])
 
-    @rule(pair=leases, commit=st.booleans())
-    def release(self, pair, commit):
-        if self.may_change(pair, lambda: pair[0].release(commit)):
-            pair[0].release(commit)
-            self.model.release(pair[1], commit)
+    @rule(pair=leases, commit=st.booleans(), cold=st.booleans())
+    def release(self, pair, commit, cold):
+        if self.may_change(pair, lambda: pair[0].release(commit, cold)):
+            pair[0].release(commit, cold)
+            self.model.release(pair[1], commit, cold)
             self.live.remove(pair)
 
     @rule(target=leases, pair=leases)

@@ -290,8 +290,33 @@ def test_commands_join_in_a_pipe_and_import_no_torch():
 
 
 def test_an_interrupt_is_status_130(capsys, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **more):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("radixkv.cli.replay.replay", interrupted)
     assert run(capsys, "replay", "chat", "--capacity-tokens", 100)[0] == 130
+
+
+def test_policies_of_a_workload(capsys):
+    assert main(["policies", "chat", "--requests", "120", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["percent_of_footprint"] for cell in found["cells"]] == [1, 2, 5, 10, 20, 50]
+    assert found["cells"][3]["hint"] > found["cells"][3]["lru"]
+    assert main(["policies", "chat", "--requests", "120"]) == 0
+    printed = capsys.readouterr().out
+    assert "points in the mean, worst" in printed
+    assert "clairvoyant" in printed
+
+
+def test_hints_and_policy_in_replay_and_curve(capsys):
+    replay = ["replay", "chat", "--requests", "600", "--capacity-tokens", "8k", "--json"]
+    rates = []
+    for more in ([], ["--hints"], ["--policy", "hazard"]):
+        assert main(replay + more) == 0
+        rates.append(json.loads(capsys.readouterr().out)["hit_rate"])
+    assert rates[1] > rates[0] != rates[2]
+    assert main(["curve", "chat", "--requests", "200", "--hints", "--clairvoyant", "--json"]) == 0
+    shares = json.loads(capsys.readouterr().out)["shares"]
+    assert all(row["hints"] <= row["clairvoyant"] for row in shares)
+    assert main(["curve", "chat", "--requests", "200", "--hints", "--svg", "-"]) == 0
+    assert "with hints" in capsys.readouterr().out

@@ -194,3 +194,17 @@ except radixkv.BackendUnavailable as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'radixkv[metrics]'" in done.stdout
+
+
+def test_what_larger_pools_would_have_found():
+    cache = radixkv.PrefixCache(10, 4)
+    metrics = Metrics(cache)
+    for _ in range(20):
+        for i in range(4):
+            with cache.acquire([i] * 16 + [9]) as lease:
+                lease.advance()
+    text, curve = exported(metrics), cache.curve()
+    assert value(text, "radixkv_what_if_input_tokens_total") == 20 * 4 * 17
+    assert value(text, 'radixkv_what_if_hit_tokens_total{times="1"}') == curve.hit_tokens
+    assert value(text, 'radixkv_what_if_hit_tokens_total{times="2"}') == curve.larger[2.0] > 4 * curve.hit_tokens
+    assert value(text, 'radixkv_what_if_hit_tokens_total{times="1.25"}') == curve.larger[1.25]

@@ -116,7 +116,7 @@ def test_progress_counts_requests_and_the_result_is_a_plain_object():
     assert seen == [1, 2, 3, 4, 5]
     wanted = {"requests", "input_tokens", "hit_tokens", "hit_rate", "evicted_pages", "capacity_pages", "seconds"}
     assert wanted <= set(result)
-    assert all(type(value) in (int, float, str) for value in result.values())
+    assert all(type(value) in (bool, int, float, str) for value in result.values())
     assert 0 <= result["cache_seconds"] <= result["seconds"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log10
 from typing import TYPE_CHECKING
 
@@ -19,14 +19,21 @@ _MAX_POINTS = 500
 _STYLE = (
     "text{font:13px sans-serif;fill:#333}.title{font-size:15px;font-weight:600}.grid{stroke:#ddd}"
     ".axis{stroke:#333}.curve{fill:none;stroke:#1f6fb4;stroke-width:2}.future{fill:none;stroke:#c2410c;stroke-width:6;stroke-linecap:round}"
+    ".told{fill:none;stroke:#15803d;stroke-width:6;stroke-linecap:round}"
     ".bound{stroke:#999;stroke-dasharray:4 4}"
 )
 
 
-def curve_svg(curve: CapacityCurve, title: str = "", clairvoyant: Sequence[tuple[int, float]] = ()) -> str:
+_KINDS = {"clairvoyant": "future", "with hints": "told"}
+
+
+def curve_svg(
+    curve: CapacityCurve, title: str = "", marks: Mapping[str, Sequence[tuple[int, float]]] | None = None
+) -> str:
     """The curve as an SVG document: hit rate in percent over the capacity in tokens, on a logarithmic axis.
 
-    The dashed line is the hit rate of an unbounded cache. ``clairvoyant`` are dots (capacity in pages, hit rate).
+    The dashed line is the hit rate of an unbounded cache. ``marks`` are dots (capacity in pages, hit rate), by name:
+    "clairvoyant" and "with hints".
     """
     axis = _LogAxis(curve.page_size, max(curve.max_pages, 2) * curve.page_size)
     limit = curve.hit_rate(curve.max_pages)
@@ -40,7 +47,7 @@ def curve_svg(curve: CapacityCurve, title: str = "", clairvoyant: Sequence[tuple
         svg.line("bound", _LEFT, _y(limit), _WIDTH - _RIGHT, _y(limit)),
         svg.line("axis", _LEFT, _TOP, _LEFT, _HEIGHT - _BOTTOM),
         svg.line("axis", _LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
-        *_clairvoyant(clairvoyant, curve.page_size, axis),
+        *_marks(marks or {}, curve.page_size, axis),
         svg.path("curve", _steps(curve, axis)),
         svg.text(_WIDTH - _RIGHT, _y(limit) - 6, f"unbounded: {100 * limit:.1f} %", anchor="end"),
         svg.text(
@@ -100,19 +107,22 @@ def _steps(curve: CapacityCurve, axis: _LogAxis) -> str:
     return "".join(path) + f"H{_WIDTH - _RIGHT}"
 
 
-def _clairvoyant(points: Sequence[tuple[int, float]], page_size: int, axis: _LogAxis) -> list[str]:
-    """What no policy exceeds, as dots: a line between two of them could run below the curve. And which is which."""
-    drawn = [(axis.x(pages * page_size), _y(rate)) for pages, rate in points if axis.has(pages * page_size)]
-    if not drawn:
+def _marks(marks: Mapping[str, Sequence[tuple[int, float]]], page_size: int, axis: _LogAxis) -> list[str]:
+    """Figures at single capacities, as dots: a line between two of them could run below the curve. With a key."""
+    parts, names = [], []
+    for name, points in marks.items():
+        drawn = [(axis.x(pages * page_size), _y(rate)) for pages, rate in points if axis.has(pages * page_size)]
+        if drawn:
+            parts.append(svg.path(_KINDS[name], "".join(f"M{left:.1f},{top:.1f}h0" for left, top in drawn)))
+            names.append(name)
+    if not names:
         return []
-    x, y = _WIDTH - _RIGHT - 130, _HEIGHT - _BOTTOM - 40
-    return [
-        svg.path("future", "".join(f"M{left:.1f},{top:.1f}h0" for left, top in drawn)),
-        svg.path("future key", f"M{x + 14},{y}h0"),
-        svg.text(x + 36, y + 4, "clairvoyant"),
-        svg.line("curve", x, y + 20, x + 28, y + 20),
-        svg.text(x + 36, y + 24, "LRU"),
-    ]
+    x, y = _WIDTH - _RIGHT - 130, _HEIGHT - _BOTTOM - 20 - 20 * len(names)
+    for row, name in enumerate(names):
+        parts.append(svg.path(f"{_KINDS[name]} key", f"M{x + 14},{y + 20 * row}h0"))
+        parts.append(svg.text(x + 36, y + 20 * row + 4, name))
+    bottom = y + 20 * len(names)
+    return [*parts, svg.line("curve", x, bottom, x + 28, bottom), svg.text(x + 36, bottom + 4, "LRU")]
 
 
 def _y(rate: float) -> float:

@@ -80,11 +80,18 @@ class CapacityCurve:
         for pages, rate in self.points(max_points):
             stream.write(f"{pages},{pages * self.page_size},{self.hit_tokens(pages)},{rate:.6f}\n")
 
-    def to_svg(self, stream: TextIO, title: str = "", clairvoyant: Sequence[tuple[int, float]] = ()) -> None:
+    def to_svg(
+        self,
+        stream: TextIO,
+        title: str = "",
+        clairvoyant: Sequence[tuple[int, float]] = (),
+        hints: Sequence[tuple[int, float]] = (),
+    ) -> None:
         """Write the curve as an SVG picture: hit rate over the logarithm of the capacity in tokens.
 
-        ``clairvoyant``: (capacity in pages, hit rate) of `clairvoyant_hit_rates`, drawn as dots.
+        ``clairvoyant``: (capacity in pages, hit rate) of `clairvoyant_hit_rates`; ``hints``: of replays that tell where
+        sessions end; both drawn as dots.
         """
         from radixkv.traces.curve.picture import curve_svg
 
-        stream.write(curve_svg(self, title, clairvoyant))
+        stream.write(curve_svg(self, title, {"clairvoyant": clairvoyant, "with hints": hints}))
