@@ -46,12 +46,7 @@ build: build/dev/.built  ## compile the native core into radixkv/
 demo: build .venv/.model  ## a real model on the CPU, with the cache off and on
 	$(PY) -m radixkv demo
 
-# Until the locks hold the extra `serve`. The test suite takes openai as well, where it is installed.
-.venv/.serve: .venv/.deps
-	@$(PIP) fastapi==0.165.0 uvicorn==0.54.0
-	@touch $@
-
-serve: build .venv/.model .venv/.serve  ## an OpenAI-compatible server of the demo's model (PORT=8000)
+serve: build .venv/.model  ## an OpenAI-compatible server of the demo's model (PORT=8000)
 	$(PY) docs/examples/server.py --port $(or $(PORT),8000)
 
 test: build .venv/.model  ## the test suite
@@ -72,7 +67,7 @@ format:  ## rewrite Python and C++ in the project's format
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -q --disable-pip-version-check uv
 
-EXTRAS := --extra engine --extra hf --extra demo --extra test --extra dev
+EXTRAS := --extra engine --extra hf --extra demo --extra serve --extra test --extra dev
 lock: export PATH := $(CURDIR)/.venv-lock/bin:$(PATH)
 lock: .venv-lock/bin/uv  ## renew requirements.lock and torch.lock: the newest of everything but constraints.txt
 	$(PYTHON) .ci/lock.py . --universal --python-version 3.10 $(EXTRAS) -c constraints.txt

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from radixkv.journal import NAMESPACE, STORED, Batch, Release
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from radixkv._core import Tokens
     from radixkv.cache import PrefixCache
 
 __all__ = ["Explanation", "PageState", "Story", "story_of"]
@@ -226,13 +227,13 @@ class Story:
 
     # --- why ------------------------------------------------------------------------------------------------------
 
-    def explain(self, tokens: Sequence[int] | npt.NDArray[Any], namespace: str = "", sizes: bool = True) -> Explanation:
+    def explain(self, tokens: Tokens, namespace: str = "", sizes: bool = True) -> Explanation:
         """Why these tokens are cached as far as they are at the end of the story.
 
         ``sizes``: also how large a pool would have kept the rest, by serving all its requests again, one at a time;
         where none of them was lost.
         """
-        wanted = np.asarray(tokens, dtype=np.int32)
+        wanted = np.asarray(cast("Any", tokens), dtype=np.int32)
         there = self._there(self.end)
         present = set(there.values())
         path = self.path(wanted, namespace)
@@ -288,7 +289,8 @@ class Story:
         return high / 10
 
     def _keeps(self, tenths: int, tokens: npt.NDArray[np.int32], namespace: str) -> bool:
-        from radixkv.cache import PrefixCache
+        from radixkv._core import Tokens
+    from radixkv.cache import PrefixCache
 
         with PrefixCache(-(-self.num_pages * tenths // 10), self.page_size) as cache:
             for release in sorted(self.releases, key=lambda r: r.at):
