@@ -7,7 +7,7 @@ once, so a page that was evicted and computed again is the same prefix.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -289,8 +289,7 @@ class Story:
         return high / 10
 
     def _keeps(self, tenths: int, tokens: npt.NDArray[np.int32], namespace: str) -> bool:
-        from radixkv._core import Tokens
-    from radixkv.cache import PrefixCache
+        from radixkv.cache import PrefixCache
 
         with PrefixCache(-(-self.num_pages * tenths // 10), self.page_size) as cache:
             for release in sorted(self.releases, key=lambda r: r.at):

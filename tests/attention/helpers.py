@@ -14,7 +14,7 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable
 from radixkv.attention.native import NativeAttention
-from radixkv.formats import LayerFormat, fp8, layer_formats
+from radixkv.formats import LayerFormat, RowFormat, fp8, layer_formats
 from radixkv.pool import KVPool, LayerKV
 from radixkv.shape import LayerShape
 from tests.attention import storing
@@ -102,6 +102,7 @@ FORMATS: dict[str, str | LayerFormat | None] = {
     "int8": "int8",
     "k8v4": "k8v4",
     "int4": "int4",
+    "mixed": LayerFormat(RowFormat("int8"), RowFormat("float8_e4m3fn", SCALES[1])),  # products of fp32
 }
 each_format = pytest.mark.parametrize("kv_format", FORMATS.values(), ids=FORMATS.keys())
 each_quantized = pytest.mark.parametrize("kv_format", list(FORMATS.values())[1:], ids=list(FORMATS)[1:])
@@ -213,19 +214,6 @@ def layer_of(
     formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
     shape = LayerShape(heads.qo, heads.kv, heads.dim)
     return KVPool([shape], formats, num_pages, page_size, torch.device(device)).layers[0]
-
-
-def layer_kv(
-    heads: Heads,
-    dtype: torch.dtype,
-    num_pages: int,
-    page_size: int,
-    kv_dtype: torch.dtype | None = None,
-    scales: tuple[float, float] = SCALES,
-    device: str | torch.device = "cpu",
-) -> LayerKV:
-    """One layer of a pool, stored as `dtype` or, if kv_dtype is FP8, in 8 bits with these scales."""
-    return layer_of(heads, dtype, num_pages, page_size, None if kv_dtype is None else fp8(*scales), device)
 
 
 def packed(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from radixkv.attention import PageTable
 from radixkv.attention.native import NativeAttention
 from radixkv.errors import InvalidArgument
 from radixkv.shape import LayerShape
-from tests.attention.helpers import Heads, Options, layer_kv
+from tests.attention.helpers import Heads, Options, layer_of
 
 HEADS = Heads(6, 2, 64)
 
@@ -60,7 +60,7 @@ def backend_of(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> NativeAttention:
-    return NativeAttention([layer_kv(heads, torch.float32, num_pages, page_size)], dtype=dtype, **options)
+    return NativeAttention([layer_of(heads, torch.float32, num_pages, page_size)], dtype=dtype, **options)
 
 
 def planned() -> NativeAttention:
@@ -153,7 +153,7 @@ def test_run(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_append(change: dict[str, Any], message: str) -> None:
-    layer = layer_kv(HEADS, torch.float32, 8, 4)
+    layer = layer_of(HEADS, torch.float32, 8, 4)
     layer.k.zero_(), layer.v.zero_()
     backend = NativeAttention([layer], dtype=torch.float32)
     backend.plan(TABLE)

@@ -20,10 +20,10 @@ import radixkv.engine
 from radixkv.attention import Attention, PageTable
 from radixkv.attention.cascade import FLASHINFER, CascadeCosts
 from radixkv.attention.flashinfer import FlashInferAttention
-from radixkv.formats import fp8
+from radixkv.formats import LayerFormat, fp8
 from radixkv.pool import LayerKV
 from radixkv.shape import LayerShape
-from tests.attention.helpers import PLAIN, SCALES, Heads, Options, Pool, Request, layer_kv, packed
+from tests.attention.helpers import PLAIN, Heads, Options, Pool, Request, layer_of, packed
 
 ROOT = Path(__file__).parents[2]
 TOOL = Path(os.environ.get("RADIXKV_SHARED", ROOT.parent / "shared")) / "tools" / "flashinfer_on_cpu"
@@ -166,12 +166,11 @@ def backend(
     dtype: torch.dtype,
     num_pages: int,
     page_size: int,
-    kv_dtype: torch.dtype | None = None,
-    scales: tuple[float, float] = SCALES,
+    kv_format: str | LayerFormat | None = None,
     **options: Any,
 ) -> FlashInferAttention:
     """The target's backend over one layer of these sizes, all zeros."""
-    layer = layer_kv(heads, dtype, num_pages, page_size, kv_dtype, scales, "cpu" if target == "twin" else "cuda")
+    layer = layer_of(heads, dtype, num_pages, page_size, kv_format, "cpu" if target == "twin" else "cuda")
     layer.k_pages.zero_()
     layer.v_pages.zero_()
     return backend_over(target, [layer], dtype, **options)
@@ -202,17 +201,17 @@ class FlashInferPool(Pool):
     flashinfer: FlashInferAttention = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = (self.heads, self.dtype, self.num_pages, self.page_size, self.kv_dtype, self.scales)
-        self.filled = layer_kv(*sizes)
-        self.k, self.v = self.filled.k, self.filled.v
-        self.layer = layer_kv(*sizes, "cpu" if self.target == "twin" else "cuda")
-        self.flashinfer = backend_over(self.target, [self.layer], self.dtype, **self.options)
+        sizes = (self.heads, self.dtype, self.num_pages, self.page_size, self.kv_format)
+        self.layer = layer_of(*sizes)
+        self.k, self.v = self.layer.k, self.layer.v
+        self.served = layer_of(*sizes, "cpu" if self.target == "twin" else "cuda")
+        self.flashinfer = backend_over(self.target, [self.served], self.dtype, **self.options)
 
     def load(self, requests: Sequence[Request], rng: np.random.Generator) -> PageTable:
         """As `Pool.load`, and copies the pages to where the backend has them."""
         table = super().load(requests, rng)
-        self.layer.k_pages.copy_(self.filled.k_pages)
-        self.layer.v_pages.copy_(self.filled.v_pages)
+        self.served.k_pages.copy_(self.layer.k_pages)
+        self.served.v_pages.copy_(self.layer.v_pages)
         return table
 
     def attend(

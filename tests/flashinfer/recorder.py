@@ -8,7 +8,8 @@ import torch
 
 from radixkv.attention import PageTable
 from radixkv.attention.flashinfer import FlashInferAttention
-from tests.attention.helpers import PLAIN, Heads, Options, layer_kv
+from radixkv.formats import LayerFormat
+from tests.attention.helpers import PLAIN, Heads, Options, layer_of
 from tests.attention.test_attention_errors import int32
 
 SIZES: dict[str, Any] = {"heads": Heads(6, 2, 64), "dtype": torch.float16, "num_pages": 8, "page_size": 4}
@@ -74,13 +75,12 @@ def recorded(
     dtype: torch.dtype = SIZES["dtype"],
     num_pages: int = SIZES["num_pages"],
     page_size: int = SIZES["page_size"],
-    kv_dtype: torch.dtype | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
+    kv_format: str | LayerFormat | None = None,
     device: str = "cpu",
     **options: Any,
 ) -> tuple[FlashInferAttention, Recorder]:
     api = Recorder()
-    layer = layer_kv(heads, dtype, num_pages, page_size, kv_dtype, scales, device)
+    layer = layer_of(heads, dtype, num_pages, page_size, kv_format, device)
     return FlashInferAttention([layer], dtype=dtype, **options, api=api), api
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import radixkv
-from radixkv.attention.fp8 import FP8, quantize
+from radixkv.attention.fp8 import quantize
+from radixkv.formats import fp8
 from tests.attention.helpers import PLAIN, Options, Request, Tokens, error, random_sequence
 from tests.attention.helpers import one_torch_thread as one_torch_thread
 from tests.flashinfer.helpers import (
@@ -132,7 +133,7 @@ def test_8_bit_caches(target: str, dtype: torch.dtype, group: int, dim: int) -> 
     if dim != 64:
         many_modules()
     scales = (0.5, 0.0625)
-    pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, kv_dtype=FP8, scales=scales)
+    pool = FlashInferPool(heads_of(group, 2, dim), dtype, 64, 16, target=target, kv_format=fp8(*scales))
     generator = torch.Generator().manual_seed(0)
     for lengths in ([(100, 30), (70, 1), (9, 9)], [(100, 1), (33, 1)]):
         requests = []

@@ -19,6 +19,7 @@ from radixkv.attention import PageTable
 from radixkv.attention.cascade import OFF
 from radixkv.attention.fp8 import FP8
 from radixkv.errors import BackendUnavailable
+from radixkv.formats import fp8
 from tests.attention.cascade_helpers import ALL
 from tests.attention.helpers import PLAIN, Heads, Options
 from tests.attention.test_attention_errors import TABLE, int32
@@ -120,7 +121,7 @@ def test_workspaces_grow_when_a_plan_needs_more(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_8_bit_caches_are_planned_appended_and_scaled_as_such() -> None:
-    attention, api = recorded(kv_dtype=FP8, scales=(0.5, 0.25))
+    attention, api = recorded(kv_format=fp8(0.5, 0.25))
     attention.plan(DECODE)
     attention.append(0, half(2, 2, 64) + 3, half(2, 2, 64) + 3)
     attention.run(0, half(2, 6, 64), half(2, 6, 64))
@@ -183,7 +184,7 @@ def test_rows_go_into_the_users_order_and_back() -> None:
 
 def test_scales_of_8_bit_caches_in_a_cascade() -> None:
     """k_scale belongs to every level's logits; v_scale is a factor of the merged sum, once."""
-    attention, api = recorded(cascade=ALL, kv_dtype=FP8, scales=(0.5, 0.25))
+    attention, api = recorded(cascade=ALL, kv_format=fp8(0.5, 0.25))
     attention.plan(SHARED)
     out = half(5, 6, 64)
     attention.run(0, half(5, 6, 64), out)
@@ -253,7 +254,7 @@ def test_every_call_fits_the_installed_flashinfer() -> None:
         step(attention, table, PLAIN, Options(window_left=3, logits_soft_cap=2.0))
     api.float_bytes = 64 << 20
     step(attention, TABLE)
-    eight_bit, other = recorded(kv_dtype=FP8)
+    eight_bit, other = recorded(kv_format="fp8")
     eight_bit.warm_up()
     shared, levels = recorded(cascade=ALL)
     step(shared, SHARED, PLAIN, Options(window_left=3))

@@ -13,7 +13,8 @@ import torch
 import radixkv
 from radixkv.attention.cascade import CascadePlan, Level
 from radixkv.attention.flashinfer import FlashInferAttention
-from radixkv.attention.fp8 import FP8, quantize
+from radixkv.attention.fp8 import quantize
+from radixkv.formats import fp8
 from tests.attention.cascade_helpers import ALL, Forest, random_forest
 from tests.attention.helpers import PLAIN, Heads, Options, Request, Tokens, dense, error
 from tests.attention.helpers import one_torch_thread as one_torch_thread
@@ -62,7 +63,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         forest, heads = self.forest, self.heads
-        stored: dict[str, Any] = {"kv_dtype": FP8, "scales": self.scales} if self.scales else {}
+        stored: dict[str, Any] = {"kv_format": fp8(*self.scales)} if self.scales else {}
         sizes = (heads, self.dtype, forest.num_pages, forest.page_size)
         self.attention = backend(self.target, *sizes, **stored, cascade=ALL)
         generator = torch.Generator().manual_seed(self.seed)

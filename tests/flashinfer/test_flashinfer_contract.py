@@ -17,7 +17,7 @@ from radixkv.formats import FORMATS, LayerFormat, RowFormat
 from radixkv.pool import KVPool
 from radixkv.shape import LayerShape
 from tests.attention.cascade_helpers import ALL
-from tests.attention.helpers import Heads, Options, layer_kv
+from tests.attention.helpers import Heads, Options, layer_of
 from tests.attention.test_attention_errors import BAD_TABLES, TABLE, int32
 from tests.flashinfer.helpers import backend, each_target
 from tests.flashinfer.recorder import DECODE, SIZES, Recorder, half, recorded
@@ -246,7 +246,7 @@ def test_what_flashinfer_has_no_kernels_for(change: dict[str, Any], message: str
 
 
 def test_layers_of_another_dtype() -> None:
-    layer = layer_kv(Heads(6, 2, 64), torch.bfloat16, 8, 4)
+    layer = layer_of(Heads(6, 2, 64), torch.bfloat16, 8, 4)
     with pytest.raises(InvalidArgument, match="stored as bfloat16: .* float16, the dtype of k and v, or float8_e4m3fn"):
         FlashInferAttention([layer], dtype=torch.float16, api=Recorder())
 
@@ -282,7 +282,7 @@ def test_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         check_device(torch.device(device))
 
     with pytest.raises(BackendUnavailable, match="not on meta: use device='cuda' or device='cpu'"):
-        FlashInferAttention([layer_kv(**SIZES, device="meta")], dtype=torch.float16)
+        FlashInferAttention([layer_of(**SIZES, device="meta")], dtype=torch.float16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="finds no CUDA device: check nvidia-smi"):
         make("cuda")

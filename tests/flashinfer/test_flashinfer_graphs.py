@@ -20,8 +20,9 @@ from radixkv.attention import PageTable, flashinfer
 from radixkv.attention.cascade import OFF
 from radixkv.attention.flashinfer import FlashInferAttention
 from radixkv.attention.flashinfer.graphs import DecodeGraphs
-from radixkv.attention.fp8 import FP8, quantize
+from radixkv.attention.fp8 import quantize
 from radixkv.errors import BackendUnavailable, InvalidArgument, LeaseError
+from radixkv.formats import fp8
 from radixkv.step import Step
 from tests.attention.helpers import PLAIN, Options, Request, Tokens, error, random_sequence
 from tests.attention.helpers import one_torch_thread as one_torch_thread
@@ -87,7 +88,7 @@ def noted(attention: FlashInferAttention, launches: Launches) -> Iterator[None]:
 
 
 def graph_pool(target: str, group: int, dtype: torch.dtype, scales: tuple[float, float] | None) -> FlashInferPool:
-    stored: dict[str, Any] = {"kv_dtype": FP8, "scales": scales} if scales else {}
+    stored: dict[str, Any] = {"kv_format": fp8(*scales)} if scales else {}
     return FlashInferPool(heads_of(group), dtype, 120, 16, target=target, options={"cuda_graphs": True}, **stored)
 
 

@@ -57,7 +57,7 @@ def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
         )
     raise BackendUnavailable(
         f"layer {number} stores {kv.format.name}{', keys with a centre' * bool(kv.format.k_centre)}: FlashInfer's "
-        f"kernels read {rows} or float8_e4m3fn, the same for both; use 'fp8_rotated', or device='cpu' for others"
+        f"kernels read {rows} or float8_e4m3fn, the same for both; use device='cpu' for others, or 'fp8_rotated'"
     )
 
 
