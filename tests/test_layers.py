@@ -27,7 +27,7 @@ LAYERS = [
     {"traces", "observe"},
     {"cache", "journal"},
     {"_core"},
-    {"formats"},
+    {"formats", "kv_plan"},
     {"shape", "memory", "content"},
     {"errors"},
 ]

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from radixkv.content import FIRST_CONTENT_TOKEN
 from radixkv.errors import InvalidArgument
 from radixkv.scheduling.arguments import check_tokens
 
@@ -67,8 +69,10 @@ class PromptLookup:
             end = at + len(pattern) - 1  # between two tokens: go on before it
 
     def _read(self, at: int, count: int) -> list[int]:
-        """`count` tokens from there on; past the end they repeat."""
+        """`count` tokens from there on; past the end they repeat. A picture ends them: nobody generates one."""
         found: list[int] = np.frombuffer(bytes(self._bytes[4 * at : 4 * (at + count)]), np.int32).tolist()
+        if max(found) >= FIRST_CONTENT_TOKEN:
+            return list(takewhile(FIRST_CONTENT_TOKEN.__gt__, found))
         return (found * -(-count // len(found)))[:count]
 
 

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 
 from radixkv.errors import InvalidArgument, InvalidLogits, LeaseError
@@ -24,7 +23,7 @@ from radixkv.hf.arguments import check_callback, check_engine, check_model, leng
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
 from radixkv.hf.draft import Draft, Drafter, check_draft
-from radixkv.hf.pictures import Features, Span, embeddings, place_pictures
+from radixkv.hf.pictures import Features, embeddings, place_pictures
 from radixkv.hf.processors import Processor, check_processors
 from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Row, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
@@ -196,10 +195,7 @@ class Generator:
             raise LeaseError("the generator is closed: make a new Generator")
         defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
-        tokens: np.ndarray = array
-        spans: tuple[Span, ...] = ()
-        if len(content):
-            tokens, spans = place_pictures(self.model, array, content, self._features)
+        tokens, spans = place_pictures(self.model, array, content, self._features) if len(content) else (array, ())
         refuse_placeholders(tokens, self._placeholders)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from radixkv import InvalidArgument
+from radixkv.content import content_tokens
 from radixkv.hf import Generator, engine_for, forward
 from radixkv.hf.draft import PromptLookup
 from radixkv.hf.sampling import Draw, Sampler, Sampling, sample
@@ -211,7 +212,7 @@ def literal(tokens, count):
     return []
 
 
-@pytest.mark.parametrize("top", [1, 2**8, 2**31 - 1])
+@pytest.mark.parametrize("top", [1, 2**8, 2**30 - 1])
 def test_prompt_lookup_against_a_literal_search(top):
     chance = random.Random(top)
     kinds = [chance.randint(0, top) for _ in range(3)]
@@ -223,6 +224,12 @@ def test_prompt_lookup_against_a_literal_search(top):
             count = chance.randint(1, 9)
             assert lookup(count) == literal(tokens, count)
             request.tokens += [chance.choice(kinds) for _ in range(chance.randint(1, 4))]
+
+
+def test_prompt_lookup_guesses_no_pictures():
+    picture = content_tokens(bytes(16), 2).tolist()
+    assert PromptLookup(Plain([5, 6, 7, *picture, 8, 5, 6]))(4) == [7]
+    assert PromptLookup(Plain([5, 6, *picture, 8, 5, 6]))(4) == []
 
 
 @pytest.mark.parametrize(
