@@ -70,7 +70,7 @@ def _check(args: argparse.Namespace) -> KvCheck:
 
 
 def _summary(formats: tuple[str, ...]) -> str:
-    """ "int8", or "26 x int8, 4 x 16 bit"."""
+    """ "int8", or "26 x int8, 4 x bf16"."""
     names = dict.fromkeys(formats)
     return formats[0] if len(names) == 1 else ", ".join(f"{formats.count(name)} x {name}" for name in names)
 

@@ -42,7 +42,7 @@ class Tried:
     """A plan, what it costs and what it loses."""
 
     formats: tuple[str, ...]
-    """By layer; "16 bit" for the model's own dtype."""
+    """By layer: a name of `FORMATS`, of the model's own dtype where K and V stay in it."""
     token_bytes: int
     loss: Loss
 
@@ -109,29 +109,29 @@ class _Search:
         self.choices = [{name: _centred(FORMATS[name], c) for name in names} for c in half]
         # From the model's own dtype down.
         bits = str(shape.dtype).removeprefix("torch.")
-        self.own = LayerFormat(RowFormat(bits), RowFormat(bits))
-        self.ladder = ["16 bit", *sorted(names, key=lambda n: -FORMATS[n].token_bytes(shape.layers[0]))]
+        self.own = LayerFormat(RowFormat(bits), RowFormat(bits)).name
+        self.ladder = [self.own, *sorted(names, key=lambda n: -FORMATS[n].token_bytes(shape.layers[0]))]
         self.tried: dict[tuple[str, ...], Tried] = {}
 
     def run(self) -> KvCheck:
         layers = range(len(self.shape.layers))
         for name in self.ladder[1:]:
             self.measure([name for _ in layers])
-        self.measure(["16 bit" for _ in layers])
+        self.measure([self.own for _ in layers])
         cheapest = self.measure([self.ladder[-1] for _ in layers])
         if 0 < self.max_kl < cheapest.loss.kl_mean:
             self.mix()
         fits = [t for t in self.tried.values() if t.loss.kl_mean <= self.max_kl]
         chosen = min(fits, key=lambda t: (t.token_bytes, t.loss.kl_mean))
         tried = sorted(self.tried.values(), key=lambda t: t.token_bytes)
-        return KvCheck(self.plan(chosen), chosen, self.bytes_of(["16 bit" for _ in layers]), tried, self.profiles)
+        return KvCheck(self.plan(chosen), chosen, self.bytes_of([self.own for _ in layers]), tried, self.profiles)
 
     def mix(self) -> None:
         """Measure plans of several formats, by halving, until two neighbours lie on both sides of the bound."""
         layers = range(len(self.shape.layers))
-        alone = [{name: self.alone(i, name) for name in self.ladder[1:]} | {"16 bit": 0.0} for i in layers]
+        alone = [{name: self.alone(i, name) for name in self.ladder[1:]} | {self.own: 0.0} for i in layers]
         plans = self.steps(alone)
-        low, high = 0, len(plans) - 1  # the last is 16 bits everywhere
+        low, high = 0, len(plans) - 1  # the last is the model's own dtype everywhere
         while low < high:
             middle = (low + high) // 2
             if self.measure(plans[middle]).loss.kl_mean <= self.max_kl:
@@ -144,7 +144,7 @@ class _Search:
         """Plans from all layers in the cheapest format to none, each by the step up that gains most for its bytes."""
         plan = [self.ladder[-1] for _ in alone]
         plans = [list(plan)]
-        while any(name != "16 bit" for name in plan):
+        while any(name != self.own for name in plan):
             gains = [
                 ((losses[name] - losses[up]) / max(1, self.bytes_of([up], [i]) - self.bytes_of([name], [i])), -i, up)
                 for i, (name, losses) in enumerate(zip(plan, alone, strict=True))
@@ -174,14 +174,11 @@ class _Search:
         return found
 
     def formats_of(self, names: Sequence[str]) -> list[LayerFormat | None]:
-        return [None if name == "16 bit" else self.choices[i][name] for i, name in enumerate(names)]
+        return [None if name == self.own else self.choices[i][name] for i, name in enumerate(names)]
 
     def bytes_of(self, names: Sequence[str], layers: Sequence[int] | None = None) -> int:
         shapes = self.shape.layers if layers is None else [self.shape.layers[i] for i in layers]
-        return sum(
-            (self.own if name == "16 bit" else FORMATS[name]).token_bytes(shape)
-            for name, shape in zip(names, shapes, strict=True)
-        )
+        return sum(FORMATS[name].token_bytes(shape) for name, shape in zip(names, shapes, strict=True))
 
     def plan(self, chosen: Tried) -> KvPlan:
         """With the largest scales that the chosen plan stored of this text, so that larger ones can be counted."""

@@ -18,7 +18,10 @@ _STYLE = (
 
 
 def loss_svg(title: str, points: Sequence[tuple[str, int, float, bool]], max_kl: float) -> str:
-    """A point for each plan: (name, bytes a token, mean KL in nats, whether it was chosen); a line at the bound."""
+    """A point for each plan: (name, bytes a token, mean KL in nats, whether it was chosen); a line at the bound.
+
+    Names stand at plans of one format and at the chosen one.
+    """
     most_bytes = 1.08 * max(size for _, size, _, _ in points)
     low = math.log10(max(_FLOOR, min((kl for _, _, kl, _ in points if kl > 0), default=_FLOOR))) - 0.3
     high = math.log10(max([_FLOOR * 10, max_kl, *(kl for _, _, kl, _ in points)])) + 0.4
@@ -48,6 +51,8 @@ def loss_svg(title: str, points: Sequence[tuple[str, int, float, bool]], max_kl:
     for name, size, kl, chosen in points:
         kind = "chosen" if chosen else "point"
         parts.append(f'<circle class="{kind}" cx="{x(size):.1f}" cy="{y(kl):.1f}" r="{6 if chosen else 4}"/>')
+        if not chosen and " x " in name:  # between the others: its name would lie on theirs
+            continue
         anchor = "end" if x(size) > 0.7 * _WIDTH else "start"
         shift = -9 if anchor == "end" else 9
         parts.append(svg.text(x(size) + shift, y(kl) - 7, f"{name}, {size:,} B", anchor=anchor))

@@ -77,7 +77,7 @@ def test_the_cheapest_plan_within_the_bound():
     assert [done for done, _ in calls] == list(range(1, len(calls) + 1))
     assert all(done <= expected for done, expected in calls)
     none = kv_check(model, TOKENS, 0.0)
-    assert none.chosen.formats == ("16 bit",) * 3, "nothing is"
+    assert none.chosen.formats == ("fp32",) * 3, "nothing is"
     assert none.plan.formats == (None,) * 3
     by_bytes = [tried.token_bytes for tried in free.tried]
     assert by_bytes == sorted(by_bytes)
@@ -91,13 +91,13 @@ def test_the_cheapest_plan_within_the_bound():
     assert all(t.loss.kl_mean > bound for t in cheaper)
 
 
-def test_a_layer_with_a_large_constant_in_its_keys_stays_in_16_bits():
+def test_a_layer_with_a_large_constant_in_its_keys_stays_in_the_models_own_dtype():
     model = with_large_constant(sharp_model(), 1)
     good = kv_check(sharp_model(), TOKENS, 0.01).chosen.formats
-    assert "16 bit" not in good
+    assert "fp32" not in good
     found = kv_check(model, TOKENS, 0.01)
-    assert found.chosen.formats[1] == "16 bit"
-    assert "16 bit" not in (found.chosen.formats[0], found.chosen.formats[2])
+    assert found.chosen.formats[1] == "fp32"
+    assert "fp32" not in (found.chosen.formats[0], found.chosen.formats[2])
     assert found.profiles[1].large_channel > 100 > found.profiles[0].large_channel
 
 
@@ -192,7 +192,7 @@ def test_a_model_answers_alike_in_8_bits_on_a_hit_a_miss_and_in_company():
 
 
 def test_the_picture_has_a_point_for_each_plan():
-    points = [("int4", 100, 0.5, False), ("int8", 200, 1e-4, True), ("16 bit", 400, 0.0, False)]
+    points = [("int4", 100, 0.5, False), ("int8", 200, 1e-4, True), ("fp32", 400, 0.0, False)]
     picture = loss_svg("a model <", points, 0.001)
     assert picture.count("<circle") == 3
     assert picture.count('class="chosen"') == 1

@@ -54,11 +54,11 @@ def test_what_formats_lose_on_a_real_model(loaded, tokens):
 def test_a_plan_for_a_real_model(loaded, tokens):
     model = loaded[0]
     found = kv_check(model, tokens[:200], 0.001, formats=["int8"])
-    assert set(found.chosen.formats) <= {"int8", "16 bit"}
+    assert set(found.chosen.formats) <= {"int8", "fp32"}
     assert found.chosen.loss.kl_mean <= 0.001
     assert found.chosen.token_bytes < 0.6 * found.own_token_bytes, "fp32 here"
     none = kv_check(model, tokens[:70], 0.0, formats=["int8"])
-    assert set(none.chosen.formats) == {"16 bit"}
+    assert set(none.chosen.formats) == {"fp32"}
 
 
 def test_the_command(loaded, tokens, tmp_path, capsys):
