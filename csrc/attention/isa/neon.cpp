@@ -6,6 +6,6 @@
 namespace radixkv::attention {
 
 extern const Kernel kernel_neon;
-const Kernel kernel_neon{"neon", neon::scratch_bytes, neon::attend, neon::merge, neon::finish, neon::quantize};
+const Kernel kernel_neon{"neon", neon::scratch_bytes, neon::attend, neon::merge, neon::finish, neon::store_row};
 
 }  // namespace radixkv::attention
