@@ -134,13 +134,17 @@ def test_the_recorder_writes_all_tokens(cache, tmp_path):
 # --- with attention ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kv_format"),
+    [(torch.float32, None), (torch.bfloat16, None), *((torch.float32, f) for f in ("fp8", "int8", "k8v4", "int4"))],
+)
 @pytest.mark.parametrize("page_size", [1, 16, 48, 512])
-def test_dropping_changes_no_bit(page_size, dtype):
+def test_dropping_changes_no_bit(page_size, dtype, kv_format):
     """Two engines serve the same requests, mixed with others; one drops after every step."""
     rng = np.random.default_rng(page_size)
     window = 100
-    engines = [make_engine(num_pages=PAGES * 4 // page_size, page_size=page_size, dtype=dtype) for _ in range(2)]
+    options = {"page_size": page_size, "dtype": dtype, "kv_format": kv_format}
+    engines = [make_engine(num_pages=PAGES * 4 // page_size, **options) for _ in range(2)]
     prompts = [tokens_of(rng, 1300), tokens_of(rng, 600), tokens_of(rng, 40)]
     prompts.append(prompts[0][:900] + tokens_of(rng, 1100))
     with engines[0].acquire(prompts[0][:700]) as first:  # found by the last prompt in one engine only
