@@ -200,12 +200,29 @@ struct BlockKernel {
     return {widened, 0};
   }
 
-  // The same as columns, for score_block.
-  KeyColumns pack_keys(const KeyRows<Format>& from) {
+  // The same as columns, for score_block. What a load widens need not become a row first.
+  KeyColumns pack_keys(int first) {
+    if constexpr (Format::kStored == DType::f32) {
+      const char* const* const keys = tiles.here().keys + first;
+      switch (batch.layer.k.dtype) {
+        case DType::bf16:
+          return pack_rows(KeyRows<FormatBF16>{keys, key_offset()});
+        case DType::f16:
+          return pack_rows(KeyRows<FormatF16>{keys, key_offset()});
+        case DType::f8:
+          return pack_rows(KeyRows<FormatF8>{keys, key_offset()});
+        default:
+          break;
+      }
+    }
+    return pack_rows(key_rows(first));
+  }
+  template <class Stored>
+  KeyColumns pack_rows(const KeyRows<Stored>& from) {
     const int depth = k_dim / kStep;
     const auto pack = [&](int half, int d, int n) __attribute__((always_inline)) {
       F column[2][kLanes / 4];
-      KeyRows<Format>::load_into(column, from, half, d, n);
+      KeyRows<Stored>::load_into(column, from, half, d, n);
       for (int j = 0; j < 2; ++j) {
         for (int b = 0; b < kLanes / 4; ++b) {
           if (4 * b < n) store(KeyColumns::at(s.keys, half, j, d + 4 * b), column[j][b]);
@@ -533,11 +550,11 @@ struct BlockKernel {
     };
     for (head = 0; head < heads; ++head) {
       for (int first = 0; first < count; first += kLanes) {
-        const KeyRows<Format> keys = key_rows(first);
         if (keys_in_rows) {
+          const KeyRows<Format> keys = key_rows(first);
           each_range([&](int from, int to) { score(keys, from, to, first); });
         } else {
-          const KeyColumns columns = pack_keys(keys);
+          const KeyColumns columns = pack_keys(first);
           each_range([&](int from, int to) { score(columns, from, to, first); });
         }
       }
