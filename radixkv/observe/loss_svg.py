@@ -43,11 +43,11 @@ def loss_svg(title: str, points: Sequence[tuple[str, int, float, bool]], max_kl:
     ]
     for power in range(math.ceil(low), math.floor(high) + 1):
         at = y(10.0**power)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(svg.line("grid", _LEFT, at, _WIDTH - _RIGHT, at))
         parts.append(svg.text(_LEFT - 8, at + 4, f"1e{power}", kind="dim", anchor="end"))
     if max_kl > 0:
         at = y(max_kl)
-        parts.append(f'<line class="bound" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(svg.line("bound", _LEFT, at, _WIDTH - _RIGHT, at))
     for name, size, kl, chosen in points:
         kind = "chosen" if chosen else "point"
         parts.append(f'<circle class="{kind}" cx="{x(size):.1f}" cy="{y(kl):.1f}" r="{6 if chosen else 4}"/>')
