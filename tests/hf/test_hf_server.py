@@ -269,7 +269,7 @@ def test_a_full_queue_and_a_small_pool(example, model, tokenizer):
     with serving(example, model, tokenizer, num_pages=40, max_running=2, max_waiting=3) as server:
         answers = run(server, main)
     refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
-    assert 1 <= len(refused) <= 20 - 2 - 3
+    assert 1 <= len(refused) <= 20 - 3  # all twenty may be there before the first of them runs
     assert all("max_waiting is 3" in str(error) for error in refused)
     assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
     assert all(answer.usage.completion_tokens == 60 for answer in answers if answer not in refused)
