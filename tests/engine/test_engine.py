@@ -167,7 +167,21 @@ def test_8_bits_halve_the_pool_and_stay_near_the_oracle():
 
 
 def test_a_page_copy_and_a_fork_carry_the_values():
-    engine = make_engine()
+    for fork, last in forked(make_engine()):
+        assert (last.double() - oracle(fork)[-1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_a_fork_answers_as_one_who_computed_all_of_it(storage):
+    """Of a page that is copied when two go on from it: codes and scales, bit for bit, in every format."""
+    for fork, last in forked(make_engine(**storage)):
+        engine = make_engine(**storage)
+        with engine.acquire(fork) as lease, engine.step([lease]) as step:
+            assert torch.equal(forward(step)[-1], last)
+
+
+def forked(engine):
+    """Of two forks that go on from the middle of a page: their tokens, and the last row that each computed."""
     with engine.acquire([1, 2, 3, 4, 5, 6]) as lease:
         with engine.step([lease]) as step:
             forward(step)
@@ -176,9 +190,10 @@ def test_a_page_copy_and_a_fork_carry_the_values():
             fork.extend([10 + i])
         with engine.step(forks) as step:
             out = forward(step)
-        for fork, last in zip(forks, step.last_rows, strict=True):
-            assert (out[last].double() - oracle(fork.tokens.tolist())[-1]).abs().max() < 1e-4
+        found = [(fork.tokens.tolist(), out[last]) for fork, last in zip(forks, step.last_rows, strict=True)]
+        for fork in forks:
             fork.release()
+        return found
 
 
 def test_a_step_that_fails_advances_nothing():
