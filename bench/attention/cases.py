@@ -36,6 +36,8 @@ class Case:
     repeats: int
     block: int
     """Tokens a block of the cache."""
+    kv_dtype: str = "auto"
+    """vLLM's name of how K and V are stored: "auto" as `dtype`, or "fp8"."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -4,6 +4,7 @@
 
 The formats of a case take turns, call by call, so that a noisy machine slows them alike. Times are medians; `times` is
 the median over the rounds of bf16's time divided by the format's, `of_stream` the share of a streaming read's rate.
+vLLM's kernel for CPUs stands beside them where it is installed (make e2e-venv), in bf16 and, where it can, fp8.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from bench.attention.cases import GQA, OUT_OF_CACHE_BYTES, Heads
 from bench.attention.ours import Layers, isa
+from bench.attention.peer import VllmCpu
 from bench.attention.speed import stream_rate
 from bench.common.machine import cpu_model
 from bench.common.page_tables import table_of
@@ -55,18 +57,27 @@ def alternated(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
 
 
 def compare(
-    heads: Heads, batch: int, rows: int, length: int, threads: int, stream: float, rounds: int
+    heads: Heads, batch: int, rows: int, length: int, threads: int, stream: float, rounds: int, vllm: VllmCpu
 ) -> Iterator[dict[str, object]]:
+    case: dict[str, object] = {
+        "case": "decode" if rows == 1 else "prefill", "heads": str(heads), "batch": batch, "rows": rows,
+        "length": length,
+    }  # fmt: skip
     made = {name: call_of(heads, batch, rows, length, threads, name) for name in FORMATS}
     times = alternated({name: call for name, (call, _) in made.items()}, rounds)
     for name, (_, num_bytes) in made.items():
         median = statistics.median(times[name])
-        yield {
-            "case": "decode" if rows == 1 else "prefill", "heads": str(heads), "batch": batch, "rows": rows,
-            "length": length, "format": name, "us": median * 1e6,
+        yield case | {
+            "format": name, "us": median * 1e6,
             "times": statistics.median(b / t for b, t in zip(times["bf16"], times[name], strict=True)),
             "of_stream": num_bytes / median / 1e9 / stream,
         }  # fmt: skip
+    for kv_dtype in ("auto", "fp8"):
+        us = vllm.stored(heads, batch, rows, length, rounds if rows > 1 else 1, kv_dtype)
+        if us is not None:
+            times_faster = statistics.median(times["bf16"]) * 1e6 / us
+            name = f"vLLM {'bf16' if kv_dtype == 'auto' else kv_dtype}"
+            yield case | {"format": name, "us": us, "times": times_faster}
 
 
 def main() -> None:
@@ -80,19 +91,23 @@ def main() -> None:
     stream = stream_rate(3)
     machine = {"isa": isa(), "threads": options.threads, "cpu": cpu_model(), "streaming read GB/s": stream}
     results = []
+    vllm = VllmCpu(options.threads)
     if not options.json:
         print(line(machine), flush=True)
     cases = [(batch, 1, length) for batch in (1, 8) for length in lengths] + [(1, 512, 512), (1, 512, 4096 + 512)]
     for heads in GQA:
         for batch, rows, length in cases:
             rounds = 7 if options.quick or rows > 1 else 25
-            for result in compare(heads, batch, rows, length, options.threads, stream, rounds):
+            for result in compare(heads, batch, rows, length, options.threads, stream, rounds, vllm):
                 results.append(result)
                 if not options.json:
                     print(line(result), flush=True)
+    vllm.close()
     if options.json:
-        json.dump({**machine, "results": results}, sys.stdout, indent=1)
+        json.dump({**machine, "results": results, "notes": vllm.notes}, sys.stdout, indent=1)
         print()
+    else:
+        print(*vllm.notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ class VllmCpu:
         us = self._ask(Case(heads, 1, rows, cached + rows, str(dtype).removeprefix("torch."), repeats, BLOCK))
         return {} if us is None else {"vllm_ms": us / 1e3}
 
+    def stored(self, heads: Heads, batch: int, rows: int, length: int, repeats: int, kv_dtype: str) -> float | None:
+        """Median microseconds of a call in bf16 with K and V stored so, or nothing."""
+        return self._ask(Case(heads, batch, rows, length, "bfloat16", repeats, BLOCK, kv_dtype))
+
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
@@ -60,7 +64,8 @@ class VllmCpu:
         if answer is None:
             return None
         if "error" in answer:
-            what = f"{case.heads} {case.dtype}, {case.batch} x {case.rows} of {case.length}"
+            stored = "" if case.kv_dtype == "auto" else f" stored as {case.kv_dtype}"
+            what = f"{case.heads} {case.dtype}{stored}, {case.batch} x {case.rows} of {case.length}"
             self._note(f"{NAME}, {what}: {answer['error']}")
             return None
         kernel = f"{case.dtype} by its kernel {answer['isa']!r}"

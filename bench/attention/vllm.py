@@ -78,15 +78,15 @@ def difference(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ou
 
 def measure(case: Case) -> dict[str, Any]:
     heads, dtype = case.heads, getattr(torch, case.dtype)
-    isa = _get_attn_isa(dtype, case.block, heads.dim, "auto")
+    isa = _get_attn_isa(dtype, case.block, heads.dim, case.kv_dtype)
     each = -(-case.length // case.block)
     blocks = case.batch * each
     table = torch.randperm(blocks).to(torch.int32).view(case.batch, each)
     position = torch.arange(case.length)
     slots = table.long()[:, position // case.block] * case.block + position % case.block
-    layers = layers_of(case, blocks, dtype)
+    layers = layers_of(case, blocks, torch.uint8 if case.kv_dtype == "fp8" else dtype)
     k, v = (torch.randn(case.batch * case.length, heads.kv, heads.dim).to(dtype) for _ in range(2))
-    ops.cpu_attn_reshape_and_cache(k, v, *layers[0], slots.flatten(), isa)
+    ops.cpu_attn_reshape_and_cache(k, v, *layers[0], slots.flatten(), isa, kv_cache_dtype=case.kv_dtype)
     layers[1:] = layers[0]
     q = torch.randn(case.batch * case.rows, heads.qo, heads.dim).to(dtype)
     out = torch.empty_like(q)
@@ -95,7 +95,7 @@ def measure(case: Case) -> dict[str, Any]:
     plan = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=case.batch, num_heads=heads.qo, num_kv_heads=heads.kv, head_dim=heads.dim, seq_lens=lengths,
         dtype=dtype, query_start_loc=starts, causal=True, sliding_window_size=-1, isa=isa,
-        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV, kv_cache_dtype=case.kv_dtype,
     )  # fmt: skip
     rotation = itertools.cycle([(layer[0], layer[1]) for layer in layers])
 
@@ -104,7 +104,7 @@ def measure(case: Case) -> dict[str, Any]:
         ops.cpu_attention_with_kv_cache(
             query=q, key_cache=k_cache, value_cache=v_cache, output=out, query_start_loc=starts,
             seq_lens=lengths, scale=heads.dim**-0.5, causal=True, alibi_slopes=None, sliding_window=-1,
-            block_table=table, softcap=0, scheduler_metadata=plan, s_aux=None,
+            block_table=table, softcap=0, scheduler_metadata=plan, s_aux=None, kv_cache_dtype=case.kv_dtype,
         )  # fmt: skip
 
     seconds = median_seconds(attend, decode_rounds(case.repeats, len(layers)) if case.rows == 1 else case.repeats)
