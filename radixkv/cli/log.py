@@ -6,9 +6,18 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from radixkv.cli.common import Command, count, print_json, printable, seed
+from radixkv.cli.common import (
+    Command,
+    ProgressLine,
+    add_json,
+    count,
+    print_json,
+    printable,
+    read_story,
+    seed,
+    tokenizer_of,
+)
 from radixkv.errors import InvalidArgument
-from radixkv.journal_log import read_log
 from radixkv.journal_story import PageState, Story
 
 __all__ = ["COMMAND"]
@@ -32,12 +41,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=count, default=50, metavar="N", help="show at most N pages (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read the log; print what was asked for."""
-    story = read_log(args.log)
+    story = read_story(args.log)
     if args.state is not None:
         _show(args, {"step": args.state}, {"pages": story.state(args.state)})
     elif args.diff is not None:
@@ -92,7 +101,8 @@ def _show(args: argparse.Namespace, numbers: dict[str, Any], groups: dict[str, l
 
 def _explain(args: argparse.Namespace, story: Story) -> None:
     tokens, decode = _tokens(args.explain, args.tokenizer)
-    found = story.explain(tokens, args.namespace)
+    with ProgressLine() as progress:
+        found = story.explain(tokens, args.namespace, progress=progress)
     if args.json:
         print_json({**vars(found), "text": found.text(decode)})
     else:
@@ -106,14 +116,7 @@ def _tokens(prompt: str, tokenizer: str | None) -> tuple[list[int], Callable[[It
         if not words or not all(word.isdecimal() for word in words):
             raise InvalidArgument(f"{prompt[:40]!r} are no token ids: give numbers, or --tokenizer for text")
         return [int(word) for word in words], None
-    from pathlib import Path
-
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise InvalidArgument("--tokenizer needs the package tokenizers: pip install 'radixkv[hf]'") from error
-    path = Path(tokenizer)
-    made = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
+    made = tokenizer_of(tokenizer)
     return made.encode(prompt).ids, lambda ids: str(made.decode(list(ids)))
 
 

@@ -32,12 +32,13 @@ def rebuilt(story, step):
 def test_the_tree_at_every_step_page_for_page(tmp_path, page_size, seed, policy):
     rng = np.random.default_rng(seed)
     cache = radixkv.PrefixCache(40, page_size, policy)
-    random_traffic(cache, rng, 10)  # what was there before is in the log as well
-    journal, recorded = cache.journal(), {}
+    for _ in random_traffic(cache, rng, 10):  # what was there before is in the log as well
+        pass
+    journal = cache.journal()
+    recorded = {journal.end: full_pages(cache)}
     with cache.record(str(tmp_path / "log")) as log:
-        for _ in range(60):
+        for _ in random_traffic(cache, rng, 200):
             recorded[journal.end] = full_pages(cache)
-            random_traffic(cache, rng, 1)
             log.pump()
         recorded[journal.end] = full_pages(cache)
     story = read_log(str(tmp_path / "log"))
