@@ -96,5 +96,8 @@ if __name__ == "__main__":
     (HERE / "tree.svg").write_text(tree_svg(made.snapshot(), decode=letters))
     cli.main(["plan", "llama-3-8b", "--memory", "80GiB", "--weights", "16GiB", "--svg", str(HERE / "plan.svg")])
     lease.release()
+    for name, *arguments in (("curve", "chat", "--clairvoyant", "--hints"), ("curves", "chat", "agent", "fewshot")):
+        more = ["--requests", "2000", "--model", "llama-3-8b", "--svg", str(HERE / f"{name}.svg")]
+        cli.main(["curve", *arguments, *more])
     if shutil.which("chromium"):
         pages()

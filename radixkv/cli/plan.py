@@ -192,7 +192,7 @@ def _for_target(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     from radixkv.traces.curve import capacity_curve
 
     with ProgressLine() as progress:
-        curve = capacity_curve(requests_of(args), args.page_size, progress)
+        curve = capacity_curve(requests_of(args, progress), args.page_size, progress)
     pages = {name: bytes_per_page(model, f, args.page_size) for name, f in _SHOWN.items()}
     need = need_for(curve, args.target, bytes_per_page(model, FORMATS[args.format], args.page_size))
     return {

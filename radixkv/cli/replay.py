@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Replay the trace; print the result."""
     with ProgressLine() as progress:
         result = replay(
-            requests_of(args),
+            requests_of(args, progress),
             args.capacity_tokens,
             args.page_size,
             args.page_aligned,
