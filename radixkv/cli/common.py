@@ -329,7 +329,12 @@ class ProgressLine:
             self._last = now
             self.total = total or self.total
             rate = done / (now - self._started)
-            sys.stderr.write(f"\r\x1b[K{self._bar(done)}{done:,} {self._what}, {rate:,.3g}/s")
+            self.show(f"{self._bar(done)}{done:,} {self._what}, {rate:,.3g}/s")
+
+    def show(self, words: str) -> None:
+        """Show what is done now, where it cannot be counted."""
+        if self._shown:
+            sys.stderr.write(f"\r\x1b[K{words}")
             sys.stderr.flush()
 
     def _bar(self, done: int) -> str:

@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgument("two outputs cannot share standard output: give -o a file")
     history, what = _of_log(args) if is_log(args.trace) else _of_trace(args)
     if output is not None:
-        page = timeline_html(history, _decoder(args.tokenizer), f"{printable(args.trace)}: {what}")
+        with ProgressLine() as progress:
+            progress.show("making the page")
+            page = timeline_html(history, _decoder(args.tokenizer), f"{printable(args.trace)}: {what}")
         with text_output(output) as stream:
             stream.write(page)
         if output != "-":
