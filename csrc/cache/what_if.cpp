@@ -6,7 +6,7 @@
 namespace radixkv {
 
 namespace {
-constexpr std::int64_t kMost = 1 << 11;  // pages remembered
+constexpr std::int64_t kMost = 1 << 9;  // pages remembered
 
 std::uint64_t sample_of(std::int64_t pages) {
   return std::bit_ceil(static_cast<std::uint64_t>((pages + kMost - 1) / kMost));

@@ -97,7 +97,7 @@ def test_it_changes_no_decision(policy):
 
 
 def test_of_a_large_pool_a_sample_is_remembered():
-    """8 times 30,000 pages are more than 2**16: one page in four."""
+    """7 times 30,000 pages are more than 2**9: one page in 512."""
     cache = radixkv.PrefixCache(30_000, 1)
     cache.curve()
     requests = [list(range(i, i + 600)) for i in range(0, 60_000, 600)] * 3
