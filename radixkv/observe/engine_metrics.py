@@ -1,4 +1,4 @@
-"""What an engine has beside its cache, as families for prometheus_client: what its formats stored, what its tiers did."""
+"""What an engine tells beside its cache, for prometheus_client: what its formats stored, what its tiers did."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EngineFigures(Protocol):
 
 
 def engine_families(core: Any, engine: EngineFigures) -> Iterator[Any]:
-    """``core`` is prometheus_client's. Nothing of formats where the backend does not count (CUDA), nor of tiers without."""
+    """``core`` is prometheus_client's. Of formats nothing where the backend does not count them, as on CUDA."""
     stored = getattr(engine.attention, "stored", None)
     if stored is not None:
         yield from _of_formats(core, [stored(i) for i in range(len(engine.layers))])
