@@ -277,7 +277,31 @@ class Story:
         where none of them was lost. ``progress`` is called with the requests served for that.
         """
         wanted = np.asarray(cast("Any", tokens), dtype=np.int32)
-        there = self._there(self.end)
+        return self._explain(wanted, namespace, self.end, sizes, progress)
+
+    def explain_request(self, number: int, progress: Callable[[int], None] | None = None) -> Explanation:
+        """Why a request that ended was cached as far as it was when it came, by its own prompt.
+
+        Raises InvalidArgument where the story has no such request. ``progress`` as in `explain`.
+        """
+        release = next((r for r in self.releases if r.request == number), None)
+        if release is None:
+            known = [r.request for r in self.releases] or [0]
+            raise InvalidArgument(f"request {number}: the log has {len(self.releases)}, {min(known)} to {max(known)}")
+        own = (change.step for change in self.changes if change.request == number)
+        step = min([release.at, *own])
+        return self._explain(release.tokens[: release.num_prompt], release.namespace, step, True, progress)
+
+    def _explain(
+        self,
+        wanted: npt.NDArray[np.int32],
+        namespace: str,
+        step: int,
+        sizes: bool,
+        progress: Callable[[int], None] | None,
+    ) -> Explanation:
+        """As it was at a step."""
+        there = self._there(step)
         present = set(there.values())
         path = self.path(wanted, namespace)
         cached = next((i for i, prefix in enumerate(path) if prefix not in present), len(path))
@@ -288,9 +312,10 @@ class Story:
             return Explanation(len(wanted), num_cached)
         facts: dict[str, Any] = {"wanted": int(wanted[num_cached]), "instead": instead}
         if cached < len(path):
-            facts |= self._removal(self.prefixes[path[cached]])
-            if sizes and facts and not self.lost_releases:
-                facts["pool_factor"] = self._factor(wanted[: len(path) * self.page_size], namespace, progress)
+            facts |= (removal := self._removal(self.prefixes[path[cached]], step))
+            if sizes and removal and not self.lost_releases:
+                known = [p for p in path if any(c.stored and c.step < step for c in self.prefixes[p].changes)]
+                facts["pool_factor"] = self._factor(wanted[: len(known) * self.page_size], namespace, step, progress)
         return Explanation(len(wanted), num_cached, **facts)
 
     def _nearest(
@@ -309,8 +334,8 @@ class Story:
                 best, other = shared, page.tokens[shared] if shared < self.page_size else None
         return best, other
 
-    def _removal(self, prefix: Prefix) -> dict[str, Any]:
-        removed = [change for change in prefix.changes if not change.stored]
+    def _removal(self, prefix: Prefix, before: int) -> dict[str, Any]:
+        removed = [change for change in prefix.changes if not change.stored and change.step < before]
         if not removed:
             return {}
         last = removed[-1]
@@ -319,9 +344,9 @@ class Story:
         return {"removed_at": last.step, "removed_by": last.request, "idle_seconds": idle}
 
     def _factor(
-        self, tokens: npt.NDArray[np.int32], namespace: str, progress: Callable[[int], None] | None
+        self, tokens: npt.NDArray[np.int32], namespace: str, step: int, progress: Callable[[int], None] | None
     ) -> float | None:
-        """The smallest pool, in tenths of this one's size, that still has these tokens; None: none up to 32 times."""
+        """The smallest pool, in tenths of this one, that has these tokens at a step; None: none up to 32 times."""
         served = 0
 
         def keeps(tenths: int) -> bool:
@@ -338,7 +363,7 @@ class Story:
                         progress(served)
                 return cache.match(tokens, namespace) == len(tokens)
 
-        requests = sorted(self.releases, key=lambda r: r.at)
+        requests = sorted((r for r in self.releases if r.at <= step), key=lambda r: r.at)
         high = 20
         while not keeps(high):
             high *= 2
