@@ -111,8 +111,13 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         found["trace"] = _for_target(model, args)
     if args.svg is not None:
-        rows = [(row["format"], row["bytes_per_token"], row.get("requests")) for row in found["formats"]]
+        needs = found["trace"]["bytes_by_format"] if args.trace is not None else {}
+        rows = [
+            (row["format"], row["bytes_per_token"], row.get("requests"), needs.get(row["format"]))
+            for row in found["formats"]
+        ]
         what = f"{args.length:,} tokens a request" + (f", {format_bytes(args.memory)}" if args.memory else "")
+        what += f"; needs: for a hit rate of {100 * args.target:g} % on {args.trace}" if args.trace is not None else ""
         with text_output(args.svg) as stream:
             stream.write(formats_svg(f"{model.name}: KV cache by format", what, rows))
     if args.json:
