@@ -36,7 +36,7 @@ inline std::uint64_t prefix_of(std::uint64_t before, const Token* tokens, std::i
     low += static_cast<std::uint64_t>(product);
     high ^= static_cast<std::uint64_t>(product >> 64);
   }
-  for (; i < n; ++i, key += kStep) low += (static_cast<std::uint64_t>(tokens[i]) + 1) * (key | 1);
+  for (; i < n; ++i) low = (low ^ (static_cast<std::uint64_t>(tokens[i]) + 1)) * 0xd6e8feb86659fd93u;
   return mixed(low ^ high);
 }
 

@@ -96,6 +96,22 @@ def test_it_changes_no_decision(policy):
     assert str(plain.snapshot()) == str(watched.snapshot())
 
 
+@pytest.mark.parametrize("page_size", [3, 4, 5, 8])
+def test_pages_of_like_tokens_are_told_apart(page_size):
+    """A hash whose keys are an arithmetic progression takes (5, 6, 7) for (6, 4, 8), and so on."""
+    cache = radixkv.PrefixCache(64, page_size)
+    cache.curve()
+    first = [9] * (page_size - 3)
+    for place in range(page_size - 2):
+        one = [*first[:place], 5, 6, 7, *first[place:]]
+        other = [*first[:place], 6, 4, 8, *first[place:]]
+        serve(cache, [*one, place])
+        cache.evict(64)
+        serve(cache, [*other, place])
+        cache.evict(64)
+    assert cache.curve().larger[8.0] == 0
+
+
 def test_of_a_large_pool_a_sample_is_remembered():
     """7 times 30,000 pages are more than 2**9: one page in 512."""
     cache = radixkv.PrefixCache(30_000, 1)
