@@ -26,7 +26,7 @@ inline std::uint64_t prefix_of(std::string_view name) {
 inline std::uint64_t prefix_of(std::uint64_t before, const Token* tokens, std::int32_t n) {
   __extension__ using Wide = unsigned __int128;
   constexpr std::uint64_t kStep = 0xa0761d6478bd642eu;
-  std::uint64_t low = before * 0x9e3779b97f4a7c15u, high = 0, key = 0xd6e8feb86659fd93u;
+  std::uint64_t low = 0, high = 0, key = 0xd6e8feb86659fd93u;
   std::int32_t i = 0;
   for (; i + 4 <= n; i += 4, key += kStep) {
     std::uint64_t a, b;
@@ -37,7 +37,7 @@ inline std::uint64_t prefix_of(std::uint64_t before, const Token* tokens, std::i
     high ^= static_cast<std::uint64_t>(product >> 64);
   }
   for (; i < n; ++i) low = (low ^ (static_cast<std::uint64_t>(tokens[i]) + 1)) * 0xd6e8feb86659fd93u;
-  return mixed(low ^ high);
+  return mixed((low ^ high) + before * 0x9e3779b97f4a7c15u);  // last, so that pages are read ahead of the one before
 }
 
 }  // namespace radixkv

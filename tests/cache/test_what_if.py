@@ -113,7 +113,7 @@ def test_pages_of_like_tokens_are_told_apart(page_size):
 
 
 def test_of_a_large_pool_a_sample_is_remembered():
-    """7 times 30,000 pages are more than 2**9: one page in 512."""
+    """7 times 30,000 pages are more than 2**10: one page in 256."""
     cache = radixkv.PrefixCache(30_000, 1)
     cache.curve()
     requests = [list(range(i, i + 600)) for i in range(0, 60_000, 600)] * 3
