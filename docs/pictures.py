@@ -7,9 +7,12 @@ from pathlib import Path
 
 import radixkv
 from radixkv import cli
-from radixkv.observe import tree_html, tree_svg
+from radixkv.journal_log import read_log
+from radixkv.observe import history_of, timeline_html, tree_html, tree_svg
+from radixkv.traces.workload import generate
 
 HERE = Path(__file__).parent
+DARK = "--blink-settings=preferredColorScheme=0"
 SYSTEM = "You are a helpful assistant of the city library. "
 TURNS = [
     [SYSTEM + "User: When do you open? ", "Bot: At nine. ", "User: And on Sunday? ", "Bot: We are closed. "],
@@ -48,16 +51,44 @@ def screenshot(page: str, target: Path, width: int, height: int, *options: str) 
         subprocess.run([*command, f"--screenshot={target}", file.as_uri()], check=True, capture_output=True)
 
 
+def chat_log(path: Path) -> None:
+    """The operation log of a cache that serves 300 requests of a chat."""
+    cache = radixkv.PrefixCache(num_pages=750)
+    with cache.record(str(path)) as log:
+        for request in generate("chat", 300):
+            with cache.acquire(request.tokens_in) as lease:
+                lease.advance()
+                lease.extend(request.tokens_out)
+                lease.advance()
+            log.pump()
+
+
+def library_log(path: Path) -> str:
+    """The page of an operation log with text: the conversations of the library, in a cache too small for them."""
+    cache = radixkv.PrefixCache(num_pages=20, page_size=8)
+    with cache.record(str(path)) as log:
+        for conversation in TURNS:
+            for end in range(1, len(conversation) + 1):
+                with cache.acquire([ord(c) for c in "".join(conversation[:end])]) as lease:
+                    lease.advance()
+                log.pump()
+    return timeline_html(history_of(read_log(str(path))), letters, "The city library's cache, step by step")
+
+
 def pages() -> None:
     """The pages of HTML as pictures, where there is a Chromium."""
     cache, running = library()
-    page = tree_html(cache.snapshot(), letters, "The city library's cache")
-    screenshot(page, HERE / "view_dark.png", 900, 340, "--blink-settings=preferredColorScheme=0")
-    screenshot(page.replace("max-width: 1200px", "max-width: 360px"), HERE / "view_phone.png", 500, 560)
+    now = tree_html(cache.snapshot(), letters, "The city library's cache")
     running.release()
-    cli.main(["view", "chat", "--requests", "300", "--capacity-tokens", "12k", "-o", str(HERE / "view.html")])
-    screenshot((HERE / "view.html").read_text(), HERE / "view.png", 1000, 420)
-    (HERE / "view.html").unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        log, page = Path(folder) / "chat.log", Path(folder) / "cache.html"
+        chat_log(log)
+        cli.main(["view", str(log), "-o", str(page)])
+        screenshot(page.read_text().replace(f"{folder}/", ""), HERE / "view.png", 1000, 460)
+        steps = library_log(Path(folder) / "library.log")
+    screenshot(now, HERE / "view_dark.png", 900, 380, DARK)
+    screenshot(steps, HERE / "view_log_dark.png", 900, 420, DARK)
+    screenshot(steps.replace("max-width: 1200px", "max-width: 360px"), HERE / "view_phone.png", 500, 640)
 
 
 if __name__ == "__main__":
@@ -65,5 +96,8 @@ if __name__ == "__main__":
     (HERE / "tree.svg").write_text(tree_svg(made.snapshot(), decode=letters))
     cli.main(["plan", "llama-3-8b", "--memory", "80GiB", "--weights", "16GiB", "--svg", str(HERE / "plan.svg")])
     lease.release()
+    for name, *arguments in (("curve", "chat", "--clairvoyant", "--hints"), ("curves", "chat", "agent", "fewshot")):
+        more = ["--requests", "2000", "--model", "llama-3-8b", "--svg", str(HERE / f"{name}.svg")]
+        cli.main(["curve", *arguments, *more])
     if shutil.which("chromium"):
         pages()

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -36,10 +36,11 @@ from radixkv.journal_story import Story
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
 
-__all__ = ["LogWriter", "read_log"]
+__all__ = ["LogWriter", "is_log", "read_log"]
 
 VERSION = 1
 _MAGIC = "radixkv-log"
+_HEAD = b"\x83\xab" + _MAGIC.encode()  # a map of three, whose first key this is
 _PERIOD = 0.005  # seconds between two looks at the journal
 _LIMIT = 4096  # records of one map
 _MOST_BYTES = 2**31 - 1  # of one map; a release is the largest
@@ -155,8 +156,20 @@ class LogWriter:
         self.close()
 
 
-def read_log(path: str) -> Story:
-    """The story that a log tells. Keeps it in memory. Raises TraceError for a file that is no log."""
+def is_log(path: str) -> bool:
+    """Whether a file begins as a log does."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(_HEAD)) == _HEAD
+    except (OSError, ValueError):
+        return False
+
+
+def read_log(path: str, progress: Callable[[int], None] | None = None) -> Story:
+    """The story that a log tells. Keeps it in memory. Raises TraceError for a file that is no log.
+
+    ``progress`` is called with the bytes read so far.
+    """
     try:
         with open(path, "rb") as stream:
             entries = _maps(stream)
@@ -167,6 +180,8 @@ def read_log(path: str) -> Story:
                 story = Story(int(header["num_pages"]), int(header["page_size"]))
                 for entry in entries:
                     _add(story, entry)
+                    if progress is not None:
+                        progress(stream.tell())
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise TraceError(f"{path}: an entry that no log has ({error!r}): the file is damaged") from None
     except OSError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from radixkv._core import Tokens
     from radixkv.cache import PrefixCache
 
-__all__ = ["Explanation", "PageState", "Story", "story_of"]
+__all__ = ["Explanation", "Life", "PageState", "Story", "story_of"]
 
 
 class PageState(NamedTuple):
@@ -44,6 +44,15 @@ class Change(NamedTuple):
     prefix: int
     request: int
     time: float
+
+
+class Life(NamedTuple):
+    """A page from when it was stored until it was removed: it is there at steps ``born`` to ``died`` - 1."""
+
+    prefix: int
+    born: int
+    died: int | None
+    """None: it is there at the end."""
 
 
 @dataclass
@@ -110,6 +119,7 @@ class Story:
         self.num_pages, self.page_size = num_pages, page_size
         self.changes: list[Change] = []
         self.releases: list[Release] = []
+        self.release_times: list[float] = []
         self.prefixes: list[Prefix] = []
         self.lost_releases = 0
         """Requests that ended unseen."""
@@ -171,6 +181,7 @@ class Story:
     def add_release(self, release: Release, when: float = 0.0) -> None:
         """A request that ended: its path was used. It may come before the records up to its step, or after."""
         self.releases.append(release)
+        self.release_times.append(when)
         for prefix in self.path(release.tokens, release.namespace):
             self.prefixes[prefix].uses.append((release.at, when))
 
@@ -225,16 +236,72 @@ class Story:
         had, has = set(old), set(new)
         return [p for p in new if p not in had], [p for p in old if p not in has]
 
+    def lives(self) -> list[Life]:
+        """Every page that ever was there, in the order in which they came, parents before children."""
+        dumps, found = list(self._dumps), list[Life]()
+        open_: dict[int, int] = {}  # prefix -> its place in found
+
+        def close(prefix: int, step: int) -> None:
+            place = open_.pop(prefix, None)
+            if place is not None:  # in a damaged log
+                found[place] = found[place]._replace(died=step)
+
+        def begin(prefix: int, step: int) -> None:
+            open_[prefix] = len(found)
+            found.append(Life(prefix, step, None))
+
+        def take_dump() -> None:
+            step, there = dumps.pop(0)
+            for prefix in set(open_) - set(there.values()):
+                close(prefix, step)
+            for prefix in there.values():
+                if prefix not in open_:
+                    begin(prefix, step)
+
+        for change in self.changes:
+            while dumps and dumps[0][0] <= change.step:
+                take_dump()
+            (begin if change.stored else close)(change.prefix, change.step + 1)
+        while dumps:
+            take_dump()
+        return found
+
     # --- why ------------------------------------------------------------------------------------------------------
 
-    def explain(self, tokens: Tokens, namespace: str = "", sizes: bool = True) -> Explanation:
+    def explain(
+        self, tokens: Tokens, namespace: str = "", sizes: bool = True, progress: Callable[[int], None] | None = None
+    ) -> Explanation:
         """Why these tokens are cached as far as they are at the end of the story.
 
         ``sizes``: also how large a pool would have kept the rest, by serving all its requests again, one at a time;
-        where none of them was lost.
+        where none of them was lost. ``progress`` is called with the requests served for that.
         """
         wanted = np.asarray(cast("Any", tokens), dtype=np.int32)
-        there = self._there(self.end)
+        return self._explain(wanted, namespace, self.end, sizes, progress)
+
+    def explain_request(self, number: int, progress: Callable[[int], None] | None = None) -> Explanation:
+        """Why a request that ended was cached as far as it was when it came, by its own prompt.
+
+        Raises InvalidArgument where the story has no such request. ``progress`` as in `explain`.
+        """
+        release = next((r for r in self.releases if r.request == number), None)
+        if release is None:
+            known = [r.request for r in self.releases] or [0]
+            raise InvalidArgument(f"request {number}: the log has {len(self.releases)}, {min(known)} to {max(known)}")
+        own = (change.step for change in self.changes if change.request == number)
+        step = min([release.at, *own])
+        return self._explain(release.tokens[: release.num_prompt], release.namespace, step, True, progress)
+
+    def _explain(
+        self,
+        wanted: npt.NDArray[np.int32],
+        namespace: str,
+        step: int,
+        sizes: bool,
+        progress: Callable[[int], None] | None,
+    ) -> Explanation:
+        """As it was at a step."""
+        there = self._there(step)
         present = set(there.values())
         path = self.path(wanted, namespace)
         cached = next((i for i, prefix in enumerate(path) if prefix not in present), len(path))
@@ -245,9 +312,10 @@ class Story:
             return Explanation(len(wanted), num_cached)
         facts: dict[str, Any] = {"wanted": int(wanted[num_cached]), "instead": instead}
         if cached < len(path):
-            facts |= self._removal(self.prefixes[path[cached]])
-            if sizes and facts and not self.lost_releases:
-                facts["pool_factor"] = self._factor(wanted[: len(path) * self.page_size], namespace)
+            facts |= (removal := self._removal(self.prefixes[path[cached]], step))
+            if sizes and removal and not self.lost_releases:
+                known = [p for p in path if any(c.stored and c.step < step for c in self.prefixes[p].changes)]
+                facts["pool_factor"] = self._factor(wanted[: len(known) * self.page_size], namespace, step, progress)
         return Explanation(len(wanted), num_cached, **facts)
 
     def _nearest(
@@ -266,8 +334,8 @@ class Story:
                 best, other = shared, page.tokens[shared] if shared < self.page_size else None
         return best, other
 
-    def _removal(self, prefix: Prefix) -> dict[str, Any]:
-        removed = [change for change in prefix.changes if not change.stored]
+    def _removal(self, prefix: Prefix, before: int) -> dict[str, Any]:
+        removed = [change for change in prefix.changes if not change.stored and change.step < before]
         if not removed:
             return {}
         last = removed[-1]
@@ -275,28 +343,37 @@ class Story:
         idle = max(0.0, last.time - used[-1]) if used and last.time else None
         return {"removed_at": last.step, "removed_by": last.request, "idle_seconds": idle}
 
-    def _factor(self, tokens: npt.NDArray[np.int32], namespace: str) -> float | None:
-        """The smallest pool, in tenths of this one's size, that still has these tokens; None: none up to 32 times."""
+    def _factor(
+        self, tokens: npt.NDArray[np.int32], namespace: str, step: int, progress: Callable[[int], None] | None
+    ) -> float | None:
+        """The smallest pool, in tenths of this one, that has these tokens at a step; None: none up to 32 times."""
+        served = 0
+
+        def keeps(tenths: int) -> bool:
+            nonlocal served
+            from radixkv.cache import PrefixCache
+
+            with PrefixCache(-(-self.num_pages * tenths // 10), self.page_size) as cache:
+                for release in requests:
+                    if len(release.tokens) <= cache.num_pages * self.page_size:
+                        with cache.acquire(release.tokens, release.namespace) as lease:
+                            lease.advance()
+                    served += 1
+                    if progress is not None:
+                        progress(served)
+                return cache.match(tokens, namespace) == len(tokens)
+
+        requests = sorted((r for r in self.releases if r.at <= step), key=lambda r: r.at)
         high = 20
-        while not self._keeps(high, tokens, namespace):
+        while not keeps(high):
             high *= 2
             if high > 320:
                 return None
         low = 10 if high == 20 else high // 2  # which does not, or is this pool
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._keeps(middle, tokens, namespace) else (middle, high)
+            low, high = (low, middle) if keeps(middle) else (middle, high)
         return high / 10
-
-    def _keeps(self, tenths: int, tokens: npt.NDArray[np.int32], namespace: str) -> bool:
-        from radixkv.cache import PrefixCache
-
-        with PrefixCache(-(-self.num_pages * tenths // 10), self.page_size) as cache:
-            for release in sorted(self.releases, key=lambda r: r.at):
-                if len(release.tokens) <= cache.num_pages * self.page_size:
-                    with cache.acquire(release.tokens, release.namespace) as lease:
-                        lease.advance()
-            return cache.match(tokens, namespace) == len(tokens)
 
 
 def story_of(cache: PrefixCache) -> Story:

@@ -6,7 +6,7 @@
 namespace radixkv {
 
 namespace {
-constexpr std::int64_t kMost = 1 << 11;  // pages remembered
+constexpr std::int64_t kMost = 1 << 10;  // pages remembered
 
 std::uint64_t sample_of(std::int64_t pages) {
   return std::bit_ceil(static_cast<std::uint64_t>((pages + kMost - 1) / kMost));
@@ -26,17 +26,19 @@ WhatIf::WhatIf(std::int32_t num_pages, std::int32_t page_size)
       mask_(std::bit_ceil(static_cast<std::uint64_t>(2 * capacity_)) - 1),
       prefixes_(num_pages),
       ring_(capacity_),
-      sums_(capacity_ + 1),
+      words_(capacity_ / 64 + 1),
+      counts_(capacity_ / 64 + 1),
       slots_(mask_ + 1) {}
 
 void WhatIf::count(std::int64_t place, std::int32_t by) {
   there_ += by;
-  for (++place; place <= capacity_; place += place & -place) sums_[place] += by;
+  words_[place / 64] ^= std::uint64_t{1} << (place % 64);
+  counts_[place / 64] += by;
 }
 
 std::int64_t WhatIf::up_to(std::int64_t place) const {
-  std::int64_t sum = 0;
-  for (++place; place > 0; place &= place - 1) sum += sums_[place];
+  std::int64_t sum = std::popcount(words_[place / 64] << (63 - place % 64));
+  for (std::int64_t word = 0; word < place / 64; ++word) sum += counts_[word];
   return sum;
 }
 
@@ -59,15 +61,12 @@ void WhatIf::remove(std::uint64_t hole) {
   }
 }
 
-void WhatIf::stored(PageId page, std::uint64_t prefix) {
-  prefixes_[page] = prefix;
-  if (!sampled(prefix)) return;
+void WhatIf::came_back(std::uint64_t prefix) {
   if (const std::uint64_t slot = slot_of(prefix); slots_[slot] != 0) remove(slot);
 }
 
-void WhatIf::evicted(PageId page) {
-  const std::uint64_t prefix = prefixes_[page];
-  if (!sampled(prefix)) return;
+void WhatIf::left(std::uint64_t prefix) {
+  ++num_sampled_;
   if (const std::uint64_t slot = slot_of(prefix); slots_[slot] != 0) remove(slot);
   if (next_ == capacity_) {  // those still away move to the front, but for the oldest that eight pools would not hold
     std::int64_t surplus = there_ - capacity_ / 2;
@@ -94,15 +93,14 @@ void WhatIf::forget() {
   }
 }
 
-bool WhatIf::missed(std::uint64_t prefix) {
-  if (!sampled(prefix)) return true;
+bool WhatIf::was_away(std::uint64_t prefix) {
   const std::uint64_t slot = slot_of(prefix);
   if (slots_[slot] == 0) return false;
   const std::int64_t after = there_ - up_to(slots_[slot] - 1);  // evicted after it, and still away
-  const auto every = static_cast<std::int64_t>(every_);
-  const double needed = static_cast<double>(num_pages_ + (after + 1) * every) / static_cast<double>(num_pages_);
+  const double each = static_cast<double>(num_evicted_) / static_cast<double>(num_sampled_);  // near every_
+  const double needed = 1 + static_cast<double>(after + 1) * each / static_cast<double>(num_pages_);
   for (std::size_t i = 0; i < kFactors.size(); ++i) {
-    if (needed <= kFactors[i]) more_[i] += page_size_ * every;
+    if (needed <= kFactors[i]) more_[i] += static_cast<double>(page_size_) * each;
   }
   return true;
 }

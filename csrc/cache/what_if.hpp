@@ -2,9 +2,10 @@
 //
 // LRU is a stack algorithm: a pool of C + x pages holds, besides what one of C pages does, the last x of the pages that
 // this one evicted and has not stored again. So a page that is missed would have been hit by every pool that is larger by
-// as many pages as were evicted after it and are still away, and itself. Counted with a Fenwick tree over a ring.
+// as many pages as were evicted after it and are still away, and itself. Counted with bits over a ring.
 //
-// Of large pools a sample of the pages is remembered, by their prefix, 2^11 at most.
+// Of large pools a sample of the pages is remembered, by their prefix, 2^10 at most; hit rates are then right within about a
+// point. What one page of the sample stands for is counted, not taken for granted: popular pages may be in it or not.
 #pragma once
 
 #include <array>
@@ -22,21 +23,30 @@ class WhatIf {
   WhatIf(std::int32_t num_pages, std::int32_t page_size);
 
   std::uint64_t prefix(PageId page) const { return prefixes_[page]; }
-  void stored(PageId page, std::uint64_t prefix);  // it is in the tree again
-  void evicted(PageId page);
+  void stored(PageId page, std::uint64_t prefix) {  // it is in the tree again
+    prefixes_[page] = prefix;
+    if (sampled(prefix)) came_back(prefix);
+  }
+  void evicted(PageId page) {
+    ++num_evicted_;
+    if (sampled(prefixes_[page])) left(prefixes_[page]);
+  }
   void forget();  // all that was evicted
 
   // A request missed a page. False where no pool would have hit it, nor then what comes after it.
-  bool missed(std::uint64_t prefix);
+  bool missed(std::uint64_t prefix) { return !sampled(prefix) || was_away(prefix); }
   void request(std::int64_t input, std::int64_t hit) { input_ += input, hit_ += hit; }
 
   std::int64_t input_tokens() const { return input_; }
   std::int64_t hit_tokens() const { return hit_; }
   // More tokens that a pool of kFactors[i] times the pages would have hit.
-  std::int64_t more_tokens(int i) const { return more_[i]; }
+  std::int64_t more_tokens(int i) const { return static_cast<std::int64_t>(more_[i]); }
 
  private:
   bool sampled(std::uint64_t prefix) const { return (prefix >> 40 & (every_ - 1)) == 0; }
+  void came_back(std::uint64_t prefix);
+  void left(std::uint64_t prefix);
+  bool was_away(std::uint64_t prefix);  // and counts it
   std::uint64_t slot_of(std::uint64_t prefix) const;
   void remove(std::uint64_t slot);
   void count(std::int64_t place, std::int32_t by);
@@ -48,9 +58,11 @@ class WhatIf {
   std::uint64_t mask_;
   LazyArray<std::uint64_t> prefixes_;  // of each full page of the tree
   LazyArray<std::uint64_t> ring_;      // prefixes in the order of eviction, up to next_
-  LazyArray<std::int32_t> sums_;       // Fenwick tree over the ring: 1 where a prefix is still away
+  LazyArray<std::uint64_t> words_;     // a bit for each place of the ring: whether its prefix is still away
+  LazyArray<std::int32_t> counts_;     // the bits of each word
   LazyArray<std::int32_t> slots_;      // hash table: place in the ring + 1; 0: empty
-  std::array<std::int64_t, kFactors.size()> more_{};
+  std::array<double, kFactors.size()> more_{};
+  std::int64_t num_evicted_ = 0, num_sampled_ = 0;  // pages since the start; what each one of the sample stands for
   std::int64_t input_ = 0, hit_ = 0;
 };
 

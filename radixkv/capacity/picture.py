@@ -16,10 +16,10 @@ _STYLE = (
 )
 
 
-def formats_svg(title: str, subtitle: str, rows: Sequence[tuple[str, int, int | None]]) -> str:
-    """A bar for each of ``rows``: (format, bytes a token, requests that fit, None where no memory was given)."""
+def formats_svg(title: str, subtitle: str, rows: Sequence[tuple[str, int, int | None, int | None]]) -> str:
+    """A bar for each of ``rows``: format, bytes a token, requests that fit, bytes for a hit rate; None: not asked."""
     height = _TOP + _ROW * len(rows) + 12
-    largest = max(size for _, size, _ in rows)
+    largest = max(size for _, size, _, _ in rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}">',
         f"<style>{_STYLE}</style>",
@@ -27,13 +27,14 @@ def formats_svg(title: str, subtitle: str, rows: Sequence[tuple[str, int, int | 
         svg.text(16, 26, title, kind="title"),
         svg.text(16, 48, subtitle, kind="dim"),
     ]
-    for i, (name, size, requests) in enumerate(rows):
+    for i, (name, size, requests, needed) in enumerate(rows):
         y = _TOP + _ROW * i
         fits = "" if requests is None else f", {requests:,} request{'s' * (requests != 1)}"
+        needs = "" if needed is None else f", needs {format_bytes(needed)}"
         parts += [
             svg.text(_LEFT - 10, y + 17, name, anchor="end"),
             svg.box("frame", _LEFT, y, _BAR, 24),
             svg.box("bar", _LEFT, y, _BAR * size / largest, 24),
-            svg.text(_LEFT + _BAR + 12, y + 17, f"{format_bytes(size)} a token{fits}"),
+            svg.text(_LEFT + _BAR + 12, y + 17, f"{format_bytes(size)} a token{fits}{needs}"),
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -10,32 +10,44 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, BinaryIO, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
-from radixkv.traces.formats import read_trace
+from radixkv.errors import InvalidArgument
+from radixkv.journal_log import read_log
+from radixkv.traces.formats import open_trace, read_trace
 from radixkv.traces.request import MOONCAKE_BLOCK, TraceRequest
 from radixkv.traces.workload import WORKLOADS, generate
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from radixkv.journal_story import Story
 
 __all__ = [
     "TRACE_HELP",
     "Command",
     "ProgressLine",
+    "add_json",
     "add_page_size",
     "add_trace",
     "add_trace_options",
+    "all_requests",
     "binary_output",
     "count",
     "flush_output",
     "points",
     "print_json",
     "printable",
+    "read_story",
+    "refuse_shared_output",
     "requests_of",
     "say",
     "seed",
     "text_output",
+    "tokenizer_of",
 ]
 
 
@@ -92,15 +104,67 @@ def add_page_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def requests_of(args: argparse.Namespace) -> Iterator[TraceRequest]:
-    """The requests that the arguments of `add_trace` ask for."""
+def requests_of(args: argparse.Namespace, progress: ProgressLine | None = None) -> Iterator[TraceRequest]:
+    """The requests that the arguments of `add_trace` ask for. ``progress`` is told how many there are, or how much of
+    the file has been read.
+    """
+    progress = progress or ProgressLine()
     if args.trace in WORKLOADS:
+        progress.total = args.requests or 1000
         yield from generate(args.trace, args.requests or 1000, args.seed)
         return
-    for number, request in enumerate(read_trace(args.trace, args.block_size)):
-        if number == args.requests:
-            return
-        yield request
+    with ExitStack() as stack:
+        source: str | BinaryIO = args.trace
+        if os.path.isfile(args.trace):
+            source = stack.enter_context(open_trace(args.trace))
+            size = os.path.getsize(args.trace)
+        for number, request in enumerate(read_trace(source, args.block_size)):
+            if number == args.requests:
+                return
+            if not isinstance(source, str) and size:
+                progress.share = source.tell() / size
+            yield request
+
+
+def all_requests(args: argparse.Namespace) -> list[TraceRequest]:
+    """The requests of `requests_of`, in memory."""
+    found = []
+    with ProgressLine("requests read") as progress:
+        for request in requests_of(args, progress):
+            found.append(request)
+            progress(len(found))
+    return found
+
+
+def read_story(path: str) -> Story:
+    """The story of an operation log."""
+    with ProgressLine("bytes read", os.path.getsize(path) if os.path.isfile(path) else None) as progress:
+        return read_log(path, progress)
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object") -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def refuse_shared_output(*outputs: str | None) -> None:
+    """Raises InvalidArgument where two outputs have one name; ``-`` is standard output, None no output."""
+    named = [name for name in outputs if name is not None]
+    if len(set(named)) < len(named):
+        raise InvalidArgument("two outputs cannot share standard output or a file: give one of them another name")
+
+
+def tokenizer_of(path: str) -> Tokenizer:
+    """A model's tokenizer: its folder, or its tokenizer.json. Raises InvalidArgument."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise InvalidArgument("--tokenizer needs the package tokenizers: pip install 'radixkv[hf]'") from error
+    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # of no class of its own
+        raise InvalidArgument(f"{file} is no tokenizer: {error}: give a model's folder or its tokenizer.json") from None
 
 
 _DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
@@ -239,11 +303,12 @@ def printable(name: str) -> str:
 class ProgressLine:
     """Counts on standard error while it is a terminal, a few times a second, and wipes the line at the end.
 
-    With a total, a bar shows how much of it is done.
+    A bar shows how much is done, where ``total`` or ``share`` (0 to 1) says it.
     """
 
     def __init__(self, what: str = "requests", total: int | None = None) -> None:
-        self._what, self._total = what, total
+        self.total, self.share = total, 0.0
+        self._what = what
         self._shown = sys.stderr is not None and sys.stderr.isatty()
         self._started = self._last = time.monotonic()
 
@@ -255,19 +320,26 @@ class ProgressLine:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
-    def __call__(self, done: int) -> None:
-        """Show that ``done`` are done."""
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """Show that ``done`` are done, of ``total`` if that is known only now."""
         if not self._shown:
             return
         now = time.monotonic()
         if now - self._last >= 0.2:
             self._last = now
+            self.total = total or self.total
             rate = done / (now - self._started)
-            sys.stderr.write(f"\r\x1b[K{self._bar(done)}{done:,} {self._what}, {rate:,.3g}/s")
+            self.show(f"{self._bar(done)}{done:,} {self._what}, {rate:,.3g}/s")
+
+    def show(self, words: str) -> None:
+        """Show what is done now, where it cannot be counted."""
+        if self._shown:
+            sys.stderr.write(f"\r\x1b[K{words}")
             sys.stderr.flush()
 
     def _bar(self, done: int) -> str:
-        if not self._total:
+        share = done / self.total if self.total else self.share
+        if not share:
             return ""
-        filled = _BAR * done // self._total
-        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * done // self._total} % "
+        filled = min(_BAR, int(_BAR * share))
+        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:.0f} % "

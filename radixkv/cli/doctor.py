@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from radixkv.cli.common import Command, count, print_json, seed
+from radixkv.cli.common import Command, ProgressLine, count, print_json, seed
 from radixkv.cli.info import describe
 from radixkv.errors import BackendUnavailable
 
@@ -68,10 +68,12 @@ def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int 
         check_device(where)
     except BackendUnavailable as error:
         return found | {"attention": attention | {"backend": None, "why": str(error)}, "cases": [], "ok": False}
-    results = [
-        parity.run_case(case, batches, _backend, where, seed + i)
-        for i, case in enumerate(parity.cases([getattr(torch, name) for name in names]))
-    ]
+    cases = list(parity.cases([getattr(torch, name) for name in names]))
+    results = []
+    with ProgressLine("cases", len(cases)) as progress:
+        for i, case in enumerate(cases):
+            results.append(parity.run_case(case, batches, _backend, where, seed + i))
+            progress(i + 1)
     return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
 
 

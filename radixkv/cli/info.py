@@ -8,7 +8,7 @@ import platform
 from typing import Any
 
 import radixkv
-from radixkv.cli.common import Command, print_json
+from radixkv.cli.common import Command, ProgressLine, print_json
 
 __all__ = ["COMMAND", "describe"]
 
@@ -22,7 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe the installation."""
-    description = describe()
+    with ProgressLine() as progress:
+        progress.show("importing torch, if it is there")
+        description = describe()
     if args.json:
         print_json(description)
     else:

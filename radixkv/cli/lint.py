@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare the requests; print what broke."""
     with ProgressLine() as progress:
-        report = lint(requests_of(args), progress)
+        report = lint(requests_of(args, progress), progress)
     if args.json:
         print_json({"trace": args.trace, **report.to_dict()})
     else:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
 from typing import Any
 
-from radixkv.cli.common import Command, count, print_json, printable, seed
+from radixkv.cli.common import (
+    Command,
+    ProgressLine,
+    add_json,
+    count,
+    print_json,
+    printable,
+    read_story,
+    seed,
+    tokenizer_of,
+)
 from radixkv.errors import InvalidArgument
-from radixkv.journal_log import read_log
 from radixkv.journal_story import PageState, Story
+from radixkv.observe import Decode
 
 __all__ = ["COMMAND"]
 
@@ -27,23 +36,26 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="why a prompt is cached as far as it is: token ids, or text with --tokenizer",
     )
+    what.add_argument(
+        "--request", type=count, metavar="N", help="why request N was cached as far as it was when it came"
+    )
     parser.add_argument("--namespace", default="", help="of the prompt to explain")
     parser.add_argument("--tokenizer", metavar="PATH", help="a model's folder or tokenizer.json; for text in and out")
     parser.add_argument(
         "--top", type=count, default=50, metavar="N", help="show at most N pages (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Read the log; print what was asked for."""
-    story = read_log(args.log)
+    story = read_story(args.log)
     if args.state is not None:
         _show(args, {"step": args.state}, {"pages": story.state(args.state)})
     elif args.diff is not None:
         came, went = story.diff(*args.diff)
         _show(args, {"from": args.diff[0], "to": args.diff[1]}, {"came": came, "went": went})
-    elif args.explain is not None:
+    elif args.explain is not None or args.request is not None:
         _explain(args, story)
     else:
         _summary(args, story)
@@ -91,30 +103,34 @@ def _show(args: argparse.Namespace, numbers: dict[str, Any], groups: dict[str, l
 
 
 def _explain(args: argparse.Namespace, story: Story) -> None:
-    tokens, decode = _tokens(args.explain, args.tokenizer)
-    found = story.explain(tokens, args.namespace)
+    with ProgressLine() as progress:
+        if args.request is not None:
+            decode = _decoder(args.tokenizer)
+            found = story.explain_request(args.request, progress)
+        else:
+            tokens, decode = _tokens(args.explain, args.tokenizer)
+            found = story.explain(tokens, args.namespace, progress=progress)
     if args.json:
         print_json({**vars(found), "text": found.text(decode)})
     else:
         print(found.text(decode))
 
 
-def _tokens(prompt: str, tokenizer: str | None) -> tuple[list[int], Callable[[Iterable[int]], str] | None]:
+def _tokens(prompt: str, tokenizer: str | None) -> tuple[list[int], Decode | None]:
     """The prompt's ids, and how to read ids, where there is a tokenizer."""
     if tokenizer is None:
         words = prompt.replace(",", " ").split()
         if not words or not all(word.isdecimal() for word in words):
             raise InvalidArgument(f"{prompt[:40]!r} are no token ids: give numbers, or --tokenizer for text")
         return [int(word) for word in words], None
-    from pathlib import Path
+    return tokenizer_of(tokenizer).encode(prompt).ids, _decoder(tokenizer)
 
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise InvalidArgument("--tokenizer needs the package tokenizers: pip install 'radixkv[hf]'") from error
-    path = Path(tokenizer)
-    made = Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
-    return made.encode(prompt).ids, lambda ids: str(made.decode(list(ids)))
+
+def _decoder(tokenizer: str | None) -> Decode | None:
+    if tokenizer is None:
+        return None
+    made = tokenizer_of(tokenizer)
+    return lambda ids: str(made.decode(ids))
 
 
 COMMAND = Command(

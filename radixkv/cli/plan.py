@@ -111,8 +111,13 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         found["trace"] = _for_target(model, args)
     if args.svg is not None:
-        rows = [(row["format"], row["bytes_per_token"], row.get("requests")) for row in found["formats"]]
+        needs = found["trace"]["bytes_by_format"] if args.trace is not None else {}
+        rows = [
+            (row["format"], row["bytes_per_token"], row.get("requests"), needs.get(row["format"]))
+            for row in found["formats"]
+        ]
         what = f"{args.length:,} tokens a request" + (f", {format_bytes(args.memory)}" if args.memory else "")
+        what += f"; needs: for a hit rate of {100 * args.target:g} % on {args.trace}" if args.trace is not None else ""
         with text_output(args.svg) as stream:
             stream.write(formats_svg(f"{model.name}: KV cache by format", what, rows))
     if args.json:
@@ -192,7 +197,7 @@ def _for_target(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     from radixkv.traces.curve import capacity_curve
 
     with ProgressLine() as progress:
-        curve = capacity_curve(requests_of(args), args.page_size, progress)
+        curve = capacity_curve(requests_of(args, progress), args.page_size, progress)
     pages = {name: bytes_per_page(model, f, args.page_size) for name, f in _SHOWN.items()}
     need = need_for(curve, args.target, bytes_per_page(model, FORMATS[args.format], args.page_size))
     return {

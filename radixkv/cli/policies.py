@@ -10,9 +10,9 @@ from radixkv.cli.common import (
     ProgressLine,
     add_page_size,
     add_trace,
+    all_requests,
     print_json,
     printable,
-    requests_of,
 )
 from radixkv.traces.policies import POLICIES, Comparison, compare_policies
 
@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay the trace with each policy; print the table."""
-    requests = list(requests_of(args))
+    requests = all_requests(args)
     with ProgressLine() as progress:
         found = compare_policies(requests, args.page_size, progress)
     if args.json:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from radixkv.cli.common import TRACE_HELP, Command, ProgressLine, add_trace, binary_output, requests_of, say
+from radixkv.cli.common import (
+    TRACE_HELP,
+    Command,
+    ProgressLine,
+    add_json,
+    add_trace,
+    binary_output,
+    print_json,
+    refuse_shared_output,
+    requests_of,
+    say,
+)
 from radixkv.traces.formats.msgpack import MsgpackWriter
 
 __all__ = ["COMMAND"]
@@ -14,26 +25,31 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
     add_trace(parser)
     parser.add_argument("output", metavar="OUT", help="the msgpack trace to write; - is standard output")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the requests."""
+    refuse_shared_output(args.output, "-" if args.json else None)
     number = 0
     with ProgressLine() as progress, binary_output(args.output) as stream:
         writer = MsgpackWriter(stream)
-        for number, request in enumerate(requests_of(args), 1):
+        for number, request in enumerate(requests_of(args, progress), 1):
             writer.write(request)
             progress(number)
-    say(f"{args.output}: {number:,} requests")
+    if args.json:
+        print_json({"trace": args.trace, "output": args.output, "requests": number})
+    else:
+        say(f"{args.output}: {number:,} requests")
     return 0
 
 
 COMMAND = Command(
     "record",
-    "convert a trace of any format to radixkv's msgpack format",
+    "convert a trace of any format to radixkv's msgpack format (it records no running cache)",
     "radixkv record conversation_trace.jsonl conversation.msgpack",
     add,
     run,
-    "It records no running cache: radixkv.traces.Recorder(path).attach(cache) does, in the program that owns the "
-    "cache, and only while it is attached. " + TRACE_HELP,
+    "What a running cache serves is recorded by radixkv.traces.Recorder(path).attach(cache) alone, in the program that "
+    "owns the cache, while it is attached. " + TRACE_HELP,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from contextlib import ExitStack
 
 from radixkv.cache import PrefixCache
 from radixkv.cli.common import (
@@ -17,6 +17,7 @@ from radixkv.cli.common import (
     printable,
     requests_of,
 )
+from radixkv.journal_log import LogWriter
 from radixkv.traces.replay import ReplayResult, replay
 
 __all__ = ["COMMAND"]
@@ -40,20 +41,32 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hints", action="store_true", help="tell the cache where sessions end; keeps the trace in memory"
     )
+    parser.add_argument(
+        "--log", metavar="FILE", help="also write the cache's operation log: `radixkv log`, `radixkv view`"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay the trace; print the result."""
-    with ProgressLine() as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(ProgressLine())
+        logs: list[LogWriter] = []
+
+        def make_cache(num_pages: int, page_size: int) -> PrefixCache:
+            cache = PrefixCache(num_pages, page_size, args.policy)
+            if args.log is not None:
+                logs.append(stack.enter_context(cache.record(args.log)))
+            return cache
+
+        def tell(done: int) -> None:
+            for log in logs:
+                log.pump()
+            progress(done)
+
+        requests = requests_of(args, progress)
         result = replay(
-            requests_of(args),
-            args.capacity_tokens,
-            args.page_size,
-            args.page_aligned,
-            progress,
-            make_cache=None if args.policy == "lru" else partial(PrefixCache, policy=args.policy),
-            hints=args.hints,
+            requests, args.capacity_tokens, args.page_size, args.page_aligned, tell, make_cache, hints=args.hints
         )
     if args.json:
         print_json({"trace": args.trace, "policy": args.policy, **result.to_dict()})

@@ -159,6 +159,7 @@ class Generator:
         namespace: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        cold: bool = False,
         on_token: OnToken | None = None,
         on_logits: OnLogits | None = None,
         on_done: OnDone | None = None,
@@ -179,7 +180,8 @@ class Generator:
         once for each, and not at all where its tokens are cached. `radixkv.hf.pictures.FAMILIES` take it.
 
         `priority` goes by the generator's `policy`. `deadline` seconds after this call the request ends with what it
-        has, with status "deadline".
+        has, with status "deadline". `cold` says that its session ends with it: the pages that it alone used are then
+        the first to be evicted.
 
         `on_token(request, token)` is called at the end of the step that made the token, once for each; right before it
         `on_logits(request, logits)` with the `[vocabulary]` of the model for it: clone what is to be kept. Nothing
@@ -217,6 +219,7 @@ class Generator:
             "namespace": check_namespace(namespace),
             "priority": priority,
             "deadline": _given(deadline, defaults.deadline),
+            "cold": cold,
             "num_logprobs": None if logprobs is None else integer("logprobs", logprobs, 0, self._vocabulary),
             "spans": spans,
             "outbox": self._outbox,

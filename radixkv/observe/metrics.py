@@ -1,6 +1,6 @@
 """Metrics of a running cache and of the requests that use it, for Prometheus.
 
-    metrics = Metrics(engine.cache)
+    metrics = Metrics(engine.cache).follow(engine)
     prometheus_client.REGISTRY.register(metrics)           # prometheus_client.start_http_server(9400) serves them
     request = metrics.watch(generator.submit(prompt))      # counted when it is done
     with metrics.step():                                   # timed
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from radixkv.errors import BackendUnavailable
+from radixkv.observe.engine_metrics import EngineFigures, engine_families
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
@@ -90,6 +91,12 @@ class Metrics:
         self._finished: Counter[tuple[str, str]] = Counter()
         self._tokens: Counter[tuple[str, str]] = Counter()
         self._preempted = self._read = self._saved = 0
+        self._engine: EngineFigures | None = None
+
+    def follow(self, engine: EngineFigures) -> Metrics:
+        """Also tell what the engine's formats have stored and what its tiers did. Returns itself."""
+        self._engine = engine
+        return self
 
     def watch(self, request: _AnyRequest) -> _AnyRequest:
         """Count a request, and those of the same submission, when they are done; returns it. Call it once."""
@@ -124,6 +131,8 @@ class Metrics:
             self._gather()
             families = [*self._of_requests(), *self._of_steps()]
         yield from families
+        if self._engine is not None:
+            yield from engine_families(self._families, self._engine)
 
     def _gather(self) -> None:
         """Take what is done out of the watched requests, and count it."""

@@ -8,7 +8,7 @@ timeline.mark(tokens, namespace)             # a step: the journal is read, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from radixkv.journal import NAMESPACE, STORED, Batch
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
 
-__all__ = ["Run", "Timeline"]
+__all__ = ["History", "Moment", "Run", "Timeline"]
 
 Tokens = npt.NDArray[np.int32]
 
@@ -40,17 +40,45 @@ class Run:
     """What keeps it: "leased", "pinned" or nothing."""
 
 
+class Moment(NamedTuple):
+    """A step of a history that was read from an operation log."""
+
+    step: int
+    """The log's own."""
+    request: int
+    """The request that ended; 0: none did."""
+    seconds: float
+    """Since the log began."""
+
+
 @dataclass
-class Timeline:
-    """The full pages of a cache over time. Step 0 is the beginning, step k what was there after the k-th mark."""
+class History:
+    """The full pages of a cache over time. Step 0 is the beginning."""
 
-    cache: PrefixCache
-    runs: list[Run] = field(default_factory=list, init=False)
-    uses: list[int] = field(default_factory=lambda: [-1], init=False)
+    num_pages: int
+    runs: list[Run] = field(default_factory=list)
+    """Parents before children."""
+    uses: list[int] = field(default_factory=lambda: [-1])
     """For each step the last run of the path that its request used; -1: none."""
+    moments: list[Moment] = field(default_factory=list)
+    """For each step where in its log it was; empty where there is none."""
 
-    def __post_init__(self) -> None:
-        self._journal = self.cache.journal()
+    def alive(self, step: int) -> list[Run]:
+        """The runs that were there at a step, parents before children."""
+        return [run for i, run in enumerate(self.runs) if self.is_alive(i, step)]
+
+    def is_alive(self, i: int, step: int) -> bool:
+        """Whether ``runs[i]`` was there at a step."""
+        return self.runs[i].born <= step and (self.runs[i].died < 0 or self.runs[i].died > step)
+
+
+class Timeline(History):
+    """The history of a cache that is running; step k is what was there after the k-th mark."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        super().__init__(cache.num_pages)
+        self.cache = cache
+        self._journal = cache.journal()
         self._names: dict[int, str] = {}
         self._at: dict[int, int] = {}  # page -> run, of those that are there
         self._found: dict[tuple[int, str, bytes], int] = {}  # parent, namespace and tokens -> run
@@ -78,10 +106,6 @@ class Timeline:
                 break
             parent = run
         self.uses[-1] = parent
-
-    def alive(self, step: int) -> list[Run]:
-        """The runs that were there at a step, parents before children."""
-        return [run for run in self.runs if run.born <= step and (run.died < 0 or run.died > step)]
 
     def _take(self, batch: Batch) -> None:
         step = len(self.uses) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from radixkv.errors import InvalidArgument
 from radixkv.observe.snapshot import Decode, Snapshot, state
-from radixkv.observe.timeline import Run, Timeline
+from radixkv.observe.timeline import History, Run
 
 __all__ = ["MAX_TOKENS", "timeline_html", "tree_html"]
 
@@ -34,19 +34,23 @@ def tree_html(snapshot: Snapshot, decode: Decode | None = None, title: str = "Th
             todo += [(len(runs), child) for child in reversed(node["children"])]
             tokens = np.asarray(node["tokens"], dtype=np.int32)
             runs.append(Run(parent, root["namespace"], tokens, len(node["pages"]), state=state(node)))
-    return _page(runs, [-1], decode, title, None)
+    return _page(History(0, runs), decode, title)
 
 
-def timeline_html(timeline: Timeline, decode: Decode | None = None, title: str = "The cache over time") -> str:
-    """The page for a timeline: a slider over its steps, colours show how long ago a page was used. Else `tree_html`."""
-    return _page(timeline.runs, timeline.uses, decode, title, timeline.cache.num_pages)
+def timeline_html(history: History, decode: Decode | None = None, title: str = "The cache over time") -> str:
+    """The page for a `Timeline` or a `history_of` a log: a slider over its steps, colours show how long ago a page was
+    used. Else `tree_html`.
+    """
+    return _page(history, decode, title)
 
 
-def _page(runs: Sequence[Run], uses: list[int], decode: Decode | None, title: str, num_pages: int | None) -> str:
+def _page(history: History, decode: Decode | None, title: str) -> str:
+    runs = history.runs
     total = sum(len(run.tokens) for run in runs)
     if total > MAX_TOKENS:
         raise InvalidArgument(
-            f"{total} tokens in all are too many for a page of HTML: it holds {MAX_TOKENS}; show fewer requests"
+            f"{total} tokens in all are too many for a page of HTML: it holds {MAX_TOKENS}; "
+            "show fewer requests or steps"
         )
     names = list(dict.fromkeys(run.namespace for run in runs))
     data = {
@@ -59,8 +63,9 @@ def _page(runs: Sequence[Run], uses: list[int], decode: Decode | None, title: st
         "state": [run.state for run in runs],
         "tokens": [_tokens(run) for run in runs],
         "text": None if decode is None else [decode([int(token) for token in run.tokens]) for run in runs],
-        "uses": uses,
-        "num_pages": num_pages,
+        "uses": history.uses,
+        "moments": history.moments,
+        "num_pages": history.num_pages,
     }
     words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "tree.html").read_text(encoding="utf-8")

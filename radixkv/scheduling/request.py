@@ -70,6 +70,8 @@ class Request:
     """The higher comes first, under the policy "priority"."""
     deadline: float | None = None
     """Seconds after submission at which it ends with what it has, waiting or running."""
+    cold: bool = False
+    """Whether its session ends with it: the pages that it alone used are then the first to be evicted."""
 
     id: int = field(default=-1, init=False)
     """Its place in the order of arrival; -1 until it is submitted."""
@@ -108,6 +110,8 @@ class Request:
             self.deadline = number("deadline", self.deadline)
             if not (math.isfinite(self.deadline) and self.deadline > 0):
                 raise InvalidArgument(f"deadline is {self.deadline}: give seconds from submission, above 0, or None")
+        if not isinstance(self.cold, bool):
+            raise InvalidArgument(f"cold is {self.cold!r:.40}: give True where the request ends its session, or False")
         self.stats = RequestStats(prompt_tokens=len(self.prompt))
 
     @property

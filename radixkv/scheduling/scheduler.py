@@ -394,7 +394,7 @@ class Scheduler:
         lease, request.lease = lease_of(request), None
         if again:
             self._wait_again(request)
-        lease.release(commit=commit)
+        lease.release(commit=commit, cold=request.cold and not again)
 
     def _wait_again(self, request: Request) -> None:
         request.status = "waiting"

@@ -6,7 +6,7 @@ the "hazard" policy, without and with the hints (`both`); and the clairvoyant bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,38 +89,53 @@ class Comparison:
 
 
 def compare_policies(
-    requests: Sequence[TraceRequest], page_size: int, progress: Progress | None = None, shares: Sequence[int] = SHARES
+    requests: Sequence[TraceRequest],
+    page_size: int,
+    progress: Callable[[int, int], object] | None = None,
+    shares: Sequence[int] = SHARES,
 ) -> Comparison:
     """Replay the trace with each policy at each share of its footprint.
 
-    ``progress`` is called with the number of requests served, of all replays together. Raises InvalidArgument for a
-    page size below 1 and for a trace in which no request fills a page.
+    ``progress`` is called with the number of requests that were served, and that will be, in all passes together.
+    Raises InvalidArgument for a page size below 1 and for a trace in which no request fills a page.
     """
-    curve = capacity_curve(requests, page_size)
-    if curve.distinct_pages == 0:
-        raise InvalidArgument(f"no request of the trace fills a page of {page_size} tokens: give smaller pages")
     try:
         session_ends(requests)
         no_hints = ""
     except InvalidArgument as error:
         no_hints = str(error).split(":")[0]
+    policies = {name: how for name, how in POLICIES.items() if not (how[1] and no_hints)}
+    passes = _Passes(len(requests), 2 + len(shares) * (1 + len(policies)), progress)
+    curve = capacity_curve(requests, page_size, passes.next())
+    if curve.distinct_pages == 0:
+        raise InvalidArgument(f"no request of the trace fills a page of {page_size} tokens: give smaller pages")
     capacities = [max(1, curve.distinct_pages * share // 100) for share in shares]
-    bounds = clairvoyant_hit_rates(requests, page_size, capacities)
-    cells, done = [], 0
+    bounds = clairvoyant_hit_rates(requests, page_size, capacities, passes.next(1 + len(shares)))
+    cells = []
     for share, pages, bound in zip(shares, capacities, bounds, strict=True):
         rates = {"lru": curve.hit_rate(pages)}
-        for name, (policy, hints) in POLICIES.items():
-            if hints and no_hints:
-                continue
+        for name, (policy, hints) in policies.items():
             make = partial(PrefixCache, policy=policy)
-            step = partial(_from, progress, done)
-            result = replay(requests, pages * page_size, page_size, True, step, make, hints)
+            result = replay(requests, pages * page_size, page_size, True, passes.next(), make, hints)
             rates[name] = result.hit_rate
-            done += len(requests)
         cells.append(Cell(share, pages, rates, bound))
     return Comparison(len(requests), page_size, curve.distinct_pages, cells, no_hints)
 
 
-def _from(progress: Progress | None, before: int, number: int) -> None:
-    if progress is not None:
-        progress(before + number)
+class _Passes:
+    """Puts the progress of one pass after the other together."""
+
+    def __init__(self, length: int, count: int, progress: Callable[[int, int], object] | None) -> None:
+        self._length, self._total, self._progress = length, length * count, progress
+        self._begun = 0
+
+    def next(self, passes: int = 1) -> Progress:
+        """For the next pass, or the next ones that are counted as one."""
+        before = self._begun
+        self._begun += passes * self._length
+
+        def tell(done: int) -> None:
+            if self._progress is not None:
+                self._progress(before + done, self._total)
+
+        return tell

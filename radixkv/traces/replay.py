@@ -97,9 +97,9 @@ def replay(
         raise InvalidArgument(
             f"a capacity of {capacity_tokens} tokens is less than a page of {page_size}: raise it or lower page_size"
         )
+    if capacity_tokens >= 2**31:
+        raise InvalidArgument(f"a capacity of {capacity_tokens} tokens: a cache holds less than 2**31: lower it")
     if make_cache is None:
-        if capacity_tokens >= 2**31:
-            raise InvalidArgument(f"a capacity of {capacity_tokens} tokens: a cache holds less than 2**31: lower it")
         from radixkv.cache import PrefixCache
 
         make_cache = PrefixCache

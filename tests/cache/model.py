@@ -288,11 +288,15 @@ class Model:
         self.drop_source(lease)
         self.free += lease.private
         path = [*lease.path, *([lease.tail] if lease.tail else [])]
+        self.ending(lease)
         self.unlock(path)
         self.leases.remove(lease)
         end = found or (path[-1] if path else None)
         if cold and end is not None and self.tree.get(end.name) is end:
             self.end_session(end)
+
+    def ending(self, lease: ModelLease) -> None:
+        """For a policy that learns from what has ended."""
 
     def end_session(self, end: Page) -> None:
         """The pages that no other request ever branched off leave first, the last of them before the others."""

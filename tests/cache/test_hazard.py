@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import radixkv
+from tests.cache.hazard_model import HazardModel
 
 
 def serve(cache, tokens, namespace="", cold=False):
@@ -73,6 +74,47 @@ def test_every_count_and_list_is_right_after_every_operation(page_size, seed):
     assert cache.evict(cache.num_pages) == evictable
     cache.check()
     assert cache.stats().free == cache.num_pages
+
+
+@pytest.mark.parametrize(("seed", "num_pages", "page_size"), [(0, 60, 1), (1, 40, 2), (2, 16, 4), (3, 32, 3)])
+def test_the_model_predicts_every_page_that_leaves(seed, num_pages, page_size):
+    """Over a thousand requests, so that the estimate is made several times: evictions are a page at a time, too."""
+    rng = np.random.default_rng(seed)
+    cache, model = radixkv.PrefixCache(num_pages, page_size, "hazard"), HazardModel(num_pages, page_size)
+    live, chosen_by_index = [], 0
+    for i in range(1300):
+        hot = rng.random() < 0.5
+        tokens = [int(rng.integers(4))] * page_size + rng.integers(0, 2 if hot else 50, rng.integers(0, 12)).tolist()
+        lease, twin = cache.acquire(tokens, "a"), model.acquire("a", tokens)
+        lease.advance()
+        model.advance(twin, len(twin.tokens) - twin.written)
+        live.append((lease, twin))
+        while len(live) > i % 3:
+            lease, twin = live.pop(0)
+            cold = bool(rng.random() < 0.2)
+            lease.release(cold=cold)
+            model.release(twin, True, cold)
+        heads = [model.of[leaves[0]].touched for leaves in model.leaves if leaves]
+        victim = model.victim()
+        chosen_by_index += victim is not None and not model.ended and model.of[victim].touched > min(heads)
+        if rng.random() < 0.3:
+            assert cache.evict(1) == len(model.evict(1))
+        assert published(cache) == set(model.tree), f"after request {i}"
+    assert model.estimate.requests > 5 * 256 - 10
+    assert chosen_by_index > 100, "LRU over the lists would not do"
+    cache.check()
+
+
+def published(cache):
+    """The pages of the tree, as the model names them."""
+    found, todo = set(), [(root["namespace"], (), child) for root in cache.snapshot() for child in root["children"]]
+    while todo:
+        namespace, prefix, node = todo.pop()
+        tokens = (*prefix, *node["tokens"].tolist())
+        ends = (*range(len(prefix) + cache.page_size, len(tokens), cache.page_size), len(tokens))
+        found |= {(namespace, tokens[:end]) for end in ends}
+        todo += [(namespace, tokens, child) for child in node["children"]]
+    return found
 
 
 def test_the_same_calls_give_the_same_pages():

@@ -32,12 +32,13 @@ def rebuilt(story, step):
 def test_the_tree_at_every_step_page_for_page(tmp_path, page_size, seed, policy):
     rng = np.random.default_rng(seed)
     cache = radixkv.PrefixCache(40, page_size, policy)
-    random_traffic(cache, rng, 10)  # what was there before is in the log as well
-    journal, recorded = cache.journal(), {}
+    for _ in random_traffic(cache, rng, 10):  # what was there before is in the log as well
+        pass
+    journal = cache.journal()
+    recorded = {journal.end: full_pages(cache)}
     with cache.record(str(tmp_path / "log")) as log:
-        for _ in range(60):
+        for _ in random_traffic(cache, rng, 200):
             recorded[journal.end] = full_pages(cache)
-            random_traffic(cache, rng, 1)
             log.pump()
         recorded[journal.end] = full_pages(cache)
     story = read_log(str(tmp_path / "log"))
@@ -118,6 +119,48 @@ def test_where_a_prompt_diverges(tmp_path):
     assert "diverged at token 6 ('nine' against 'seven')" in found.text(lambda ids: {9: "nine", 7: "seven"}[ids[0]])
     assert str(story.explain([1, 2, 3, 4])) == "all 4 tokens are cached"
     assert story.explain([1, 2, 3, 4], "another").num_cached == 0
+
+
+def test_a_request_is_explained_as_of_when_it_came(tmp_path, capsys):
+    path = str(tmp_path / "log")
+    cache = radixkv.PrefixCache(10, 4)
+    prompts = [list(range(32)), [100] * 16, [101] * 16, list(range(32)), [7] * 8]
+    with cache.record(path) as log:
+        for prompt in prompts:
+            serve(cache, prompt)
+            log.pump()
+    story = read_log(path)
+    assert story.explain(prompts[0]).num_cached == 32, "it is there again, for request 4 computed it"
+    then = story.explain_request(4)
+    earlier = tmp_path / "earlier"
+    cache = radixkv.PrefixCache(10, 4)
+    with cache.record(str(earlier)) as log:
+        for prompt in prompts[:3]:
+            serve(cache, prompt)
+            log.pump()
+    now = read_log(str(earlier)).explain(prompts[3])
+    assert (then.num_cached, then.removed_by, then.removed_at) == (now.num_cached, now.removed_by, now.removed_at)
+    assert (then.num_cached, then.removed_by, then.pool_factor) == (8, 3, 1.6)
+    assert story.explain_request(1).num_cached == 0
+    assert "no page that held the rest is known" in str(story.explain_request(5))
+    with pytest.raises(radixkv.InvalidArgument, match="request 9: the log has 5, 1 to 5"):
+        story.explain_request(9)
+    assert cli.main(["log", path, "--request", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pool_factor"] == 1.6
+
+
+def test_a_replay_writes_its_log(tmp_path, capsys):
+    path = str(tmp_path / "log")
+    arguments = ["replay", "chat", "--requests", "30", "--capacity-tokens", "2k"]
+    assert cli.main([*arguments, "--log", path, "--json"]) == 0
+    logged = json.loads(capsys.readouterr().out)
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hit_tokens"] == logged["hit_tokens"]
+    story = read_log(path)
+    assert (len(story.releases), story.gaps) == (30, [])
+    assert sum(release.num_cached for release in story.releases) == logged["hit_tokens"]
+    assert cli.main([*arguments, "--log", str(tmp_path / "no" / "log")]) == 1
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_a_live_cache_explains_what_its_journal_tells():

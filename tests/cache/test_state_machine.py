@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 import radixkv
+from tests.cache.hazard_model import HazardModel
 from tests.cache.journal_shadow import Shadow
 from tests.cache.model import Exhausted, Misuse, Model, ModelLease
 
@@ -24,11 +25,16 @@ class Machine(RuleBasedStateMachine):
     leases = Bundle("leases")
     pins = Bundle("pins")
 
-    @initialize(num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans())
-    def start(self, num_pages: int, page_size: int, journal: bool) -> None:
-        self.cache = radixkv.PrefixCache(num_pages, page_size)
+    @initialize(
+        num_pages=st.integers(4, 20),
+        page_size=st.integers(1, 4),
+        journal=st.booleans(),
+        policy=st.sampled_from(["lru", "hazard"]),
+    )
+    def start(self, num_pages: int, page_size: int, journal: bool, policy: str) -> None:
+        self.cache = radixkv.PrefixCache(num_pages, page_size, policy)
         self.shadow = Shadow(self.cache.journal()) if journal else None
-        self.model = Model(num_pages, page_size)
+        self.model = (HazardModel if policy == "hazard" else Model)(num_pages, page_size)
         self.seen: list[tuple[str, list[int]]] = [("", [0]), ("b", [0])]
         self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds
         self.live: list[tuple[radixkv.Lease, ModelLease]] = []

@@ -90,13 +90,30 @@ def test_it_changes_no_decision(policy):
     plain, watched = (radixkv.PrefixCache(30, 2, policy) for _ in range(2))
     watched.curve()
     for cache in (plain, watched):
-        random_traffic(cache, np.random.default_rng(4), 300)
-        cache.check()
+        for _ in random_traffic(cache, np.random.default_rng(4), 300):
+            cache.check()
+    assert plain.stats().evicted_pages > 100
     assert str(plain.snapshot()) == str(watched.snapshot())
 
 
+@pytest.mark.parametrize("page_size", [3, 4, 5, 8])
+def test_pages_of_like_tokens_are_told_apart(page_size):
+    """A hash whose keys are an arithmetic progression takes (5, 6, 7) for (6, 4, 8), and so on."""
+    cache = radixkv.PrefixCache(64, page_size)
+    cache.curve()
+    first = [9] * (page_size - 3)
+    for place in range(page_size - 2):
+        one = [*first[:place], 5, 6, 7, *first[place:]]
+        other = [*first[:place], 6, 4, 8, *first[place:]]
+        serve(cache, [*one, place])
+        cache.evict(64)
+        serve(cache, [*other, place])
+        cache.evict(64)
+    assert cache.curve().larger[8.0] == 0
+
+
 def test_of_a_large_pool_a_sample_is_remembered():
-    """8 times 30,000 pages are more than 2**16: one page in four."""
+    """7 times 30,000 pages are more than 2**10: one page in 256."""
     cache = radixkv.PrefixCache(30_000, 1)
     cache.curve()
     requests = [list(range(i, i + 600)) for i in range(0, 60_000, 600)] * 3

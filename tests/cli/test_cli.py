@@ -110,13 +110,38 @@ def test_curve_writes_csv_svg_and_json(capsys, trace, tmp_path):
     assert len(csv.read_text().splitlines()) == 1 + len(expected.points())
     picture = ET.parse(svg).getroot()
     lines = {line.get("class"): line.get("d") for line in picture.iter("{http://www.w3.org/2000/svg}path")}
-    assert set(lines) == {"curve", "future", "future key"}
-    on_axis = sum(0 < row["capacity_pages"] <= out["max_pages"] for row in out["shares"])
-    assert lines["future"].count("M") == on_axis > 3
-    assert {"LRU", "clairvoyant"} <= {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
+    assert set(lines) == {"lru c0", "clairvoyant c1", "dots c1"}
+    assert lines["dots c1"].count("M") > 25
+    assert {"clairvoyant"} <= {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
     for row in out["shares"]:
         assert row["hit_rate"] == expected.hit_rate(row["capacity_pages"]) <= row["clairvoyant"] + 1e-12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "c.svg", "chat.jsonl"]
+
+
+def test_curves_of_several_traces_with_memory(capsys, trace, tmp_path):
+    svg = tmp_path / "c.svg"
+    more = ("--requests", 40, "--model", "llama-3-8b", "--format", "int8", "--hints", "--svg", svg)
+    out = run_json(capsys, "curve", trace, "agent", *more)
+    assert [each["trace"] for each in out["traces"]] == [str(trace), "agent"]
+    for each in out["traces"]:
+        for row in each["shares"]:
+            assert row["bytes"] == row["capacity_pages"] * 16 * 65 * 1024
+            assert "hints" in row
+    text = {element.text for element in ET.parse(svg).getroot().iter("{http://www.w3.org/2000/svg}text")}
+    assert {"agent", "LRU with hints", "above: memory for llama-3-8b in int8, 65 KiB a token"} <= text
+    status, out, _ = run(capsys, "curve", trace, "agent", "--requests", 40, "--model", "llama-3-8b")
+    assert status == 0
+    assert out.count("trace  ") == 2
+    assert "MiB" in out
+    for arguments, message in (
+        ((trace, "agent", "--csv", "-"), "a CSV has one curve"),
+        (["chat"] * 9, "at most 8"),
+        (("-", "-"), "standard input"),
+        (("chat", "--model", "llama-9"), "neither a file nor a known model"),
+    ):
+        status, _, err = run(capsys, "curve", *arguments)
+        assert status == 1
+        assert message in err
 
 
 def test_curve_for_a_person(capsys, trace):

@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from radixkv.capacity import format_bytes, known_models, read_model
 from radixkv.cli import main
+from tests.capacity.test_capacity import FIELDS, gguf_bytes, llama
 
 
 def run(capsys, *arguments):
@@ -51,6 +53,40 @@ def test_the_picture(capsys, tmp_path):
     bars = [rect for rect in root.iter("{http://www.w3.org/2000/svg}rect") if rect.get("class") == "bar"]
     assert len(bars) == 6
     assert float(bars[0].get("width")) == 2 * float(bars[1].get("width"))
+
+
+def test_the_picture_says_what_the_traffic_needs(capsys, tmp_path):
+    file = tmp_path / "plan.svg"
+    arguments = ("llama-3-8b", "--trace", "chat", "--requests", "100", "--target", "0.5", "--svg", file, "--json")
+    need = json.loads(run(capsys, *arguments)[1])["trace"]["bytes_by_format"]
+    text = [element.text for element in ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}text")]
+    assert any("needs: for a hit rate of 50 % on chat" in words for words in text)
+    for size in need.values():
+        assert any(words.endswith(f"a token, needs {format_bytes(size)}") for words in text)
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_every_known_model(capsys, name):
+    status, out, err = run(capsys, name, "--memory", "1500GiB", "--weights", "auto", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["weight_bytes"] == read_model(name).weight_bytes
+    for row in found["formats"]:
+        assert row["requests"] == row["pages"] // (2048 // 16) > 100
+        assert row["pages"] * row["bytes_per_page"] <= 0.9 * (1500 * 2**30 - found["weight_bytes"])
+    assert run(capsys, name)[1].startswith("model       " + name)
+
+
+def test_a_folder_and_a_gguf_file(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(llama(2, 4, 2, max_position_embeddings=1000)))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf_bytes(FIELDS))
+    for source, token in ((tmp_path, 2 * 2 * 2 * 128 * 2), (file, 12 * 2 * 2 * 32 * 2)):
+        found = json.loads(run(capsys, source, "--memory", "1GiB", "--json")[1])
+        assert found["chosen"]["bytes_per_token"] == token
+        assert found["weight_bytes"] in (1000, file.stat().st_size)
+        assert found["reserved_length"] in (1000, 999)
 
 
 @pytest.mark.parametrize(

@@ -368,3 +368,14 @@ def test_any_order_of_calls_gives_the_same_tokens(make, model, prompts, expected
         assert request.done
         assert request.tokens == expected[number][: len(request.tokens)]
         assert request.status in ("cancelled", "error") or len(request.tokens) == request.max_new_tokens
+
+
+def test_a_request_that_ends_its_session_leaves_its_pages_to_be_evicted_first(make):
+    generator = make(num_pages=64)
+    cache, (system, one, two) = generator.engine.cache, random_prompts(16, 8, 8)
+    for prompt, cold in ((system + one, False), (system + two, True)):
+        generator.submit(prompt, max_new_tokens=2, cold=cold)
+        generator.run()
+    cache.evict(2)
+    assert cache.match(system + one) == 24
+    assert 16 <= cache.match(system + two) < 24

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -25,6 +26,33 @@ class Host:
 
     def __init__(self, num_pages=64, page_size=4):
         self.cache = radixkv.PrefixCache(num_pages=num_pages, page_size=page_size)
+
+
+class Figures:
+    """What an engine of two layers with a disk tier says."""
+
+    class Rows(NamedTuple):
+        rows: int
+        not_finite: int
+        unusual: int
+        sampled: int
+        mean_error: float
+        largest_error: float
+
+    class Tiers:
+        def stats(self):
+            store = {"read": 7, "written": 9, "failed": 2, "corrupt": 1, "breaker": "open"}
+            counts = {"ready": 5, "late": 1, "declined": 4, "filled_tokens": 640, "skipped_writes": 3}
+            return {**counts, "hub": {"slots": 10, "used": 4}, "stores": {"disk": store}}
+
+    layers = (object(), object())
+    tiers: object = Tiers()
+
+    def __init__(self):
+        self.attention = self
+
+    def stored(self, layer):
+        return self.Rows(100, 0, 1, 10, 0.01, 0.02), self.Rows(100, layer, 2, 30 * layer, 0.03, 0.04 + layer)
 
 
 class Plan:
@@ -144,13 +172,53 @@ def test_a_scrape_changes_nothing():
     assert (str(cache.snapshot()), cache.stats()) == before
 
 
+def test_what_formats_stored_and_tiers_did():
+    text = exported(Metrics(radixkv.PrefixCache(4)).follow(Figures()))
+    assert value(text, 'radixkv_stored_rows_total{tensor="k"}') == 200
+    assert value(text, 'radixkv_stored_not_finite_rows_total{tensor="v"}') == 1
+    assert value(text, 'radixkv_stored_unusual_rows_total{tensor="v"}') == 4
+    assert value(text, 'radixkv_stored_mean_error_ratio{tensor="k"}') == pytest.approx(0.01)
+    assert value(text, 'radixkv_stored_largest_error_ratio{tensor="v"}') == 1.04
+    assert value(text, 'radixkv_tier_fetches_total{result="late"}') == 1
+    assert value(text, "radixkv_tier_filled_tokens_total") == 640
+    assert value(text, 'radixkv_tier_hub_slots{state="free"}') == 6
+    assert value(text, 'radixkv_tier_store_events_total{event="written",store="disk"}') == 9
+    assert value(text, 'radixkv_tier_store_up{store="disk"}') == 0
+
+
+def test_an_engine_that_counts_nothing_more():
+    bare = Figures()
+    bare.attention, bare.tiers = object(), None
+    text = exported(Metrics(radixkv.PrefixCache(4)).follow(bare))
+    assert "radixkv_stored" not in text
+    assert "radixkv_tier" not in text
+
+
+def test_a_real_engine_tells_the_same_as_its_attention():
+    torch = pytest.importorskip("torch")
+    engine = radixkv.Engine(
+        num_layers=2, num_qo_heads=2, num_kv_heads=1, head_dim=64, num_pages=16, dtype=torch.bfloat16, kv_format="int8"
+    )
+    with engine.acquire(list(range(40))) as lease, engine.step([lease]) as step:
+        rows = len(step.input_ids)
+        for layer in range(2):
+            q, k, v = (torch.randn(rows, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
+            k[3, 0, 5] = float("nan")
+            step.attend(layer, q, k, v)
+    text = exported(Metrics(engine.cache).follow(engine))
+    assert value(text, 'radixkv_stored_rows_total{tensor="k"}') == 80
+    assert value(text, 'radixkv_stored_not_finite_rows_total{tensor="k"}') == 2
+    assert value(text, 'radixkv_stored_not_finite_rows_total{tensor="v"}') == 0
+    assert "radixkv_tier" not in text
+
+
 def names_in(text):
     return set(re.findall(r"radixkv_\w+", text)) - {"radixkv_"}
 
 
 def test_dashboard_and_alerts_name_metrics_that_exist():
     _, metrics = served(None, [1, 2, 3])
-    text = exported(metrics)
+    text = exported(metrics.follow(Figures()))
     known = set(re.findall(r"^(radixkv_\w+)", text, re.MULTILINE))
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
@@ -166,9 +234,10 @@ PROMTOOL = shutil.which("promtool")
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian's package prometheus has it)")
-def test_promtool_finds_nothing_to_say():
+def test_promtool_finds_nothing_to_say(tmp_path):
     assert PROMTOOL is not None
     _, metrics = served(None, [1, 2, 3])
+    metrics.follow(Figures())
     checks = [
         subprocess.run(
             [PROMTOOL, "check", "metrics"], input=exported(metrics), capture_output=True, text=True, check=False
@@ -177,8 +246,23 @@ def test_promtool_finds_nothing_to_say():
             [PROMTOOL, "check", "rules", MONITORING / "alerts.yml"], capture_output=True, text=True, check=False
         ),
     ]
-    assert [(done.returncode, done.stderr) for done in checks] == [(0, ""), (0, "")], checks
-    assert "3 rules found" in checks[1].stdout
+    checks.append(
+        subprocess.run(
+            [PROMTOOL, "test", "rules", MONITORING / "alerts_test.yml"], capture_output=True, text=True, check=False
+        )
+    )
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    records = [{"record": f"r{i}", "expr": re.sub(r"\$__\w+", "1m", expr)} for i, expr in enumerate(expressions)]
+    (tmp_path / "dashboard.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": records}]}))
+    checks.append(
+        subprocess.run(
+            [PROMTOOL, "check", "rules", tmp_path / "dashboard.yml"], capture_output=True, text=True, check=False
+        )
+    )
+    assert [(done.returncode, done.stderr) for done in checks] == [(0, "")] * 4, checks
+    assert "6 rules found" in checks[1].stdout
+    assert "SUCCESS" in checks[2].stdout
 
 
 def test_without_prometheus_client():

@@ -567,3 +567,24 @@ def test_a_step_that_failed_is_handed_out_again_one_request_at_a_time():
 def test_a_long_prompt_is_not_printed():
     request = Request(list(range(500)), 5, namespace="a")
     assert repr(request) == "Request(id=-1, waiting, 500 prompt tokens, 0 of 5 new, namespace='a')"
+
+
+def test_what_a_request_that_ends_its_session_alone_used_goes_first():
+    """And not what it shares, nor what a preemption gave back that it will want again."""
+    system, host = list(range(500, 532)), Host(num_pages=24, page_size=4)
+    scheduler = Scheduler(host)
+    for user, cold in enumerate((False, True, False)):
+        scheduler.submit(Request(system + [user] * 8, 4, cold=cold))
+        run(scheduler)
+    last = system + [1] * 8
+    assert host.cache.match(last) == 40
+    host.cache.evict(2)
+    assert [host.cache.match(system + [user] * 8) for user in range(3)] == [40, 36, 40]
+    host.cache.evict(1)
+    assert [host.cache.match(system + [user] * 8) for user in range(3)] == [40, 32, 40]
+    assert host.drains()
+
+
+def test_cold_is_true_or_false():
+    with pytest.raises(InvalidArgument, match="cold is 'yes': give True"):
+        Request([1], cold="yes")

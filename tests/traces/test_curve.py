@@ -2,6 +2,7 @@
 
 import io
 import xml.etree.ElementTree as ET
+from math import log10
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from radixkv import InvalidArgument
 from radixkv.traces.curve import capacity_curve
 from radixkv.traces.curve.clairvoyant import clairvoyant_hit_rates
 from radixkv.traces.curve.pages import page_keys
+from radixkv.traces.curve.picture import Drawn, Memory, curves_svg
 from radixkv.traces.replay import replay
 from radixkv.traces.request import Blocks, TraceRequest
 from radixkv.traces.workload import generate
@@ -158,18 +160,60 @@ def test_csv_holds_every_point(curve):
         assert float(rate) == pytest.approx(curve.hit_rate(int(pages)), abs=1e-6)
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(*curves, **more):
+    """(all texts, {class: d of the first path of it}) of a picture."""
+    root = ET.fromstring(curves_svg(curves, **more))
+    paths = {}
+    for path in root.iter(SVG + "path"):
+        paths.setdefault(path.get("class"), path.get("d"))
+    return [element.text for element in root.iter(SVG + "text")], paths
+
+
 def test_svg_is_a_picture_with_both_axes(curve):
-    stream = io.StringIO()
-    curve.to_svg(stream, "chat <1> & more")
-    root = ET.fromstring(stream.getvalue())
-    text = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    text, paths = drawn(Drawn("chat", curve), title="chat <1> & more")
     assert {"chat <1> & more", "hit rate (% of input tokens)", "10k", "0", "100"} <= set(text)
-    (path,) = root.iter("{http://www.w3.org/2000/svg}path")
-    assert path.get("d", "").count("V") > 50
+    assert list(paths) == ["lru c0"]
+    assert paths["lru c0"].count("V") > 50
+
+
+def test_bounds_and_hints_are_lines_with_a_dot_where_they_are_known(curve):
+    bound, told = [(20, 0.3), (5, 0.2), (curve.max_pages, 0.8)], [(10, 0.25), (40, 0.4), (0, 0.0), (10**9, 1.0)]
+    text, paths = drawn(Drawn("chat", curve, bound, told))
+    assert paths["clairvoyant c1"].count("L") == 2
+    lefts = [float(place.split(",")[0]) for place in paths["clairvoyant c1"][1:].split("L")]
+    assert lefts == sorted(lefts)
+    assert paths["hints c2"].count("L") == 1, "what lies beyond the axis is not drawn"
+    assert [paths[f"dots c{i}"].count("h0") for i in (1, 2)] == [3, 2]
+    assert {"clairvoyant", "LRU with hints"} <= set(text)
+
+
+def test_several_traces_have_a_colour_each(curve):
+    other = capacity_curve(generate("agent", 50, seed=2), 16)
+    text, paths = drawn(Drawn("chat", curve, [(5, 0.2)]), Drawn("agent", other, [(5, 0.3)]))
+    assert {"lru c0", "lru c1", "clairvoyant c0", "clairvoyant c1"} <= set(paths)
+    assert text.count("chat") == text.count("agent") == text.count("clairvoyant") == 1
+    for curves in (
+        [],
+        [Drawn("a", curve)] * 9,
+        [Drawn("a", curve), Drawn("b", capacity_curve([TraceRequest([1])], 4))],
+    ):
+        with pytest.raises(InvalidArgument, match="1 to 8 curves of one page size"):
+            curves_svg(curves)
+
+
+def test_a_second_axis_is_memory(curve):
+    text, _ = drawn(Drawn("chat", curve), memory=Memory(131_072, "llama-3-8b in bf16"))
+    assert "above: memory for llama-3-8b in bf16, 128 KiB a token" in text
+    assert {"10 MiB", "1 GiB"} <= set(text)
+    root = ET.fromstring(curves_svg([Drawn("chat", curve)], memory=Memory(1024, "a model")))
+    at = {element.text: float(element.get("x")) for element in root.iter(SVG + "text")}
+    assert at["10 MiB"] == pytest.approx(at["10k"] + (at["10k"] - at["1k"]) * log10(1.024), abs=0.2)
 
 
 @pytest.mark.parametrize("requests", [[], [TraceRequest([1, 2, 3, 4, 5])] * 2])
-def test_svg_of_almost_nothing(requests):
-    stream = io.StringIO()
-    capacity_curve(requests, 4).to_svg(stream)
-    assert ET.fromstring(stream.getvalue()).tag.endswith("svg")
+@pytest.mark.parametrize("memory", [None, Memory(131_072, "a model")])
+def test_svg_of_almost_nothing(requests, memory):
+    drawn(Drawn("none", capacity_curve(requests, 4)), memory=memory)

@@ -14,20 +14,24 @@ from sortedcontainers import SortedList
 
 from radixkv.errors import InvalidArgument
 from radixkv.traces.curve.pages import PageTree, page_keys
+from radixkv.traces.replay import Progress
 from radixkv.traces.request import TraceRequest
 
 __all__ = ["clairvoyant_hit_rates"]
 
 
-def clairvoyant_hit_rates(requests: Iterable[TraceRequest], page_size: int, capacities: Sequence[int]) -> list[float]:
+def clairvoyant_hit_rates(
+    requests: Iterable[TraceRequest], page_size: int, capacities: Sequence[int], progress: Progress | None = None
+) -> list[float]:
     """The highest possible hit rate (0 to 1) at each capacity in pages. Reads the trace once.
 
-    Hits are counted as in page-aligned replay. Raises TraceError from the trace and InvalidArgument for a page
+    Hits are counted as in page-aligned replay. ``progress`` is called with the number of requests done, which are those
+    of the trace once more than there are capacities. Raises TraceError from the trace and InvalidArgument for a page
     size below 1.
     """
     if page_size < 1:
         raise InvalidArgument(f"page_size must be at least 1, not {page_size}")
-    future = _Future(requests, page_size)
+    future = _Future(requests, page_size, progress)
     return [future.hit_pages(pages) * page_size / max(1, future.input_tokens) for pages in capacities]
 
 
@@ -38,7 +42,8 @@ Use: TypeAlias = tuple[int, int, int]
 class _Future:
     """When each page of each request is used next: runs of pages of one path with the same next request."""
 
-    def __init__(self, requests: Iterable[TraceRequest], page_size: int) -> None:
+    def __init__(self, requests: Iterable[TraceRequest], page_size: int, progress: Progress | None) -> None:
+        self._progress, self._done = progress, 0
         self.input_tokens = 0
         self._lengths: list[tuple[int, int]] = []  # per request: its pages, and how many of them can be hits
         self._next_uses: list[list[Use]] = []  # per request: its pages that are used again
@@ -53,6 +58,7 @@ class _Future:
             for owner, count in tree.touch(keys, width, number) if len(keys) else ():
                 self._next_uses[owner].append((number, depth, count))
                 depth += count
+            self._tell()
 
     def hit_pages(self, capacity: int) -> int:
         """The pages hit by a clairvoyant cache of ``capacity`` pages. O(runs * log(runs))."""
@@ -68,7 +74,13 @@ class _Future:
                 resident.add(use)
                 used += use[2]
             used -= _trim(resident, used - capacity)
+            self._tell()
         return hits
+
+    def _tell(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done)
 
 
 def _trim(resident: SortedList[Use], excess: int) -> int:

@@ -1,61 +1,84 @@
-"""A capacity curve as one SVG picture, drawn without any plotting package."""
+"""Capacity curves as one SVG picture, drawn without any plotting package."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log10
 from typing import TYPE_CHECKING
 
+from radixkv.errors import InvalidArgument
+from radixkv.memory import format_bytes
 from radixkv.observe import svg
 
 if TYPE_CHECKING:
     from radixkv.traces.curve.points import CapacityCurve
 
-__all__ = ["curve_svg"]
+__all__ = ["MAX_CURVES", "Drawn", "Memory", "curves_svg"]
 
-_WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 44, 56
+_WIDTH, _HEIGHT = 720, 460
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 88, 56
 _MAX_POINTS = 500
+_COLOURS = ("#1f6fb4", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569")
 _STYLE = (
-    "text{font:13px sans-serif;fill:#333}.title{font-size:15px;font-weight:600}.grid{stroke:#ddd}"
-    ".axis{stroke:#333}.curve{fill:none;stroke:#1f6fb4;stroke-width:2}.future{fill:none;stroke:#c2410c;stroke-width:6;stroke-linecap:round}"
-    ".told{fill:none;stroke:#15803d;stroke-width:6;stroke-linecap:round}"
-    ".bound{stroke:#999;stroke-dasharray:4 4}"
+    "text{font:13px sans-serif;fill:#333}.title{font-size:15px;font-weight:600}.dim{fill:#667}.grid{stroke:#ddd}"
+    ".axis{stroke:#333}.lru,.clairvoyant,.hints{fill:none;stroke-width:2}.clairvoyant{stroke-dasharray:7 4}"
+    ".hints{stroke-dasharray:2 3}.dots{stroke-width:5;stroke-linecap:round}.key{fill:#fff;fill-opacity:.85}"
+    + "".join(f".c{i}{{stroke:{colour}}}" for i, colour in enumerate(_COLOURS))
 )
+_LINES = {"lru": "LRU", "hints": "LRU with hints", "clairvoyant": "clairvoyant"}
+
+MAX_CURVES = len(_COLOURS)
 
 
-_KINDS = {"clairvoyant": "future", "with hints": "told"}
+@dataclass(frozen=True)
+class Drawn:
+    """A trace's curve and, where they were computed, what no policy exceeds and what hints give: (pages, hit rate)."""
+
+    name: str
+    curve: CapacityCurve
+    clairvoyant: Sequence[tuple[int, float]] = ()
+    hints: Sequence[tuple[int, float]] = ()
 
 
-def curve_svg(
-    curve: CapacityCurve, title: str = "", marks: Mapping[str, Sequence[tuple[int, float]]] | None = None
-) -> str:
-    """The curve as an SVG document: hit rate in percent over the capacity in tokens, on a logarithmic axis.
+@dataclass(frozen=True)
+class Memory:
+    """What a second axis counts: bytes, of a model's tokens."""
 
-    The dashed line is the hit rate of an unbounded cache. ``marks`` are dots (capacity in pages, hit rate), by name:
-    "clairvoyant" and "with hints".
+    bytes_per_token: float
+    what: str
+    """The model and its format."""
+
+
+def curves_svg(drawn: Sequence[Drawn], title: str = "Hit rate by capacity", memory: Memory | None = None) -> str:
+    """The curves as an SVG document: hit rate in percent over the capacity in tokens, on a logarithmic axis.
+
+    A colour is a trace; where there is only one, a line. Bounds and hints are lines between dots: they are known there.
+    Raises InvalidArgument for no curve, for more than MAX_CURVES, and for different page sizes.
     """
-    axis = _LogAxis(curve.page_size, max(curve.max_pages, 2) * curve.page_size)
-    limit = curve.hit_rate(curve.max_pages)
+    if not 1 <= len(drawn) <= MAX_CURVES or len({each.curve.page_size for each in drawn}) > 1:
+        raise InvalidArgument(f"a picture has 1 to {MAX_CURVES} curves of one page size, not {len(drawn)} of any")
+    page = drawn[0].curve.page_size
+    axis = _LogAxis(page, max(2, *(each.curve.max_pages for each in drawn)) * page)
+    lines = []
+    for i, each in enumerate(drawn):
+        several = len(drawn) > 1
+        lines += _points_line("clairvoyant", i if several else 1, each.clairvoyant, page, axis)
+        lines += _points_line("hints", i if several else 2, each.hints, page, axis)
+        lines.append(svg.path(f"lru c{i}", _steps(each.curve, axis)))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}">',
         f"<style>{_STYLE}</style>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
-        svg.text(_LEFT, 24, title or "Hit rate by capacity", kind="title"),
+        svg.text(_LEFT, 24, title, kind="title"),
         *_horizontal_grid(),
-        *axis.vertical_grid(),
-        svg.line("bound", _LEFT, _y(limit), _WIDTH - _RIGHT, _y(limit)),
+        *axis.tokens_grid(),
+        *([] if memory is None else axis.memory_scale(memory)),
         svg.line("axis", _LEFT, _TOP, _LEFT, _HEIGHT - _BOTTOM),
         svg.line("axis", _LEFT, _HEIGHT - _BOTTOM, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM),
-        *_marks(marks or {}, curve.page_size, axis),
-        svg.path("curve", _steps(curve, axis)),
-        svg.text(_WIDTH - _RIGHT, _y(limit) - 6, f"unbounded: {100 * limit:.1f} %", anchor="end"),
-        svg.text(
-            (_LEFT + _WIDTH - _RIGHT) / 2,
-            _HEIGHT - 12,
-            f"capacity (tokens; pages of {curve.page_size})",
-            anchor="middle",
-        ),
+        *lines,
+        *_key(drawn),
+        svg.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, f"capacity (tokens; pages of {page})", anchor="middle"),
         f'<text x="18" y="{_y(0.5):.1f}" text-anchor="middle" transform="rotate(-90 18 {_y(0.5):.1f})">'
         "hit rate (% of input tokens)</text>",
         "</svg>",
@@ -74,11 +97,11 @@ class _LogAxis:
         share = (log10(tokens) - log10(self._first)) / (log10(self._last) - log10(self._first))
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
-    def has(self, tokens: int) -> bool:
+    def has(self, tokens: float) -> bool:
         """Whether a capacity lies on the axis."""
         return self._first <= tokens <= self._last
 
-    def vertical_grid(self) -> list[str]:
+    def tokens_grid(self) -> list[str]:
         """A line and a label at each power of ten, or at both ends where the axis spans less than one."""
         ticks = [10**power for power in range(16) if self._first <= 10**power <= self._last]
         parts = []
@@ -87,6 +110,20 @@ class _LogAxis:
             parts.append(svg.line("grid", x, _TOP, x, _HEIGHT - _BOTTOM))
             parts.append(svg.text(x, _HEIGHT - _BOTTOM + 18, _short(tick), anchor="middle"))
         return parts
+
+    def memory_scale(self, memory: Memory) -> list[str]:
+        """The same capacities in bytes, above: 1, 10 and 100 of each unit, or both ends."""
+        sizes = [tens * 1024**power for power in range(7) for tens in (1, 10, 100)]
+        ticks = [size for size in sizes if self.has(size / memory.bytes_per_token)]
+        if len(ticks) < 2:
+            ticks = [round(end * memory.bytes_per_token) for end in (self._first, self._last)]
+        token = format_bytes(round(memory.bytes_per_token))
+        parts = [svg.text(_LEFT, 48, f"above: memory for {memory.what}, {token} a token", kind="dim")]
+        for size in ticks:
+            x = self.x(size / memory.bytes_per_token)
+            parts.append(svg.line("axis", x, _TOP - 5, x, _TOP))
+            parts.append(svg.text(x, _TOP - 10, format_bytes(size), anchor="middle"))
+        return [*parts, svg.line("axis", _LEFT, _TOP, _WIDTH - _RIGHT, _TOP)]
 
 
 def _horizontal_grid() -> list[str]:
@@ -107,22 +144,36 @@ def _steps(curve: CapacityCurve, axis: _LogAxis) -> str:
     return "".join(path) + f"H{_WIDTH - _RIGHT}"
 
 
-def _marks(marks: Mapping[str, Sequence[tuple[int, float]]], page_size: int, axis: _LogAxis) -> list[str]:
-    """Figures at single capacities, as dots: a line between two of them could run below the curve. With a key."""
-    parts, names = [], []
-    for name, points in marks.items():
-        drawn = [(axis.x(pages * page_size), _y(rate)) for pages, rate in points if axis.has(pages * page_size)]
-        if drawn:
-            parts.append(svg.path(_KINDS[name], "".join(f"M{left:.1f},{top:.1f}h0" for left, top in drawn)))
-            names.append(name)
-    if not names:
+def _points_line(
+    kind: str, colour: int, points: Sequence[tuple[int, float]], page_size: int, axis: _LogAxis
+) -> list[str]:
+    """A line through figures at single capacities, and a dot at each."""
+    places = [(axis.x(pages * page_size), _y(rate)) for pages, rate in points if axis.has(pages * page_size)]
+    if not places:
         return []
-    x, y = _WIDTH - _RIGHT - 130, _HEIGHT - _BOTTOM - 20 - 20 * len(names)
-    for row, name in enumerate(names):
-        parts.append(svg.path(f"{_KINDS[name]} key", f"M{x + 14},{y + 20 * row}h0"))
-        parts.append(svg.text(x + 36, y + 20 * row + 4, name))
-    bottom = y + 20 * len(names)
-    return [*parts, svg.line("curve", x, bottom, x + 28, bottom), svg.text(x + 36, bottom + 4, "LRU")]
+    words = [f"{left:.1f},{top:.1f}" for left, top in sorted(places)]
+    dots = "".join(f"M{word}h0" for word in words)
+    return [svg.path(f"{kind} c{colour}", "M" + "L".join(words)), svg.path(f"dots c{colour}", dots)]
+
+
+def _key(drawn: Sequence[Drawn]) -> list[str]:
+    """What colours and dashes say, at the lower right, where a curve seldom is."""
+    kinds = [kind for kind in _LINES if kind == "lru" or any(getattr(each, kind) for each in drawn)]
+    if len(drawn) == 1:
+        colours = {"lru": 0, "clairvoyant": 1, "hints": 2}
+        curve = drawn[0].curve
+        best = f"{100 * curve.hit_rate(curve.max_pages):.1f} % unbounded"
+        rows = [(f"{kind} c{colours[kind]}", _LINES[kind] + (f", {best}" if kind == "lru" else "")) for kind in kinds]
+    else:
+        rows = [(f"lru c{i}", each.name) for i, each in enumerate(drawn)]
+        rows += [(f"{kind} c7", _LINES[kind]) for kind in kinds[1:]]
+    wide = 60 + 7 * max(len(words) for _, words in rows)
+    x, y = _WIDTH - _RIGHT - wide - 8, _HEIGHT - _BOTTOM - 20 * len(rows) - 14
+    parts = [svg.box("key", x - 10, y - 4, wide + 10, 20 * len(rows) + 6)]
+    for row, (kind, words) in enumerate(rows):
+        at = y + 20 * row + 9
+        parts += [svg.path(kind, f"M{x},{at}h32"), svg.text(x + 42, at + 4, words)]
+    return parts
 
 
 def _y(rate: float) -> float:

@@ -1,8 +1,7 @@
-"""CapacityCurve: hits by capacity, and the ways to look at them (points, CSV, SVG)."""
+"""CapacityCurve: hits by capacity, and the ways to look at them (points, CSV)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -79,19 +78,3 @@ class CapacityCurve:
         stream.write("capacity_pages,capacity_tokens,hit_tokens,hit_rate\n")
         for pages, rate in self.points(max_points):
             stream.write(f"{pages},{pages * self.page_size},{self.hit_tokens(pages)},{rate:.6f}\n")
-
-    def to_svg(
-        self,
-        stream: TextIO,
-        title: str = "",
-        clairvoyant: Sequence[tuple[int, float]] = (),
-        hints: Sequence[tuple[int, float]] = (),
-    ) -> None:
-        """Write the curve as an SVG picture: hit rate over the logarithm of the capacity in tokens.
-
-        ``clairvoyant``: (capacity in pages, hit rate) of `clairvoyant_hit_rates`; ``hints``: of replays that tell where
-        sessions end; both drawn as dots.
-        """
-        from radixkv.traces.curve.picture import curve_svg
-
-        stream.write(curve_svg(self, title, {"clairvoyant": clairvoyant, "with hints": hints}))
