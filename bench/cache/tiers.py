@@ -2,7 +2,7 @@
 
     python -m bench.cache.tiers [--json] [--quick] [--dir DIR] [--dtype float32]
 
-The loop writes and reads as many bytes in the same sizes on the same file system: batches of 32 records with
+The loop writes and reads as many bytes in the same sizes on the same file system: batches of 64 records with
 fdatasync, and 8 records a read in 4 threads. It makes no checksums, keeps no index and copies nothing. The model is
 SmolLM2-135M on one thread. "After a restart" is a new engine over the directory of a closed one, in this process.
 """
@@ -33,7 +33,7 @@ from radixkv.hf import Generator, engine_for
 from radixkv.tiers import TierOptions, Tiers
 
 PAGE_BYTES, STRIDE = 368640, 372736  # of SmolLM2 in bf16, 16 tokens: what the pool has, what a record takes
-BATCH, CHUNK, THREADS = 32, 8, 4
+BATCH, CHUNK, THREADS = 64, 8, 4
 PROMPT, LOADS = 1000, 4
 PLAIN = "O_DIRECT loop"
 
@@ -45,7 +45,9 @@ class Pages:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self.memory = np.random.default_rng(0).integers(0, 256, (num_pages, PAGE_BYTES), dtype=np.uint8)
+        self.memory = torch.empty((num_pages, PAGE_BYTES), dtype=torch.uint8).numpy()  # as `KVPool` does: aligned
+        radixkv._core.prefer_huge_pages(self.memory.ctypes.data, self.memory.nbytes)
+        self.memory[:] = np.random.default_rng(0).integers(0, 256, PAGE_BYTES, dtype=np.uint8)
 
     def read_pages(self, pages: np.ndarray, out: np.ndarray) -> None:
         for i, page in enumerate(pages.tolist()):
@@ -56,10 +58,21 @@ class Pages:
             self.memory[page] = data[i]
 
 
+def slots(count: int) -> np.ndarray:
+    """Memory for records, such as the hub's."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = np.frombuffer(mmap.mmap(-1, count * STRIDE, flags=private), np.uint8).reshape(count, STRIDE)
+    radixkv._core.prefer_huge_pages(memory.ctypes.data, memory.nbytes)
+    memory[:] = 7
+    return memory
+
+
 def plain(folder: Path, count: int) -> tuple[float, float]:
     """Seconds that `count` records take to be written, and to be read."""
-    memory = np.frombuffer(mmap.mmap(-1, BATCH * STRIDE), np.uint8).reshape(BATCH, STRIDE)
-    memory[:] = 7
+    memory = slots(BATCH)
+    buffers = queue.SimpleQueue[np.ndarray]()
+    for _ in range(THREADS):
+        buffers.put(slots(CHUNK))
     file = os.open(folder / "plain", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     os.posix_fallocate(file, 0, count * STRIDE)
     start = time.perf_counter()
@@ -72,7 +85,7 @@ def plain(folder: Path, count: int) -> tuple[float, float]:
         jobs.put(i)
 
     def read() -> None:
-        own = np.frombuffer(mmap.mmap(-1, CHUNK * STRIDE), np.uint8).reshape(CHUNK, STRIDE)
+        own = buffers.get()
         while not jobs.empty():
             os.preadv(file, [row.data for row in own], jobs.get() * STRIDE)
 

@@ -22,7 +22,7 @@ from radixkv.tiers.store import PageStore
 
 __all__ = ["Writer"]
 
-_BACKLOG, _BATCH = 1 << 14, 32
+_BACKLOG, _BATCH = 1 << 14, 64
 
 
 class _Page(NamedTuple):

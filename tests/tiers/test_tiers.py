@@ -410,3 +410,23 @@ def test_misuse():
         warnings.simplefilter("error")
         with pytest.raises(radixkv.InvalidArgument, match="disk_capacity"):
             Pool(TierOptions(disk="unused", disk_capacity=1, threads=0, secret=b"s"))
+
+
+def test_what_was_used_last_stays_over_a_restart(tmp_path):
+    """The index is told of the deepest page only: those before it are hotter whatever it says of them."""
+    capacity = 30 * 4096
+    one, two, three = ([*[i] * 20, *range(100 * i, 100 * i + 21)] for i in (1, 2, 3))
+    stored(tmp_path, one, two, three, capacity=capacity)
+    pool = Pool(options(tmp_path, capacity=capacity))
+    pool.serve(one)
+    pool.serve(two[:21])
+    pool.close()
+    pool = Pool(options(tmp_path, capacity=capacity))
+    pool.serve([7] * 61)  # 15 pages: of `three` all go, and of `two` those that were not used since
+    pool.tiers.pump()
+    pool.close()
+    pool = Pool(options(tmp_path, capacity=capacity, ram=2 * 4096))
+    keys = {name: pool.tiers._keys.pages(tokens[:40], pool.tiers._keys.tag("")) for name, tokens in
+            (("one", one), ("two", two), ("three", three))}  # fmt: skip
+    assert {name: pool.tiers.disk.leading(pages) for name, pages in keys.items()} == {"one": 10, "two": 5, "three": 0}
+    pool.close()
