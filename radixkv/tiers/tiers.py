@@ -360,9 +360,12 @@ class Tiers:
         free afterwards.
 
         Raises:
-            LeaseError: the lease is released, in a step or another thread's. InvalidArgument: another engine's fetch.
+            LeaseError: the lease is released, in a step or another thread's. InvalidArgument: another engine's fetch
+            or lease.
         """
         self.check_own(fetch)
+        if not lease._of(self._cache):
+            raise InvalidArgument(f"{lease!r} is of another cache: fill leases that this engine acquired")
         lease.extend([])  # nothing; refuses a lease that may not change
         self.settle(fetch, late=False)
         try:
