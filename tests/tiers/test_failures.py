@@ -164,7 +164,7 @@ class Recorder:
 
 
 def test_loss_of_power_in_any_legal_order(tmp_path, monkeypatch):
-    """WAL may lose any number of the last commits; of what was written after the last fdatasync any sectors are there."""
+    """WAL may lose any of the last commits; of what was written after the last fdatasync any sectors may be there."""
     capacity = 12 * 4096
     pool = Pool(pool_options(tmp_path / "d", capacity=capacity))
     recorder = Recorder(tmp_path / "d", monkeypatch)
