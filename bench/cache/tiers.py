@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ class Pages:
         radixkv._core.prefer_huge_pages(self.memory.ctypes.data, self.memory.nbytes)
         self.memory[:] = np.random.default_rng(0).integers(0, 256, PAGE_BYTES, dtype=np.uint8)
 
-    def read_pages(self, pages: np.ndarray, out: np.ndarray) -> None:
-        for i, page in enumerate(pages.tolist()):
-            out[i] = self.memory[page]
+    def read_pages(self, pages: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        for page, row in zip(pages.tolist(), out, strict=True):
+            row[:] = self.memory[page]
 
-    def write_pages(self, pages: np.ndarray, data: np.ndarray) -> None:
-        for i, page in enumerate(pages.tolist()):
-            self.memory[page] = data[i]
+    def write_pages(self, pages: np.ndarray, data: Sequence[np.ndarray]) -> None:
+        for page, row in zip(pages.tolist(), data, strict=True):
+            self.memory[page] = row
 
 
 def slots(count: int) -> np.ndarray:

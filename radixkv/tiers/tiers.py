@@ -389,13 +389,11 @@ class Tiers:
             return 0
         if not np.array_equal(lease.tokens[: end * size], fetch.prompt[: end * size]):
             return 0
-        own = lease.pages[begin - lease.num_dropped // size :]
+        own = lease.pages[begin - lease.num_dropped // size :][: end - begin]
+        rows = [self.hub.memory[slot, : self._layout.page_bytes] for slot in fetch.slots[begin:end]]
+        self._pages.write_pages(own, rows)
         for i in range(begin, end):
-            slot = fetch.slots[i]
-            assert slot is not None
-            page = own[i - begin : i - begin + 1]
             fetch.restored[fetch.where[i]] = fetch.restored.get(fetch.where[i], 0) + min(size, (i + 1) * size - written)
-            self._pages.write_pages(page, self.hub.memory[slot : slot + 1, : self._layout.page_bytes])
         lease.advance(end * size - written)
         lease.commit()
         self._counts["filled_tokens"] += end * size - written

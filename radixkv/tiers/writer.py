@@ -109,8 +109,9 @@ class Writer:
                 records.append((slot, self._record(slot, page)))
                 continue
             copied.append((slot, page))
-            out = self._hub.memory[slot, : self._layout.page_bytes]
-            self._pages.read_pages(np.array([page.page], np.int32), out[None])
+        if copied:
+            rows = [self._hub.memory[slot, : self._layout.page_bytes] for slot, _ in copied]
+            self._pages.read_pages(np.array([page.page for _, page in copied], np.int32), rows)
         return records + self._seal(copied)
 
     def _lend(self) -> int | None:

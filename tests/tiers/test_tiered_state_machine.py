@@ -33,8 +33,7 @@ class Slots:
         self.numbers, self.things = {}, []
 
     def read_pages(self, pages, out):
-        numbers = out.view(np.int64)
-        for row, page in zip(numbers, pages.tolist(), strict=True):
+        for row, page in zip((row.view(np.int64) for row in out), pages.tolist(), strict=True):
             for i in range(self.page_size):
                 thing = self.slots.get((page, i))
                 if thing not in self.numbers:
@@ -43,7 +42,7 @@ class Slots:
                 row[i] = self.numbers[thing]
 
     def write_pages(self, pages, data):
-        for row, page in zip(np.ascontiguousarray(data).view(np.int64), pages.tolist(), strict=True):
+        for row, page in zip((row.view(np.int64) for row in data), pages.tolist(), strict=True):
             for i in range(self.page_size):
                 self.slots[page, i] = self.things[row[i]]
 
