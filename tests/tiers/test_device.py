@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -192,9 +194,13 @@ def test_what_tiers_below_a_gpu_ask_for():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_pages_of_a_real_pool_come_back_with_the_same_bytes(tmp_path):
+def test_pages_of_a_real_pool_come_back_with_the_same_bytes(tmp_path, monkeypatch):
     """On a device that is there, or emulated: what the twin cannot show is that torch's calls are right."""
     device, prompt = torch.device("cuda", 0), list(range(42))
+    if torch.cuda.cudart() is None:  # the emulation neither pins memory nor knows whose turn it is
+        nothing = SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: nothing)
+        monkeypatch.setattr(Cuda, "keep", lambda *_: None)
     shapes = [LayerShape(4, 2, 16), LayerShape(4, 2, 16), LayerShape(4, 1, 32)]
     before = None
     for expected in (0, 40):
