@@ -399,7 +399,50 @@ def test_writers_that_recycle_pages_under_copies(tmp_path):
         assert again.tiers._layout.intact(memory, row.key, row.parent)
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_pages_that_are_stored_once_they_were_found(tmp_path, threads):
+    other = [5] * 21
+    pool = Pool(options(tmp_path, write="second", threads=threads))
+    for prompt in (PROMPT, other):
+        pool.serve(prompt)
+    pool.serve(PROMPT[:21], "another namespace")
+    pool.tiers.pump()
+    assert len(pool.tiers.disk) == 0
+    pool.serve(PROMPT[:21] + [7] * 20)  # finds five pages
+    pool.cache.evict(0)
+    pool.close()
+    again = Pool(options(tmp_path))
+    assert (again.serve(PROMPT), again.serve(other), again.serve(PROMPT, "another namespace")) == (20, 0, 0)
+    again.close()
+
+
+def test_pages_that_left_before_they_were_found_or_cleared_are_not_stored(tmp_path):
+    pool = Pool(options(tmp_path, write="second"))
+    pool.serve(PROMPT)
+    pool.cache.evict(64)
+    pool.serve(PROMPT)  # computed anew: nobody found it yet
+    pool.tiers.pump()
+    pool.serve(PROMPT)  # found; but not pumped before the clear
+    pool.tiers.clear()
+    pool.serve(PROMPT)
+    pool.tiers.pump()
+    pool.close()
+    assert Pool(options(tmp_path)).serve(PROMPT) == 0
+
+
+def test_nothing_is_stored_where_told_so(tmp_path):
+    stored(tmp_path)
+    pool = Pool(options(tmp_path, write="none"))
+    assert pool.serve(PROMPT) == 40
+    pool.serve(PROMPT[::-1])
+    pool.tiers.clear("other")
+    pool.close()
+    assert Pool(options(tmp_path)).serve(PROMPT[::-1]) == 0
+
+
 def test_misuse():
+    with pytest.raises(radixkv.InvalidArgument, match="write"):
+        Pool(TierOptions(write="some", threads=0))
     with pytest.raises(radixkv.InvalidArgument, match="secret"):
         Pool(TierOptions(secret=b"", threads=0))
     with pytest.raises(radixkv.InvalidArgument, match="ram"):
