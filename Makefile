@@ -127,7 +127,7 @@ tsan: build/tsan/.built  ## the core tests under ThreadSanitizer
 bench: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## all benchmarks beside all peers, one table (needs RADIXKV_TRACES or ../shared/traces for the replay)
 	$(PY) -m bench
 
-bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## the same, shortened to about three minutes
+bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## the same, shortened to about five minutes
 	$(PY) -m bench --quick
 
 peers-venv: build/peers-venv/failed.json  ## install the peers that the benchmarks compare with

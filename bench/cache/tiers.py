@@ -3,8 +3,8 @@
     python -m bench.cache.tiers [--json] [--quick] [--dir DIR] [--dtype float32]
 
 The loop writes and reads as many bytes in the same sizes on the same file system: batches of 64 records with
-fdatasync, and 8 records a read in 4 threads. It makes no checksums, keeps no index and copies nothing. The model is
-SmolLM2-135M on one thread. "After a restart" is a new engine over the directory of a closed one, in this process.
+fdatasync, and 8 records a read in 4 threads. It makes no checksums, keeps no index and copies nothing. The RAM of both
+has been touched before. The model is SmolLM2-135M on one thread. "After a restart" is a new engine over the directory of a closed one, in this process.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def ours(folder: Path, count: int) -> dict[str, float]:
     found = {}
     cache = radixkv.PrefixCache(count + per_prompt, 16)
     with Tiers(cache, Pages(count + per_prompt), {"bench": 1}, options) as tiers:
+        tiers.hub.memory[:] = 7  # as the loop's: what the first touch of memory takes is the machine's
         start, cpu = time.perf_counter(), time.process_time()
         for prompt in prompts:
             with cache.acquire(prompt) as lease:
@@ -121,6 +122,7 @@ def ours(folder: Path, count: int) -> dict[str, float]:
         found["put_cpu"] = time.process_time() - cpu
     cache = radixkv.PrefixCache(2 * per_prompt, 16)
     with Tiers(cache, Pages(2 * per_prompt), {"bench": 1}, options) as tiers:
+        tiers.hub.memory[:] = 7
         gained, start, cpu = 0, time.perf_counter(), time.process_time()
         fetch = tiers.prefetch(prompts[0])
         for prompt, after in zip(prompts, [*prompts[1:], prompts[0]], strict=True):
@@ -233,11 +235,12 @@ def main() -> None:
         rows: list[Row] = []
         for part in (
             lambda: disk_rows(folder, count, repeats),
-            lambda: restart_rows(folder / "restart", model, repeats),
+            lambda: restart_rows(folder / "restart", model, 1 if options.quick else repeats),
             lambda: loading_rows(folder / "loading", model, 20 if options.quick else 60),
         ):
-            rows += part()
-            print(text(rows[-4:]), file=show, flush=True)
+            found = part()
+            print(text(found), file=show, flush=True)
+            rows += found
     if options.json:
         print(json.dumps(conditions("bench.cache.tiers") | rows_of(rows)))
 
