@@ -201,7 +201,10 @@ class KVPool:
             begin += runs * size
 
     def _index(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(pages.astype(np.int64)).to(self.device)
+        index = torch.from_numpy(pages.astype(np.int64))
+        if self.device.type == "cpu":
+            return index
+        return index.pin_memory().to(self.device, non_blocking=True)  # else the host would wait for the whole stream
 
     def _parts(self, data: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(data, [place.shape[1] for place in self._pages], dim=1)

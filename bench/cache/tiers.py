@@ -4,7 +4,8 @@
 
 The loop writes and reads as many bytes in the same sizes on the same file system: batches of 64 records with
 fdatasync, and 8 records a read in 4 threads. It makes no checksums, keeps no index and copies nothing. The RAM of both
-has been touched before. The model is SmolLM2-135M on one thread. "After a restart" is a new engine over the directory of a closed one, in this process.
+has been touched before. The model is SmolLM2-135M on one thread. "After a restart" is a new engine over the directory
+of a closed one, in this process.
 """
 
 from __future__ import annotations

@@ -49,16 +49,18 @@ class Slots:
 
 class TieredMachine(Machine):
     @initialize(
-        num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans(), hub=st.integers(2, 30)
-    )
-    def start(self, num_pages, page_size, journal, hub):
+        num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans(), hub=st.integers(2, 30),
+        write=st.sampled_from(["all", "all", "second"]),
+    )  # fmt: skip
+    def start(self, num_pages, page_size, journal, hub, write):
         Machine.start(self, num_pages, page_size, False)
         self.cache = TieredCache(num_pages, page_size)
         self.shadow = Shadow(self.cache.journal()) if journal else None
         self.table = radixkv._core.PageTable(self.cache)
         self.store = Faulty()
         pages = Slots(self.slots, num_pages, page_size)
-        self.tiers = Tiers(self.cache, pages, IDENTITY, TierOptions(threads=0, ram=hub * 4096), [self.store])
+        options = TierOptions(threads=0, ram=hub * 4096, write=write)
+        self.tiers = Tiers(self.cache, pages, IDENTITY, options, [self.store])
         self.fetches = []
 
     def keeps_up(self):
