@@ -92,8 +92,9 @@ flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on 
 aarch64: .venv/.deps  ## the attention tests for AArch64 (NEON), cross-compiled, on an emulated processor
 	.ci/aarch64
 
-test-deep: build  ## the state machine with many more examples (RADIXKV_EXAMPLES=20000)
+test-deep: build  ## the state machines with many more examples (RADIXKV_EXAMPLES=20000), 200 kill -9 (RADIXKV_KILLS=200)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/cache/test_state_machine.py
+	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} RADIXKV_KILLS=$${RADIXKV_KILLS:-200} $(PY) -m pytest tests/tiers/test_tiered_state_machine.py tests/tiers/test_kill.py
 
 zoo: build  ## every family of transformers, tiny and random, against stock generate (five minutes; docs/models.md)
 	$(PY) -m tests.zoo
@@ -126,7 +127,7 @@ tsan: build/tsan/.built  ## the core tests under ThreadSanitizer
 bench: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## all benchmarks beside all peers, one table (needs RADIXKV_TRACES or ../shared/traces for the replay)
 	$(PY) -m bench
 
-bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## the same, shortened to about three minutes
+bench-quick: build .venv/.model build/peers-venv/failed.json build/e2e-venv/failed.json  ## the same, shortened to about five minutes
 	$(PY) -m bench --quick
 
 peers-venv: build/peers-venv/failed.json  ## install the peers that the benchmarks compare with

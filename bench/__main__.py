@@ -26,6 +26,7 @@ BENCHMARKS = (
     ("Page table and step", "cache.operations", ()),
     ("CPU attention", "attention.speed", ("--threads", "1")),
     ("A shared prefix read once", "attention.cascade", ("--threads", "1")),
+    ("Tiers below the pool", "cache.tiers", ()),
     ("SmolLM2-135M end to end", "end_to_end", ("--threads", "1")),
 )
 
@@ -42,7 +43,7 @@ def run(name: str, arguments: tuple[str, ...]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats and cases: about three minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and cases: about five minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args()
     quick = ("--quick",) if options.quick else ()

@@ -13,7 +13,7 @@ import torch
 from radixkv import _core
 from radixkv.attention import backend_for, check_device
 from radixkv.cache import Lease, PrefixCache
-from radixkv.errors import BackendUnavailable, InvalidArgument
+from radixkv.errors import InvalidArgument
 from radixkv.formats import LayerFormat, layer_formats
 from radixkv.kv_plan import KvPlan
 from radixkv.pool import KVPool, pages_for_capacity
@@ -21,6 +21,7 @@ from radixkv.shape import LayerShape, checked_size
 from radixkv.step import Step
 from radixkv.tiers import Fetch, TierOptions, Tiers
 from radixkv.tiers.cache import TieredCache
+from radixkv.tiers.device import DevicePages, device_pages_of
 from radixkv.tiers.identity import layers_identity
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Engine:
         policy: what the cache evicts first, "lru" or "hazard" (`PrefixCache`).
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
             `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
-        tiers: what lies below the pool: RAM, and a disk that keeps pages over restarts. On the CPU only. Close such an
-            engine: what is not stored yet is stored then.
+        tiers: what lies below the pool: RAM, and a disk that keeps pages over restarts. Not with cuda_graphs. Close
+            such an engine: what is not stored yet is stored then.
 
     Raises:
         InvalidArgument: sizes that cannot work. BackendUnavailable: no attention for this device, dtype or head_dim,
@@ -82,7 +83,7 @@ class Engine:
             raise InvalidArgument("give either num_pages or capacity: the size of the pool")
         check_device(device, cuda_graphs=cuda_graphs)
         if tiers is not None:
-            _check_tiers(tiers, device)
+            _check_tiers(tiers, device, cuda_graphs)
         if capacity is not None:
             page_size = checked_size("page_size", page_size)
             per_page = sum(f.page_bytes(page_size, s) for s, f in zip(self.layers, formats, strict=True))
@@ -94,7 +95,15 @@ class Engine:
         self.attention = backend_for(self.pool.layers, dtype, cuda_graphs=cuda_graphs)
         self.attention.warm_up()
         self.table = _core.PageTable(self.cache)
-        self.tiers = None if tiers is None else Tiers(self.cache, self.pool, self._identity(tiers), tiers)
+        self.device_pages: DevicePages | None = None
+        self.tiers = None if tiers is None else self._tiers_below(tiers)
+
+    def _tiers_below(self, options: TierOptions) -> Tiers:
+        self.device_pages = device_pages_of(self.pool)
+        tiers = Tiers(self.cache, self.device_pages or self.pool, self._identity(options), options)
+        if self.device_pages is not None:
+            self.device_pages.pin(tiers.hub.memory)
+        return tiers
 
     def _identity(self, tiers: TierOptions) -> dict[str, object]:
         """All that decides the bytes of a page."""
@@ -102,7 +111,9 @@ class Engine:
             "weights": tiers.weights,
             "layers": layers_identity(self.layers, [kv.format for kv in self.pool.layers]),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "arithmetic": f"native:{_core.isa()}:torch-{torch.__version__}:{torch.backends.cpu.get_cpu_capability()}",
+            "arithmetic": "cuda"
+            if self.device.type == "cuda"
+            else f"native:{_core.isa()}:torch-{torch.__version__}:{torch.backends.cpu.get_cpu_capability()}",
         }
 
     @property
@@ -150,7 +161,8 @@ class Engine:
         0 if nothing fits. Between steps, in the thread that owns the lease. At least one token is left to compute.
 
         Raises:
-            LeaseError: the lease may not change. InvalidArgument: another engine's fetch, or no tiers.
+            LeaseError: the lease may not change. InvalidArgument: another engine's fetch or lease, or no
+            tiers.
         """
         return self._below.fill(lease, fetched)
 
@@ -267,7 +279,7 @@ def _dtype(dtype: object) -> torch.dtype:
     return dtype
 
 
-def _check_tiers(tiers: object, device: torch.device) -> None:
+def _check_tiers(tiers: object, device: torch.device, cuda_graphs: bool) -> None:
     if not isinstance(tiers, TierOptions):
         raise InvalidArgument(f"tiers is {tiers!r}: give TierOptions(...)")
     if not tiers.weights or not isinstance(tiers.weights, str):
@@ -275,8 +287,12 @@ def _check_tiers(tiers: object, device: torch.device) -> None:
             f"TierOptions.weights is {tiers.weights!r}: say whose K and V are stored, such as "
             "TierOptions(weights=radixkv.hf.weights_digest(model), ...)"
         )
-    if device.type != "cpu":
-        raise BackendUnavailable(f"tiers below a pool on {device} are not built yet: leave tiers out, or use the CPU")
+    if device.type == "cpu":
+        return
+    if tiers.ram is None:
+        raise InvalidArgument(f"TierOptions.ram is None: below a pool on {device} say what RAM to pin, such as '8GiB'")
+    if cuda_graphs:
+        raise InvalidArgument("tiers copy pages while a graph would be captured: leave out tiers, or cuda_graphs")
 
 
 def _device(device: object) -> torch.device:

@@ -162,38 +162,49 @@ class KVPool:
             else:
                 copy_batched(block, source, target)
 
-    def read_pages(self, pages: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> None:
-        """Copy pages [n] to `out` [n, page_bytes]: for each its K and V of layer 0, then of layer 1, and so on."""
-        for memory, rows in self._host_parts(out):
-            for i, page in enumerate(pages.tolist()):
-                rows[i] = memory[page]
-        if self._host:
+    def read_pages(self, pages: npt.NDArray[np.int32], out: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copy pages [n] to n rows of page_bytes: for each its K and V of layer 0, then of layer 1, and so on."""
+        if not self._host:
+            for row, gathered in zip(out, self.gather(pages), strict=True):
+                torch.from_numpy(row).copy_(gathered)
             return
-        index, target = self._index(pages), torch.from_numpy(out)
-        for place, part in zip(self._pages, self._parts(target), strict=True):
-            part.copy_(place.index_select(0, index))
+        for page, row in zip(pages.tolist(), out, strict=True):
+            for memory, part in self._host_parts(row):
+                part[...] = memory[page]
 
-    def write_pages(self, pages: npt.NDArray[np.int32], data: npt.NDArray[np.uint8]) -> None:
-        """Copy `data` [n, page_bytes], laid out as by `read_pages`, to pages [n]."""
-        for memory, rows in self._host_parts(data):
-            for i, page in enumerate(pages.tolist()):
-                memory[page] = rows[i]
-        if self._host:
+    def write_pages(self, pages: npt.NDArray[np.int32], data: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Copy n rows, laid out as by `read_pages`, to pages [n]."""
+        if not self._host:
+            self.scatter(pages, torch.stack([torch.from_numpy(row) for row in data]).to(self.device))
             return
-        index, source = self._index(pages), torch.from_numpy(data)
-        for place, part in zip(self._pages, self._parts(source), strict=True):
-            place.index_copy_(0, index, part.to(self.device))
+        for page, row in zip(pages.tolist(), data, strict=True):
+            for memory, part in self._host_parts(row):
+                memory[page] = part
 
-    def _host_parts(self, data: npt.NDArray[np.uint8]) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-        """Memory [num_pages, runs, bytes], and its place in `data` [n, runs, bytes]."""
+    def gather(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Pages [n] one after the other, as by `read_pages`: uint8 [n, page_bytes] on the pool's device."""
+        index = self._index(pages)
+        return torch.cat([place.index_select(0, index) for place in self._pages], dim=1)
+
+    def scatter(self, pages: npt.NDArray[np.int32], data: torch.Tensor) -> None:
+        """The reverse of `gather`."""
+        index = self._index(pages)
+        for place, part in zip(self._pages, self._parts(data), strict=True):
+            place.index_copy_(0, index, part)
+
+    def _host_parts(self, row: npt.NDArray[np.uint8]) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Memory [num_pages, runs, bytes], and its place in a row [runs, bytes]."""
         begin = 0
         for memory in self._host:
             _, runs, size = memory.shape
-            yield memory, data[:, begin : begin + runs * size].reshape(len(data), runs, size)
+            yield memory, row[begin : begin + runs * size].reshape(runs, size)
             begin += runs * size
 
     def _index(self, pages: npt.NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(pages.astype(np.int64)).to(self.device)
+        index = torch.from_numpy(pages.astype(np.int64))
+        if self.device.type == "cpu":
+            return index
+        return index.pin_memory().to(self.device, non_blocking=True)  # else the host would wait for the whole stream
 
     def _parts(self, data: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(data, [place.shape[1] for place in self._pages], dim=1)

@@ -66,7 +66,11 @@ class Step(_core.Step):
         self._rows = len(self.input_ids)
         self._window_limit = table.window_limit
         self._plan = None
-        self._clock = time.perf_counter() if engine.tiers is not None and self._rows >= _TIMED_ROWS else 0.0
+        timed = engine.tiers is not None and self._rows >= _TIMED_ROWS
+        self._clock = time.perf_counter() if timed else 0.0
+        done = None if engine.device_pages is None else engine.device_pages.step_begins(timed)
+        if done is not None and engine.tiers is not None:
+            engine.tiers.planner.computed(*done)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Launch a forward pass that was captured in a step with the same graph_key, in place of attending.
@@ -175,10 +179,18 @@ class Step(_core.Step):
         engine.attention.run(layer, q, out, options, sinks)
         self._attended(layer)
         if self._clock and layer == len(engine.layers) - 1:
-            assert engine.tiers is not None
-            engine.tiers.planner.computed(self._rows, time.perf_counter() - self._clock)
-            self._clock = 0.0
+            self._was_timed()
         return out
+
+    def _was_timed(self) -> None:
+        """The last layer is computed, or launched."""
+        engine = self._engine
+        assert engine.tiers is not None
+        if engine.device_pages is not None:
+            engine.device_pages.step_ends(self._rows)
+        else:
+            engine.tiers.planner.computed(self._rows, time.perf_counter() - self._clock)
+        self._clock = 0.0
 
     def _check_written(self, layer: int, k: torch.Tensor | None, v: torch.Tensor | None) -> None:
         """Raise unless neither k nor v is given and this step has written the layer."""

@@ -144,6 +144,8 @@ MUTANTS = [
     Mutant("a step left by an exception keeps its leases", "step/page_table.cpp",
            "note_written(table_.view().num_rows(static_cast<std::int32_t>(i)));\n  }\n  let_go();",
            "note_written(table_.view().num_rows(static_cast<std::int32_t>(i)));\n  }\n  if (written) let_go();"),
+    Mutant("a lease of any engine is filled", "python/lease.cpp", "return &*l.owner == &cache;",
+           "return (void)l, (void)cache, true;", ("tests/tiers/test_engine_tiers.py",)),
     Mutant("a step that nobody left keeps its leases", "python/step.cpp",
            "if (open_) page_table_->steps.let_go();", ""),
     Mutant("a step left in another thread advances", "step/page_table.cpp",

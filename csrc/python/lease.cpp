@@ -195,6 +195,9 @@ void bind_lease(nb::module_& m) {
       .def(
           "adopt", [](PyLease& l) { l.owner->work(0, [&] { l.lease->adopt(); }); },
           "From now on the lease belongs to the calling thread.")
+      .def(
+          "_of", [](const PyLease& l, const PyCache& cache) { return &*l.owner == &cache; }, "cache"_a,
+          "Whether this cache acquired it.")
       .def("__repr__", &repr)
       .def("__reduce_ex__", &no_copy)
       .def("__enter__", [](nb::object self) { return self; })

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ class Disk:
         self._lock = threading.Lock()  # the maps; never held while a disk is waited for
         self._writing = threading.Lock()
         self._places: OrderedDict[bytes, _Place] = OrderedDict()  # coldest first; a parent is hotter than its children
-        self._touched: set[bytes] = set()
+        self._touched: dict[bytes, None] = {}  # used since it was last written down; `_load` puts those before hotter
         self._dropped: set[bytes] = set()  # damaged: not here, though their rows still are
         self._free: list[int] = []
         self._used = 0
@@ -156,10 +156,16 @@ class Disk:
         if self.read_only:
             return
         with self._lock:
-            for key in reversed(keys):
-                if key in self._places:
-                    self._places.move_to_end(key)
-                    self._touched.add(key)
+            known = [key for key in reversed(keys) if key in self._places]
+            for key in known:
+                self._places.move_to_end(key)
+            self._note(known[:1])
+
+    def _note(self, keys: Sequence[bytes]) -> None:
+        """These were used last; the index learns of it with the next pages."""
+        for key in keys:
+            self._touched.pop(key, None)
+            self._touched[key] = None
 
     def drop(self, keys: Sequence[bytes]) -> int:
         """These records are not what they should be; returns how many were still thought to be here."""
@@ -191,6 +197,7 @@ class Disk:
         self._forget_dropped()
         with self._lock:
             path = self._heat(records)
+            self._note([record.key for record in records if record.key in self._places])
             wanted = [record for record in {r.key: r for r in records}.values() if record.key not in self._places]
             while len(self._free) < len(wanted) and (more := self._slabs.grow(self.num_slots - self._slabs.num_slots)):
                 end = self._slabs.num_slots
@@ -206,18 +213,21 @@ class Disk:
 
     def _heat(self, records: Sequence[Record]) -> set[bytes]:
         """Makes the pages before these the hottest, children before parents; returns them."""
-        paths = [key for r in records for key in self._path(r.key if r.key in self._places else r.parent)]
-        last = list(dict.fromkeys(reversed(paths)))[::-1]  # a page that several lead to comes after all of these
-        for key in last:
-            self._places.move_to_end(key)
-        self._touched.update(last)
-        return set(last)
+        seen: set[bytes] = set()
+        paths = [self._path(r.key if r.key in self._places else r.parent, seen) for r in reversed(records)]
+        for path in reversed(paths):  # a page that several lead to comes with the last of these
+            for key in path:
+                self._places.move_to_end(key)
+        return seen
 
-    def _path(self, key: bytes) -> Iterator[bytes]:
-        """A page and those before it, as far as they are here."""
-        while (place := self._places.get(key)) is not None:
-            yield key
+    def _path(self, key: bytes, seen: set[bytes]) -> list[bytes]:
+        """A page and those before it, as far as they are here and were not seen."""
+        path = []
+        while key not in seen and (place := self._places.get(key)) is not None:
+            path.append(key)
+            seen.add(key)
             key = place.parent
+        return path
 
     def _forget_dropped(self) -> None:
         with self._lock:
@@ -233,11 +243,11 @@ class Disk:
         with self._lock:
             for key in keys:
                 self._free.append(self._places.pop(key).slot)
-                self._touched.discard(key)
+                self._touched.pop(key, None)
 
     def _add(self, new: Sequence[tuple[Record, int]]) -> None:
         with self._lock:
-            touched = [key for key in self._places if key in self._touched]
+            touched = list(self._touched)
             self._touched.clear()
         used = [(self._next(), key) for key in touched]
         rows = [Row(r.key, slot, r.parent, r.tag, r.tokens, 0) for r, slot in reversed(new)]

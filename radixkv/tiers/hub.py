@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import numpy as np
 
+from radixkv import _core
 from radixkv.tiers.record import Bytes
 
 __all__ = ["Hub"]
@@ -21,6 +22,7 @@ class Hub:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # the first touch of shared memory takes three times as long
         memory = mmap.mmap(-1, num_slots * stride, flags=private)
         self.memory: Bytes = np.frombuffer(memory, np.uint8).reshape(num_slots, stride)
+        _core.prefer_huge_pages(self.memory.ctypes.data, self.memory.nbytes)  # direct I/O then pins a few, not many
         self._lock = threading.Lock()
         self._users = [0] * num_slots
         self._key: list[bytes | None] = [None] * num_slots

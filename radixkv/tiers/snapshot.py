@@ -115,7 +115,7 @@ def _write(
     for i in range(0, n, _BATCH):
         ids = np.array([page.page for page in found[i : i + _BATCH]], np.int32)
         out = np.empty((len(ids), layout.page_bytes), np.uint8)
-        pages.read_pages(ids, out)
+        pages.read_pages(ids, list(out))
         columns["sum"][i : i + len(ids)] = [_sum(row, layout.seed) for row in out]
         file.write(out.data)
     rest = b"".join(column.tobytes() for column in columns.values())
@@ -256,7 +256,7 @@ class Snapshot:
             for i, page in enumerate(path[written // size :], written // size):
                 if not self.read(page, payload):
                     break
-                pages.write_pages(lease.pages[i : i + 1], payload[None])
+                pages.write_pages(lease.pages[i : i + 1], [payload])
                 end += int(self.length[page])
             if end <= written:  # its first page is damaged: nothing was written
                 lease.release(commit=False)

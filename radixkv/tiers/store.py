@@ -20,11 +20,11 @@ class PageStore(Protocol):
     def num_pages(self) -> int: ...
     @property
     def page_bytes(self) -> int: ...
-    def read_pages(self, pages: npt.NDArray[np.int32], out: Bytes) -> None:
-        """Copy pages [n] to `out` [n, page_bytes]. Others may write to them meanwhile."""
+    def read_pages(self, pages: npt.NDArray[np.int32], out: Sequence[Bytes]) -> None:
+        """Copy pages [n] to n rows of page_bytes. Others may write to the pages meanwhile."""
 
-    def write_pages(self, pages: npt.NDArray[np.int32], data: Bytes) -> None:
-        """Copy `data` [n, page_bytes] to pages [n]."""
+    def write_pages(self, pages: npt.NDArray[np.int32], data: Sequence[Bytes]) -> None:
+        """Copy n rows of page_bytes to pages [n]; others get the memory of the rows afterwards."""
 
 
 class Store(Protocol):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class TierOptions:
         snapshot: a file that `Engine.save` wrote: its pages are read when they are asked for.
         ram: bytes of RAM that pages pass through, and stay in while there is room; 256 pages by default.
         secret: what keys of pages are made with, 1 to 64 bytes; by default the directory's own, made at first.
+        write: which pages are stored: "all" that are published; "second", those that a later request found in the
+            pool, for disks that wear; "none".
         threads: that read from the disk. 0: nothing happens but in `Tiers.pump`, and nothing goes by the clock.
     """
 
@@ -64,6 +66,7 @@ class TierOptions:
     snapshot: str | Path | None = None
     ram: str | int | None = None
     secret: bytes | None = None
+    write: Literal["all", "second", "none"] = "all"
     threads: int = 4
 
 
@@ -103,6 +106,8 @@ class Tiers:
         options: TierOptions,
         stores: Sequence[Store] = (),
     ) -> None:
+        if options.write not in ("all", "second", "none"):
+            raise InvalidArgument(f"write is {options.write!r}: give 'all', 'second' or 'none'")
         self.page_size = cache.page_size
         self._cache, self._pages = cache, pages
         self.identity = identity = {**identity, "page_size": cache.page_size, "format": 1}
@@ -130,7 +135,7 @@ class Tiers:
         self._counts = {"ready": 0, "late": 0, "declined": 0, "filled_tokens": 0}
         self.planner = Planner(pages.page_bytes / cache.page_size)
         self._timed = options.threads > 0
-        self._writer = Writer(cache.journal(), self._keys, self.hub, self._layout, pages)
+        self._writer = Writer(cache.journal(), self._keys, self.hub, self._layout, pages, options.write)
         self._copying = threading.Lock()
         self._closed = threading.Event()
         self._worker = threading.Thread(
@@ -360,9 +365,12 @@ class Tiers:
         free afterwards.
 
         Raises:
-            LeaseError: the lease is released, in a step or another thread's. InvalidArgument: another engine's fetch.
+            LeaseError: the lease is released, in a step or another thread's. InvalidArgument: another engine's fetch
+            or lease.
         """
         self.check_own(fetch)
+        if not lease._of(self._cache):
+            raise InvalidArgument(f"{lease!r} is of another cache: fill leases that this engine acquired")
         lease.extend([])  # nothing; refuses a lease that may not change
         self.settle(fetch, late=False)
         try:
@@ -386,13 +394,11 @@ class Tiers:
             return 0
         if not np.array_equal(lease.tokens[: end * size], fetch.prompt[: end * size]):
             return 0
-        own = lease.pages[begin - lease.num_dropped // size :]
+        own = lease.pages[begin - lease.num_dropped // size :][: end - begin]
+        rows = [self.hub.memory[slot, : self._layout.page_bytes] for slot in fetch.slots[begin:end]]
+        self._pages.write_pages(own, rows)
         for i in range(begin, end):
-            slot = fetch.slots[i]
-            assert slot is not None
-            page = own[i - begin : i - begin + 1]
             fetch.restored[fetch.where[i]] = fetch.restored.get(fetch.where[i], 0) + min(size, (i + 1) * size - written)
-            self._pages.write_pages(page, self.hub.memory[slot : slot + 1, : self._layout.page_bytes])
         lease.advance(end * size - written)
         lease.commit()
         self._counts["filled_tokens"] += end * size - written

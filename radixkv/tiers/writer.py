@@ -22,7 +22,7 @@ from radixkv.tiers.store import PageStore
 
 __all__ = ["Writer"]
 
-_BACKLOG, _BATCH = 1 << 14, 32
+_BACKLOG, _BATCH = 1 << 14, 64
 
 
 class _Page(NamedTuple):
@@ -37,11 +37,15 @@ class _Page(NamedTuple):
 class Writer:
     """A reader of the journal. `follow` and `copy` are called from one thread at a time each."""
 
-    def __init__(self, journal: Journal, keys: Keys, hub: Hub, layout: Layout, pages: PageStore) -> None:
+    def __init__(
+        self, journal: Journal, keys: Keys, hub: Hub, layout: Layout, pages: PageStore, which: str = "all"
+    ) -> None:
         self.skipped = 0  #: pages not stored, because too many waited
         self.discarded = 0  #: copies of pages that left the tree meanwhile
         self._journal, self._keys, self._hub, self._layout, self._pages = journal, keys, hub, layout, pages
-        self._cursor = 0
+        self._which = which  # pages: "all", "second" (once a request has found them in the pool) or "none"
+        self._once: dict[bytes, _Page] = {}  # published, and not found yet
+        self._cursor, self._releases = 0, journal.releases_end
         self._names: dict[int, str] = {}
         self._known: dict[int, tuple[bytes, bytes]] = {}  # page: its key and its tag
         self._waiting: deque[_Page] = deque()
@@ -50,17 +54,32 @@ class Writer:
 
     def follow(self) -> bool:
         """Read what the journal has to say; whether there was anything. Changes of a nonce must not run meanwhile."""
+        if self._which == "none":
+            return False
         batch = self._journal.read(self._cursor, 256)
         if batch.lost:
             batch = self._journal.dump()
-            self._names.clear()
-            self._known.clear()
+            for known in (self._names, self._known, self._once):
+                known.clear()
             self._apply(batch, first=None)
         else:
             self._apply(batch, batch.cursor - len(batch.op))
         moved = batch.cursor != self._cursor
         self._cursor = batch.cursor
-        return moved
+        return self._find_hits() or moved if self._which == "second" else moved
+
+    def _find_hits(self) -> bool:
+        """What requests that ended had found in the pool waits to be stored; whether there were any requests."""
+        found, _, lost = self._journal.releases(self._releases)
+        known = [release for release in found if release.at <= self._cursor]  # `at` grows
+        self._releases += lost + len(known)
+        size = self._layout.page_size
+        for release in known:
+            tokens = release.tokens[: release.num_cached // size * size]
+            for key in self._keys.pages(tokens, self._keys.tag(release.namespace)):
+                if (page := self._once.pop(key, None)) is not None:
+                    self._wait(page)
+        return bool(known)
 
     def _apply(self, batch: Batch, first: int | None) -> None:
         """Keep the keys of what is in the tree. What is new waits to be stored; a dump has no numbers to check by."""
@@ -73,9 +92,9 @@ class Writer:
                 (key,) = self._keys.pages(tokens, parent)
                 self._known[page] = key, tag
                 if first is not None:
-                    self._wait(_Page(page, first + i, key, parent, tag, tokens.astype("<i4").tobytes()))
+                    self._is_new(_Page(page, first + i, key, parent, tag, tokens.astype("<i4").tobytes()))
             else:
-                del self._known[page]
+                self._once.pop(self._known.pop(page)[0], None)
 
     def _before(self, page: int, root: int) -> tuple[bytes, bytes]:
         """The key of the page before, and the namespace's tag, which is both for a first page."""
@@ -83,6 +102,12 @@ class Writer:
             return self._known[page]
         tag = self._keys.tag(self._names[root])
         return tag, tag
+
+    def _is_new(self, page: _Page) -> None:
+        if self._which == "second":
+            self._once[page.key] = page
+        else:
+            self._wait(page)
 
     def _wait(self, page: _Page) -> None:
         if len(self._waiting) < _BACKLOG:
@@ -109,8 +134,9 @@ class Writer:
                 records.append((slot, self._record(slot, page)))
                 continue
             copied.append((slot, page))
-            out = self._hub.memory[slot, : self._layout.page_bytes]
-            self._pages.read_pages(np.array([page.page], np.int32), out[None])
+        if copied:
+            rows = [self._hub.memory[slot, : self._layout.page_bytes] for slot, _ in copied]
+            self._pages.read_pages(np.array([page.page for _, page in copied], np.int32), rows)
         return records + self._seal(copied)
 
     def _lend(self) -> int | None:

@@ -29,10 +29,12 @@ class Pool:
         self.tiers = Tiers(self.cache, self, identity, options or TierOptions(threads=0), stores)
 
     def read_pages(self, pages, out):
-        out[:] = self.bytes[pages]
+        for page, row in zip(pages, out, strict=True):
+            row[:] = self.bytes[page]
 
     def write_pages(self, pages, data):
-        self.bytes[pages] = data
+        for page, row in zip(pages, data, strict=True):
+            self.bytes[page] = row
 
     def compute(self, lease):
         """Writes what is not written, as a model would."""

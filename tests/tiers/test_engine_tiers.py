@@ -151,6 +151,14 @@ def test_a_fetch_that_is_filled_late_or_twice_or_elsewhere(tmp_path):
         with pytest.raises(radixkv.InvalidArgument, match="no fetch of this engine"):
             engine.acquire(PROMPT, fetched=7)
         assert engine.cache.stats().num_leases == other.cache.stats().num_leases == 0
+        with other.acquire(PROMPT) as lease:
+            before = engine.pool.layers[0].k_pages.clone()
+            with pytest.raises(radixkv.InvalidArgument, match="another cache"):
+                engine.fill(lease, fetch)
+            assert lease.num_written == 0
+            assert torch.equal(engine.pool.layers[0].k_pages, before)
+            lease.release(False)
+        assert fetch.tokens == 48
         lease = engine.acquire(PROMPT)
         with engine.step([lease]) as step, pytest.raises(radixkv.LeaseError, match="open step"):
             forward(step)

@@ -33,8 +33,7 @@ class Slots:
         self.numbers, self.things = {}, []
 
     def read_pages(self, pages, out):
-        numbers = out.view(np.int64)
-        for row, page in zip(numbers, pages.tolist(), strict=True):
+        for row, page in zip((row.view(np.int64) for row in out), pages.tolist(), strict=True):
             for i in range(self.page_size):
                 thing = self.slots.get((page, i))
                 if thing not in self.numbers:
@@ -43,23 +42,25 @@ class Slots:
                 row[i] = self.numbers[thing]
 
     def write_pages(self, pages, data):
-        for row, page in zip(np.ascontiguousarray(data).view(np.int64), pages.tolist(), strict=True):
+        for row, page in zip((row.view(np.int64) for row in data), pages.tolist(), strict=True):
             for i in range(self.page_size):
                 self.slots[page, i] = self.things[row[i]]
 
 
 class TieredMachine(Machine):
     @initialize(
-        num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans(), hub=st.integers(2, 30)
-    )
-    def start(self, num_pages, page_size, journal, hub):
+        num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans(), hub=st.integers(2, 30),
+        write=st.sampled_from(["all", "all", "second"]),
+    )  # fmt: skip
+    def start(self, num_pages, page_size, journal, hub, write):
         Machine.start(self, num_pages, page_size, False)
         self.cache = TieredCache(num_pages, page_size)
         self.shadow = Shadow(self.cache.journal()) if journal else None
         self.table = radixkv._core.PageTable(self.cache)
         self.store = Faulty()
         pages = Slots(self.slots, num_pages, page_size)
-        self.tiers = Tiers(self.cache, pages, IDENTITY, TierOptions(threads=0, ram=hub * 4096), [self.store])
+        options = TierOptions(threads=0, ram=hub * 4096, write=write)
+        self.tiers = Tiers(self.cache, pages, IDENTITY, options, [self.store])
         self.fetches = []
 
     def keeps_up(self):

@@ -399,7 +399,50 @@ def test_writers_that_recycle_pages_under_copies(tmp_path):
         assert again.tiers._layout.intact(memory, row.key, row.parent)
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_pages_that_are_stored_once_they_were_found(tmp_path, threads):
+    other = [5] * 21
+    pool = Pool(options(tmp_path, write="second", threads=threads))
+    for prompt in (PROMPT, other):
+        pool.serve(prompt)
+    pool.serve(PROMPT[:21], "another namespace")
+    pool.tiers.pump()
+    assert len(pool.tiers.disk) == 0
+    pool.serve(PROMPT[:21] + [7] * 20)  # finds five pages
+    pool.cache.evict(0)
+    pool.close()
+    again = Pool(options(tmp_path))
+    assert (again.serve(PROMPT), again.serve(other), again.serve(PROMPT, "another namespace")) == (20, 0, 0)
+    again.close()
+
+
+def test_pages_that_left_before_they_were_found_or_cleared_are_not_stored(tmp_path):
+    pool = Pool(options(tmp_path, write="second"))
+    pool.serve(PROMPT)
+    pool.cache.evict(64)
+    pool.serve(PROMPT)  # computed anew: nobody found it yet
+    pool.tiers.pump()
+    pool.serve(PROMPT)  # found; but not pumped before the clear
+    pool.tiers.clear()
+    pool.serve(PROMPT)
+    pool.tiers.pump()
+    pool.close()
+    assert Pool(options(tmp_path)).serve(PROMPT) == 0
+
+
+def test_nothing_is_stored_where_told_so(tmp_path):
+    stored(tmp_path)
+    pool = Pool(options(tmp_path, write="none"))
+    assert pool.serve(PROMPT) == 40
+    pool.serve(PROMPT[::-1])
+    pool.tiers.clear("other")
+    pool.close()
+    assert Pool(options(tmp_path)).serve(PROMPT[::-1]) == 0
+
+
 def test_misuse():
+    with pytest.raises(radixkv.InvalidArgument, match="write"):
+        Pool(TierOptions(write="some", threads=0))
     with pytest.raises(radixkv.InvalidArgument, match="secret"):
         Pool(TierOptions(secret=b"", threads=0))
     with pytest.raises(radixkv.InvalidArgument, match="ram"):
@@ -410,3 +453,23 @@ def test_misuse():
         warnings.simplefilter("error")
         with pytest.raises(radixkv.InvalidArgument, match="disk_capacity"):
             Pool(TierOptions(disk="unused", disk_capacity=1, threads=0, secret=b"s"))
+
+
+def test_what_was_used_last_stays_over_a_restart(tmp_path):
+    """The index is told of the deepest page only: those before it are hotter whatever it says of them."""
+    capacity = 30 * 4096
+    one, two, three = ([*[i] * 20, *range(100 * i, 100 * i + 21)] for i in (1, 2, 3))
+    stored(tmp_path, one, two, three, capacity=capacity)
+    pool = Pool(options(tmp_path, capacity=capacity))
+    pool.serve(one)
+    pool.serve(two[:21])
+    pool.close()
+    pool = Pool(options(tmp_path, capacity=capacity))
+    pool.serve([7] * 61)  # 15 pages: of `three` all go, and of `two` those that were not used since
+    pool.tiers.pump()
+    pool.close()
+    pool = Pool(options(tmp_path, capacity=capacity, ram=2 * 4096))
+    keys = {name: pool.tiers._keys.pages(tokens[:40], pool.tiers._keys.tag("")) for name, tokens in
+            (("one", one), ("two", two), ("three", three))}  # fmt: skip
+    assert {name: pool.tiers.disk.leading(pages) for name, pages in keys.items()} == {"one": 10, "two": 5, "three": 0}
+    pool.close()
