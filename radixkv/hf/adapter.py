@@ -32,6 +32,7 @@ from radixkv.hf.config import (
 )
 from radixkv.hf.digest import weights_digest
 from radixkv.hf.layers import position_arguments, step_for
+from radixkv.hf.linear import warn_of_slow_products
 from radixkv.shape import LayerShape
 from radixkv.tiers import TierOptions
 
@@ -252,8 +253,10 @@ def engine_for(
     `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
     `kv_format` says what they are stored as, as for `Engine`. `tiers` that name no weights get the model's
     `weights_digest`.
-    The model's own attention stays in place; `forward` and `Generator` switch it.
+    The model's own attention stays in place; `forward` and `Generator` switch it. Warns of a model in 16 bits on a CPU
+    that multiplies these slowly, unless `optimize` has rewritten it.
     """
+    warn_of_slow_products(model)
     shape = probe(model)
     if isinstance(tiers, TierOptions) and tiers.weights is None:
         tiers = replace(tiers, weights=weights_digest(model))

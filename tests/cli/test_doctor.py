@@ -174,3 +174,17 @@ def test_8_bit_cases(target: str) -> None:
         result = parity.run_case(case, 5, functools.partial(backend_over, target), device, seed=0)
         assert result.problem is None
         assert result.ok
+
+
+def test_slow_products_of_16_bits_are_noted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a fault of this package, but what makes a model slow, and there is a remedy."""
+    linear = pytest.importorskip("radixkv.hf.linear")
+    for slow, notes in (({torch.bfloat16, torch.float16}, "bfloat16 and float16"), ({torch.float16}, "float16")):
+        monkeypatch.setattr(linear, "multiplies", lambda dtype, slow=slow: dtype not in slow)
+        assert main(["doctor", "--device", "cpu", "--batches", "1", "--dtype", "float32"]) == 0
+        found = capsys.readouterr().out
+        assert f"note: torch multiplies {notes} on this CPU several times slower than float32: call" in found
+    monkeypatch.setattr(linear, "multiplies", lambda dtype: True)
+    assert doctor(capsys, "--device", "cpu", "--dtype", "float32")[1]["notes"] == []
