@@ -189,12 +189,18 @@ def engine_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def forward(
-    model: PreTrainedModel, step: Step, rows: torch.Tensor | None = None, *, embeds: torch.Tensor | None = None
+    model: PreTrainedModel,
+    step: Step,
+    rows: torch.Tensor | None = None,
+    *,
+    embeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
 
     Or of `rows`, int64 indices into the rows of the step: all of them where the tokens of each are to be judged.
-    `embeds`, `[rows, hidden]`, is what the model is given in place of the step's tokens, where some stand for pictures.
+    `embeds`, `[rows, hidden]`, is what the model is given in place of the step's tokens, where some stand for pictures,
+    and `positions`, int64 `[3, rows]`, in place of the step's, where it places pictures by time, height and width.
     Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
     (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
     """
@@ -204,9 +210,10 @@ def forward(
     config = text_config(model)
     more = keep | position_arguments(config, step.positions)
     given = {"input_ids": step.input_ids} if embeds is None else {"inputs_embeds": embeds}
-    given["position_ids"] = step.positions
+    given = {name: x.unsqueeze(0) for name, x in given.items()}
+    given["position_ids"] = step.positions.unsqueeze(0) if positions is None else positions.unsqueeze(1)
     with running(step_for(config, step)):
-        logits = model(**{name: x.unsqueeze(0) for name, x in given.items()}, use_cache=False, **more).logits[0]
+        logits = model(**given, use_cache=False, **more).logits[0]
     return cast("torch.Tensor", logits if keep else logits[rows])
 
 
