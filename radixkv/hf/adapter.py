@@ -171,7 +171,8 @@ def attach(model: PreTrainedModel) -> None:
     part = _text_part(model)
     if not part._can_set_attn_implementation():
         raise InvalidArgument(
-            f"{type(model).__name__} does not look its attention up in transformers' AttentionInterface"
+            f"{type(model).__name__} does not look its attention up in transformers' AttentionInterface: only a loop "
+            "of your own can run it, with step.attend in place of its attention"
         )
     part.set_attn_implementation(ATTENTION)
 
@@ -298,7 +299,8 @@ def probe(model: PreTrainedModel) -> AttentionShape:
     if seen.layers != expected:
         raise InvalidArgument(
             f"{name} has {len(expected)} layers, but the engine's attention was called for layers {seen.layers}: every "
-            "layer must attend exactly once, in order"
+            "layer must attend exactly once, in order; a loop of your own can have a layer of Engine(layers=...) for "
+            "each attention"
         )
     dtypes = {q.dtype for q in seen.queries}
     if len(dtypes) != 1:
@@ -419,5 +421,6 @@ def _check_windows(model: PreTrainedModel, seen: _Probe) -> None:
         if found != expected and not (found is None and never_full):
             raise InvalidArgument(
                 f"layer {layer} of {type(model).__name__} has a window of {expected} keys for transformers' cache, but "
-                f"tells its attention {found}: the engine cannot know which keys it may see"
+                f"tells its attention {found}: the engine cannot know which keys it may see. Where no sequence is "
+                "longer than the window, load the model with sliding_window=max_position_embeddings"
             )

@@ -34,7 +34,7 @@ FAMILIES = frozenset(
 )
 """Model types whose answers with pictures are equal to those of stock `generate`: the tests try each."""
 
-_NOT_CAUSAL = frozenset({"gemma3", "gemma4", "paligemma"})
+_NOT_CAUSAL = frozenset({"gemma3", "paligemma"})
 
 
 class Features:
