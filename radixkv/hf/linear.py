@@ -40,8 +40,8 @@ class PackedLinear(nn.Module):
             zeros = [weight.new_zeros(layer.out_features) for layer in layers]
             self.bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, biases, strict=True)])
         self.in_features, self.out_features = layers[0].in_features, len(weight)
-        self._packs = multiplies(weight.dtype) and torch._C._has_mkldnn
         self._widens = not multiplies(weight.dtype)
+        self._packs = not self._widens and weight.dtype != torch.float64 and torch._C._has_mkldnn
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._packs else weight
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:

@@ -27,15 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["optimize"]
 
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _QKV = {"q_proj", "k_proj", "v_proj"}
 _BUILDS: dict[str, list[set[str]]] = {
-    "layer": [
-        {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-        {
-            *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
-            *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-        },
-    ],
+    "layer": [_LAYER, _LAYER | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}],
     "attention": [{*qkv, "o_proj", *norms} for qkv in (_QKV, {"qkv_proj"}) for norms in ((), ("q_norm", "k_norm"))],
     "mlp": [
         {"gate_proj", "up_proj", "down_proj", "act_fn"},
@@ -79,10 +74,10 @@ def optimize(model: PreTrainedModel) -> None:
         options, positions = _attention_options(model), _telling_positions(model)
         for index, layer in enumerate(decoder.layers):
             _check_layer(layer, f"layer {index} of {name}")
-        pairs = _turns_pairs(decoder, positions, options[0], name)
+        pairs = _turns_pairs(decoder, positions, options[0], f"layer 0 of {name}")
         for index, layer in enumerate(decoder.layers):
-            at = _at(decoder, positions, index)
-            _compare(layer, at, options[index], pairs, f"layer {index} of {name}")
+            where = f"layer {index} of {name}"
+            _compare(layer, _at(decoder, positions, index, where), options[index], pairs, where)
         layers = [Layer(layer, options[index], pairs) for index, layer in enumerate(decoder.layers)]
         head: Any = model.get_output_embeddings()
         packed_head = PackedLinear([head]) if type(head) is nn.Linear else None
@@ -172,22 +167,25 @@ class _At(NamedTuple):
     sin: torch.Tensor
 
 
-def _at(decoder: Any, positions: torch.Tensor, index: int) -> _At:
+def _at(decoder: Any, positions: torch.Tensor, index: int, where: str) -> _At:
     rotary = copy.deepcopy(decoder.rotary_emb)  # some change in use
     of_types = "layer_type" in inspect.signature(rotary.forward).parameters
     more = {"layer_type": decoder.config.layer_types[index]} if of_types else {}
-    return _At(positions, *rotary(torch.zeros(1, 1), position_ids=positions, **more))
-
-
-def _turns_pairs(decoder: Any, positions: torch.Tensor, options: dict[str, Any], name: str) -> bool:
-    """Whether a head's rotary embedding turns neighbours against each other (GLM), not its halves: the first layer
-    tells."""
-    at = _at(decoder, positions, 0)
     try:
-        _compare(decoder.layers[0], at, options, False, f"layer 0 of {name}")
+        cos, sin = rotary(torch.zeros(1, 1), position_ids=positions, **more)
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        raise InvalidArgument(f"{where} has a rotary embedding that optimize() does not know: {error}") from error
+    return _At(positions, cos, sin)
+
+
+def _turns_pairs(decoder: Any, positions: torch.Tensor, options: dict[str, Any], where: str) -> bool:
+    """Whether the first layer's rotary embedding turns neighbours in a head against each other (GLM), not halves."""
+    at = _at(decoder, positions, 0, where)
+    try:
+        _compare(decoder.layers[0], at, options, False, where)
     except InvalidArgument as error:
         try:
-            _compare(decoder.layers[0], at, options, True, "")
+            _compare(decoder.layers[0], at, options, True, where)
         except InvalidArgument:
             raise error from None
         return True
