@@ -1,5 +1,7 @@
 """Pictures in prompts: the answers of stock transformers, one run of the vision tower a picture, no wrong hit."""
 
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -241,6 +243,12 @@ def test_content_that_does_not_fit_the_prompt(prompt, content, error, message):
     model = vision_model()
     with Generator(model, engine_for(model, num_pages=8)) as generator, pytest.raises(error, match=message):
         generator.submit(prompt, content=content)
+
+
+def test_the_docs_name_every_family_that_takes_pictures():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    named = text[text.index("**Pictures**") : text.index("each with equal")]
+    assert set(re.findall(r"`([a-z0-9_]+)`", named)) == FAMILIES
 
 
 def test_a_family_that_was_not_tried_is_refused():
