@@ -151,7 +151,7 @@ class CascadePlan:
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """[rows]: the rows in that order; row i of the levels is row rows[i] of the table."""
-        return _runs(self._qo_indptr[:-1][self.order], self._row_counts[self.order])
+        return runs(self._qo_indptr[:-1][self.order], self._row_counts[self.order])
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -253,18 +253,18 @@ class CascadePlan:
             groups.append((len(self.order), 0, 0))
         ends, begins, counts = np.array(groups).T
         return Level(
-            _indptr(self._row_counts[self.order])[[0, *ends]],
-            _indptr(counts),
-            self._kv_indices[_runs(begins, counts)],
+            indptr(self._row_counts[self.order])[[0, *ends]],
+            indptr(counts),
+            self._kv_indices[runs(begins, counts)],
             np.where(counts > 0, self.core.page_size, 0).astype(np.int32),
         )
 
     def _last_level(self, shared: npt.NDArray[np.int32]) -> Level:
         begins = (self._kv_indptr[:-1] + shared)[self.order]
         counts = self._kv_indptr[1:][self.order] - begins
-        pages = self._kv_indices[_runs(begins, counts)]
+        pages = self._kv_indices[runs(begins, counts)]
         last = self.core.kv_last_page_len[self.order]
-        return Level(_indptr(self._row_counts[self.order]), _indptr(counts), pages, last)
+        return Level(indptr(self._row_counts[self.order]), indptr(counts), pages, last)
 
     @cached_property
     def _qo_indptr(self) -> npt.NDArray[np.int32]:
@@ -330,11 +330,11 @@ class CascadePlan:
         return f"not used, {s.reason}: {details[s.reason]}"
 
 
-def _indptr(counts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+def indptr(counts: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
-def _runs(begins: npt.NDArray[Any], counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def runs(begins: npt.NDArray[Any], counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """begins[0], begins[0] + 1, ... counts[0] of them, then those of begins[1] and so on."""
     ends = np.cumsum(counts, dtype=np.int64)
     return np.repeat(begins - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)

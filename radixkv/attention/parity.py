@@ -50,6 +50,9 @@ class Case:
     sm_scale: float | None = None
     window_left: int = -1
     logits_soft_cap: float = 0.0
+    attention_chunk: int = 0
+    sinks: bool = False
+    """Each head has a logit that takes part in its softmax."""
     fp8: bool = False
     """K and V stored in 8 bits."""
     head_dim: int = 64
@@ -87,6 +90,8 @@ def cases(dtypes: Sequence[torch.dtype]) -> list[Case]:
         ("wide window", {"window_left": 250}),
         ("soft cap", {"logits_soft_cap": 5.0}),
         ("window + soft cap", {"window_left": 33, "logits_soft_cap": 5.0}),
+        ("chunks", {"attention_chunk": 100}),
+        ("sinks", {"sinks": True}),
         ("head_dim 128", {"head_dim": 128}),
         ("8-bit", {"fp8": True}),
         ("8-bit, window", {"fp8": True, "window_left": 33}),
@@ -163,8 +168,14 @@ def _attend(
     if case.kind == "cascade":
         assert backend.cascade.shared, "a cascade was to be tested, but no segment is used"
     backend.append(0, k, v)
-    backend.run(0, q.to(device), out, Options(case.sm_scale, case.window_left, case.logits_soft_cap))
+    options = Options(case.sm_scale, case.window_left, case.logits_soft_cap, case.attention_chunk)
+    backend.run(0, q.to(device), out, options, _sinks(q.shape[1]).to(device) if case.sinks else None)
     return out.cpu().double()
+
+
+def _sinks(num_qo_heads: int) -> torch.Tensor:
+    """From logits that take next to nothing to logits that take most."""
+    return torch.linspace(-4, 6, num_qo_heads)
 
 
 def _family_prefixes(page_size: int) -> list[list[int]]:
@@ -225,4 +236,10 @@ def _dense(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
     hidden = key > position
     if case.window_left >= 0:
         hidden |= key < position - case.window_left
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+    if case.attention_chunk:
+        hidden |= key < position // case.attention_chunk * case.attention_chunk
+    scores.masked_fill_(hidden, -torch.inf)
+    if case.sinks:
+        beside = _sinks(q.shape[1]).double()[:, None, None].expand(-1, rows, 1)
+        return torch.einsum("hqk,khd->qhd", torch.cat([scores, beside], -1).softmax(-1)[..., :-1], values)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)

@@ -74,7 +74,7 @@ def examine(device: str | None = None, dtypes: Sequence[str] = (), batches: int 
         for i, case in enumerate(cases):
             results.append(parity.run_case(case, batches, _backend, where, seed + i))
             progress(i + 1)
-    return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results)}
+    return found | {"cases": [_row(r) for r in results], "ok": all(r.ok for r in results), "notes": _notes(where)}
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -94,8 +94,27 @@ def _print(found: dict[str, Any]) -> None:
         print(f"{row['case']:<30}{row['dtype']:<10}{row['batches']:>8}{error:>15}{row['allowed']:>9.0e}  {verdict}")
         if row["problem"]:
             print(f"  {row['problem']}")
+    for note in found.get("notes", ()):
+        print(f"\nnote: {note}")
     passed = sum(row["ok"] for row in cases)
     print(f"\n{passed} of {len(cases)} cases are right" if cases else "\nnothing could be tested")
+
+
+def _notes(device: torch.device) -> list[str]:
+    """What makes models of transformers slow here, and what to do about it."""
+    import torch
+
+    try:
+        from radixkv.hf.linear import multiplies
+    except BackendUnavailable:  # no transformers
+        return []
+    slow = [name for name in ("bfloat16", "float16") if not multiplies(getattr(torch, name))]
+    if device.type != "cpu" or not slow:
+        return []
+    return [
+        f"torch multiplies {' and '.join(slow)} on this CPU several times slower than float32: call "
+        "radixkv.hf.optimize(model), or load models in float32"
+    ]
 
 
 def _backend(layers: Sequence[LayerKV], dtype: torch.dtype, **options: Any) -> Attention:

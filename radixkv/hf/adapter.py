@@ -32,6 +32,7 @@ from radixkv.hf.config import (
 )
 from radixkv.hf.digest import weights_digest
 from radixkv.hf.layers import position_arguments, step_for
+from radixkv.hf.linear import warn_of_slow_products
 from radixkv.shape import LayerShape
 from radixkv.tiers import TierOptions
 
@@ -170,7 +171,8 @@ def attach(model: PreTrainedModel) -> None:
     part = _text_part(model)
     if not part._can_set_attn_implementation():
         raise InvalidArgument(
-            f"{type(model).__name__} does not look its attention up in transformers' AttentionInterface"
+            f"{type(model).__name__} does not look its attention up in transformers' AttentionInterface: only a loop "
+            "of your own can run it, with step.attend in place of its attention"
         )
     part.set_attn_implementation(ATTENTION)
 
@@ -188,12 +190,18 @@ def engine_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def forward(
-    model: PreTrainedModel, step: Step, rows: torch.Tensor | None = None, *, embeds: torch.Tensor | None = None
+    model: PreTrainedModel,
+    step: Step,
+    rows: torch.Tensor | None = None,
+    *,
+    embeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One forward pass over all rows of an open `step`: the logits of each lease's last row, `[leases, vocabulary]`.
 
     Or of `rows`, int64 indices into the rows of the step: all of them where the tokens of each are to be judged.
-    `embeds`, `[rows, hidden]`, is what the model is given in place of the step's tokens, where some stand for pictures.
+    `embeds`, `[rows, hidden]`, is what the model is given in place of the step's tokens, where some stand for pictures,
+    and `positions`, int64 `[3, rows]`, in place of the step's, where it places pictures by time, height and width.
     Writes K and V of every row into the leases' pages, layer by layer. Switches the model to the engine's attention
     (see `attach`). Call it under `torch.inference_mode()` or `torch.no_grad()`.
     """
@@ -203,9 +211,10 @@ def forward(
     config = text_config(model)
     more = keep | position_arguments(config, step.positions)
     given = {"input_ids": step.input_ids} if embeds is None else {"inputs_embeds": embeds}
-    given["position_ids"] = step.positions
+    given = {name: x.unsqueeze(0) for name, x in given.items()}
+    given["position_ids"] = step.positions.unsqueeze(0) if positions is None else positions.unsqueeze(1)
     with running(step_for(config, step)):
-        logits = model(**{name: x.unsqueeze(0) for name, x in given.items()}, use_cache=False, **more).logits[0]
+        logits = model(**given, use_cache=False, **more).logits[0]
     return cast("torch.Tensor", logits if keep else logits[rows])
 
 
@@ -252,8 +261,10 @@ def engine_for(
     `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
     `kv_format` says what they are stored as, as for `Engine`. `tiers` that name no weights get the model's
     `weights_digest`.
-    The model's own attention stays in place; `forward` and `Generator` switch it.
+    The model's own attention stays in place; `forward` and `Generator` switch it. Warns of a model in 16 bits on a CPU
+    that multiplies these slowly, unless `optimize` has rewritten it.
     """
+    warn_of_slow_products(model)
     shape = probe(model)
     if isinstance(tiers, TierOptions) and tiers.weights is None:
         tiers = replace(tiers, weights=weights_digest(model))
@@ -288,7 +299,8 @@ def probe(model: PreTrainedModel) -> AttentionShape:
     if seen.layers != expected:
         raise InvalidArgument(
             f"{name} has {len(expected)} layers, but the engine's attention was called for layers {seen.layers}: every "
-            "layer must attend exactly once, in order"
+            "layer must attend exactly once, in order; a loop of your own can have a layer of Engine(layers=...) for "
+            "each attention"
         )
     dtypes = {q.dtype for q in seen.queries}
     if len(dtypes) != 1:
@@ -409,5 +421,6 @@ def _check_windows(model: PreTrainedModel, seen: _Probe) -> None:
         if found != expected and not (found is None and never_full):
             raise InvalidArgument(
                 f"layer {layer} of {type(model).__name__} has a window of {expected} keys for transformers' cache, but "
-                f"tells its attention {found}: the engine cannot know which keys it may see"
+                f"tells its attention {found}: the engine cannot know which keys it may see. Where no sequence is "
+                "longer than the window, load the model with sliding_window=max_position_embeddings"
             )

@@ -60,11 +60,13 @@ def check_config(model: PreTrainedModel) -> None:
     foreign = sorted(set(layer_types or ()) - _LAYER_TYPES)
     if foreign:
         raise InvalidArgument(
-            f"{name} has layers of type {', '.join(foreign)}: supported are {', '.join(sorted(_LAYER_TYPES))}"
+            f"{name} has layers of type {', '.join(foreign)}: supported are {', '.join(sorted(_LAYER_TYPES))}; use its "
+            "own generate(), or a variant with attention layers only"
         )
     if getattr(model, "_is_stateful", False) and not layer_types:
         raise InvalidArgument(
-            f"{name} keeps recurrent or convolutional state between tokens: only K and V can be cached"
+            f"{name} keeps recurrent or convolutional state between tokens: only K and V can be cached; use its own "
+            "generate(), or a variant with attention layers only"
         )
     if getattr(config, "attention_chunk_size", None) is not None and not layer_types:
         raise InvalidArgument(

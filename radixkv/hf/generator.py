@@ -23,7 +23,7 @@ from radixkv.hf.arguments import check_callback, check_engine, check_model, leng
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
 from radixkv.hf.draft import Draft, Drafter, check_draft
-from radixkv.hf.pictures import Features, embeddings, place_pictures
+from radixkv.hf.pictures import Features, Placed, adding, inputs_of, place_pictures
 from radixkv.hf.processors import Processor, check_processors
 from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Row, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
@@ -197,7 +197,8 @@ class Generator:
             raise LeaseError("the generator is closed: make a new Generator")
         defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
-        tokens, spans = place_pictures(self.model, array, content, self._features) if len(content) else (array, ())
+        placed = place_pictures(self.model, array, content, self._features) if len(content) else Placed(array)
+        tokens = placed.tokens
         refuse_placeholders(tokens, self._placeholders)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(
@@ -221,7 +222,8 @@ class Generator:
             "deadline": _given(deadline, defaults.deadline),
             "cold": cold,
             "num_logprobs": None if logprobs is None else integer("logprobs", logprobs, 0, self._vocabulary),
-            "spans": spans,
+            "spans": placed.spans,
+            "positions": placed.positions,
             "outbox": self._outbox,
             "on_token": check_callback("on_token", on_token),
             "on_logits": check_callback("on_logits", on_logits),
@@ -401,8 +403,9 @@ class Generator:
             with torch.inference_mode(), self.engine.step(batch.leases) as step:
                 entered = True
                 requests = cast("list[Request]", batch.requests)
-                embeds = embeddings(self.model, step, requests)
-                return forward(self.model, step, self._rows(batch), embeds=embeds)
+                embeds, positions, added = inputs_of(self.model, step, requests)
+                with adding(self.model, step, added):
+                    return forward(self.model, step, self._rows(batch), embeds=embeds, positions=positions)
         except LeaseError as error:
             if entered:
                 raise

@@ -1,14 +1,15 @@
 """Pictures in prompts: each gets ids by what it shows, and the model gets its features where those ids stand.
 
-For families whose text part sees a picture as so many rows of embeddings and as nothing else: each row at a position of
-its own, causal, its features added nowhere but at the bottom.
+For families whose text part sees a picture as so many causal rows: with its features at the bottom, or added between
+the first layers, too (Qwen3-VL), at positions of their own or by time, height and width (Qwen2-VL and later).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,10 +23,18 @@ if TYPE_CHECKING:
     from radixkv.hf.request import Request
     from radixkv.step import Step
 
-__all__ = ["FAMILIES", "Features", "Span", "embeddings", "place_pictures"]
+__all__ = ["FAMILIES", "Features", "Inputs", "Placed", "Span", "adding", "inputs_of", "place_pictures"]
 
-FAMILIES = frozenset({"aya_vision", "cohere2_vision", "idefics3", "internvl", "llava", "qianfan_ocr", "smolvlm"})
+FAMILIES = frozenset(
+    [
+        *("aya_vision", "cohere2_vision", "idefics3", "internvl", "llava", "qianfan_ocr", "smolvlm"),
+        *("cohere_compass", "cosmos3_edge", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    ]
+)
 """Model types whose answers with pictures are equal to those of stock `generate`: the tests try each."""
+
+_NOT_CAUSAL = frozenset({"gemma3", "paligemma"})
 
 
 class Features:
@@ -34,19 +43,23 @@ class Features:
     def __init__(self, digest: bytes, inputs: Mapping[str, torch.Tensor]) -> None:
         self.digest = digest
         self._inputs = inputs
-        self._rows: torch.Tensor | None = None
+        self._layers: list[torch.Tensor] = []
 
-    def rows(self, model: PreTrainedModel, count: int) -> torch.Tensor:
-        """`[count, hidden]`, for the `count` tokens that stand for the picture."""
-        if self._rows is None:
-            found = model.get_image_features(**self._inputs, return_dict=True).pooler_output
-            self._rows = torch.cat(list(found)) if not isinstance(found, torch.Tensor) else found.flatten(0, -2)
-        if len(self._rows) != count:
+    def layers(self, model: PreTrainedModel, count: int) -> list[torch.Tensor]:
+        """`[count, hidden]`, for the `count` tokens that stand for the picture.
+
+        The first is in place of their embeddings, the others are added to what the first layers give.
+        """
+        if not self._layers:
+            found = model.get_image_features(**self._inputs, return_dict=True)
+            given = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+            self._layers = [x.flatten(0, -2) if isinstance(x, torch.Tensor) else torch.cat(list(x)) for x in given]
+        if len(self._layers[0]) != count:
             raise InvalidTokens(
-                f"the prompt has {count} placeholders for a picture of which the model makes {len(self._rows)} rows: "
-                "use the input_ids of the model's own processor"
+                f"the prompt has {count} placeholders for a picture of which the model makes {len(self._layers[0])} "
+                "rows: use the input_ids of the model's own processor"
             )
-        return self._rows
+        return self._layers
 
 
 class Span(NamedTuple):
@@ -57,22 +70,26 @@ class Span(NamedTuple):
     features: Features
 
 
+class Placed(NamedTuple):
+    """A prompt with each picture's own ids in place of its placeholders, and where each picture stands."""
+
+    tokens: np.ndarray
+    spans: tuple[Span, ...] = ()
+    positions: torch.Tensor | None = None
+    """int64 `[3, tokens]`, of models that place tokens by time, height and width."""
+
+
 def place_pictures(
     model: PreTrainedModel,
     prompt: np.ndarray,
     pictures: Sequence[Mapping[str, torch.Tensor]],
     known: MutableMapping[bytes, Features],
-) -> tuple[np.ndarray, tuple[Span, ...]]:
-    """The prompt with each picture's own ids in place of its placeholders, and where each picture stands.
+) -> Placed:
+    """Place `pictures` where the runs of placeholders are.
 
     `known` has the features that other requests are about to compute, by digest.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise InvalidArgument(
-            f"{type(model).__name__} cannot be given content: pictures are placed for {', '.join(sorted(FAMILIES))}; "
-            "other families run on text alone"
-        )
+    _check_family(model)
     runs = _runs(prompt == model.config.image_token_id)
     if len(runs) != len(pictures):
         raise InvalidTokens(
@@ -87,30 +104,115 @@ def place_pictures(
             features = known[digest] = Features(digest, inputs)
         tokens[start:end] = content_tokens(digest, end - start)
         spans.append(Span(start, end - start, features))
-    return tokens, tuple(spans)
+    return Placed(tokens, tuple(spans), _positions(model, prompt, pictures))
 
 
-def embeddings(model: PreTrainedModel, step: Step, requests: Sequence[Request]) -> torch.Tensor | None:
-    """`[rows, hidden]` for the rows of an open step, or None where none of them is of a picture.
+def _check_family(model: PreTrainedModel) -> None:
+    name, kind = type(model).__name__, model.config.model_type
+    if kind in _NOT_CAUSAL:
+        raise InvalidArgument(
+            f"{name} cannot be given content: the rows of a picture see the rows after them, so what is cached of a "
+            "prompt would depend on where it is cut; it runs on text alone"
+        )
+    if kind not in FAMILIES:
+        raise InvalidArgument(
+            f"{name} cannot be given content: pictures are placed for {', '.join(sorted(FAMILIES))}; other families "
+            "run on text alone"
+        )
 
-    `requests` are those of the step's leases, in order. A picture whose rows are all cached is not looked at.
+
+def _positions(
+    model: PreTrainedModel, prompt: np.ndarray, pictures: Sequence[Mapping[str, torch.Tensor]]
+) -> torch.Tensor | None:
+    """Where the model itself places the tokens by time, height and width. None: it counts them.
+
+    They follow from the tokens and the sizes of the pictures before, and so from what a cached prefix is found by.
+    """
+    index = getattr(model.base_model, "get_rope_index", None)
+    if index is None:
+        return None
+    if any("image_grid_thw" not in inputs for inputs in pictures):
+        raise InvalidArgument(
+            f"{type(model).__name__} places a picture by its size: give 'image_grid_thw' beside 'pixel_values' in "
+            "each mapping of content, as the processor does"
+        )
+    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    grids = torch.cat([inputs["image_grid_thw"].view(-1, 3) for inputs in pictures])
+    try:
+        marks = (ids == model.config.image_token_id).int()
+        found, _ = index(input_ids=ids, mm_token_type_ids=marks, image_grid_thw=grids.cpu())
+    except (RuntimeError, IndexError) as error:
+        raise InvalidTokens(
+            f"the placeholders of the prompt do not fit pictures of image_grid_thw {grids.tolist()}: use the input_ids "
+            f"of the model's own processor ({error})"
+        ) from error
+    return cast("torch.Tensor", found[:, 0])
+
+
+class Inputs(NamedTuple):
+    """What a step's rows are given beside its tokens; None: nothing but these."""
+
+    embeds: torch.Tensor | None = None
+    """`[rows, hidden]`, in place of the tokens."""
+    positions: torch.Tensor | None = None
+    """int64 `[3, rows]`, in place of the step's."""
+    added: tuple[torch.Tensor, ...] = ()
+    """For each of the first layers what is added after it, `[rows of pictures, hidden]`."""
+
+
+def inputs_of(model: PreTrainedModel, step: Step, requests: Sequence[Request]) -> Inputs:
+    """Of an open step. `requests` are those of its leases, in order.
+
+    A picture whose rows are all cached is not looked at.
     """
     if not any(request.spans for request in requests):
-        return None
-    parts, first = [], 0
+        return Inputs()
+    features, positions, first = [], [], 0
     for request, last in zip(requests, step.last_rows.tolist(), strict=True):
         begin = int(step.positions[first])
         end = begin + last + 1 - first
         for span in request.spans:
             low, high = max(span.start, begin), min(span.start + span.length, end)
             if low < high:
-                parts.append(span.features.rows(model, span.length)[low - span.start : high - span.start])
+                layers = span.features.layers(model, span.length)
+                features.append([rows[low - span.start : high - span.start] for rows in layers])
+        positions.append(_between(request.positions, begin, end))
         first = last + 1
-    if not parts:
-        return None
+    placed = torch.cat(positions, 1) if any(request.positions is not None for request in requests) else None
+    placed = None if placed is None else placed.to(step.positions.device)
+    if not features:
+        return Inputs(positions=placed)
     where = step.content_rows
     embedded: torch.Tensor = model.get_input_embeddings()(step.input_ids.index_fill(0, where, 0))
-    return embedded.index_copy(0, where, torch.cat(parts).to(embedded))
+    bottom, *added = (torch.cat(rows) for rows in zip(*features, strict=True))
+    return Inputs(embedded.index_copy(0, where, bottom.to(embedded)), placed, tuple(added))
+
+
+def _between(positions: torch.Tensor | None, begin: int, end: int) -> torch.Tensor:
+    """`[3, end - begin]`: where these tokens of a sequence stand, whose prompt has these positions."""
+    counted = torch.arange(begin, end).expand(3, -1)
+    if positions is None:
+        return counted
+    prompt = positions.shape[1]
+    after = counted[:, max(prompt - begin, 0) :] + int(positions.max()) + 1 - prompt
+    return torch.cat([positions[:, begin:end], after], 1)
+
+
+@contextmanager
+def adding(model: PreTrainedModel, step: Step, added: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Have the first layers of the text part add these rows inside the block, where the step's are of pictures."""
+    if not added:
+        yield
+        return
+    where = torch.zeros((1, len(step.input_ids)), dtype=torch.bool, device=step.input_ids.device)
+    where[0, step.content_rows] = True
+    more = {"visual_pos_masks": where, "deepstack_visual_embeds": list(added)}
+    text: Any = model.get_decoder()
+    hook = text.register_forward_pre_hook(lambda module, args, given: (args, given | more), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _runs(marked: np.ndarray) -> list[tuple[int, int]]:

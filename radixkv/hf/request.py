@@ -61,6 +61,8 @@ class Request(scheduling.Request):
     num_logprobs: int | None = None
     spans: tuple[Span, ...] = ()
     """Its pictures, until it is done."""
+    positions: torch.Tensor | None = None
+    """int64 `[3, prompt]`, of pictures that the model places by time, height and width."""
 
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     """One for each of `tokens`, if `submit(logprobs=)` asked for them."""

@@ -215,7 +215,11 @@ class FlashInferPool(Pool):
         return table
 
     def attend(
-        self, requests: Sequence[Request], rng: np.random.Generator, options: Options = PLAIN
+        self,
+        requests: Sequence[Request],
+        rng: np.random.Generator,
+        options: Options = PLAIN,
+        sinks: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Plan, append and run one step; returns each request's rows."""
         self.flashinfer.plan(self.load(requests, rng))
@@ -224,7 +228,7 @@ class FlashInferPool(Pool):
         q, k, v = (r.to(device) for r in rows)
         self.flashinfer.append(0, k, v)
         out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
-        self.flashinfer.run(0, q, out, options)
+        self.flashinfer.run(0, q, out, options, None if sinks is None else sinks.to(device))
         return list(out.cpu().split([r.rows for r in requests]))
 
 

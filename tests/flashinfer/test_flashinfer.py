@@ -33,12 +33,17 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def check(
-    pool: FlashInferPool, lengths: list[tuple[int, int]], options: Options = PLAIN, seed: int = 0, slack: float = 1.0
+    pool: FlashInferPool,
+    lengths: list[tuple[int, int]],
+    options: Options = PLAIN,
+    seed: int = 0,
+    slack: float = 1.0,
+    sinks: torch.Tensor | None = None,
 ) -> float:
     """Attend requests of these (length, new rows); returns the error after comparing it with the tolerance."""
     generator = torch.Generator().manual_seed(seed)
     requests = [Request(random_sequence(generator, n, pool.heads, pool.dtype), n, rows) for n, rows in lengths]
-    worst = error(pool.attend(requests, np.random.default_rng(seed), options), requests, options)
+    worst = error(pool.attend(requests, np.random.default_rng(seed), options, sinks), requests, options, sinks)
     assert worst <= TOLERANCE[pool.dtype] * slack
     return worst
 
@@ -84,6 +89,48 @@ def test_window_soft_cap_and_scale_together(target: str, dtype: torch.dtype, gro
     pool = FlashInferPool(heads_of(group), dtype, target=target)
     for lengths in ([(100, 30), (70, 1)], [(100, 1), (70, 1)]):
         check(pool, lengths, Options(0.2, 20, 3.0), slack=2.0)
+
+
+@each_target
+@each_dtype
+@pytest.mark.parametrize("group", [2, 8])
+def test_sinks(target: str, dtype: torch.dtype, group: int) -> None:
+    """From sinks that take nothing to sinks that take nearly all, also of a row that sees itself alone."""
+    pool = FlashInferPool(heads_of(group), dtype, target=target)
+    for sinks in (torch.linspace(-8, 8, 2 * group), torch.full((2 * group,), -torch.inf)):
+        for options in (PLAIN, Options(window_left=20), Options(sm_scale=0.2)):
+            for lengths in ([(180, 60), (65, 3), (1, 1)], [(180, 1), (1, 1)]):
+                check(pool, lengths, options, slack=1.5, sinks=sinks)  # rounded once more than without
+
+
+@each_target
+@each_dtype
+@pytest.mark.parametrize(("page_size", "chunk"), [(16, 64), (16, 16), (16, 40), (1, 7), (64, 100), (4, 1), (16, 1000)])
+def test_chunks(target: str, dtype: torch.dtype, page_size: int, chunk: int) -> None:
+    """Extends that straddle chunks, decodes at their edges; chunks that begin inside a page; with a window, too."""
+    pool = FlashInferPool(heads_of(4), dtype, 480 // page_size + 20, page_size, target=target)
+    edges = [1, chunk, chunk + 1, 2 * chunk, 130]
+    edges = [n for n in edges if n <= 150]
+    for options in (Options(attention_chunk=chunk), Options(window_left=20, attention_chunk=chunk)):
+        check(pool, [(n, 1) for n in edges], options)
+        check(pool, [(n, max(n - 3, 1)) for n in edges] + [(150, 90), (90, 1)], options, seed=1)
+
+
+@each_target
+def test_chunks_and_full_layers_by_turns(target: str) -> None:
+    """In one step, as Llama 4 has them, and in steps that are all in the first chunk and are not."""
+    pool = FlashInferPool(heads_of(4), target=target)
+    generator = torch.Generator().manual_seed(0)
+    for step, (length, rows) in enumerate([(60, 60), (64, 1), (65, 1), (130, 65), (131, 1)]):
+        request = Request(random_sequence(generator, length, pool.heads, pool.dtype), length, rows)
+        pool.flashinfer.plan(pool.load([request], np.random.default_rng(step)))
+        device = pool.flashinfer.device
+        q, k, v = (x[-rows:].to(device) for x in request.sequence)
+        for options in (Options(attention_chunk=64), PLAIN, Options(attention_chunk=64), Options(attention_chunk=24)):
+            pool.flashinfer.append(0, k, v)
+            out = torch.empty(tuple(q.shape), dtype=pool.dtype, device=device)
+            pool.flashinfer.run(0, q, out, options)
+            assert error([out.cpu()], [request], options) <= TOLERANCE[pool.dtype]
 
 
 @each_target
@@ -218,3 +265,29 @@ def test_engine_gives_the_answers_of_the_native_engine(
     ours.cache.check()
     assert ours.cache.stats().hit_tokens == native.cache.stats().hit_tokens > 0
     assert ours.pool.nbytes * (2 if kv_format == "fp8" else 1) == native.pool.nbytes
+
+
+@each_target
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_chunks_and_sinks_after_pages_were_dropped(
+    target: str, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks begin at positions of the sequence, not of what is left of it."""
+    dtype, options = torch.float16, Options(attention_chunk=12)
+    sizes = {"num_layers": 1, "num_pages": 16, "page_size": 4, "dtype": dtype}
+    engine = make_engine(monkeypatch, target, **sizes, cuda_graphs=cuda_graphs)
+    sequence = random_sequence(torch.Generator().manual_seed(0), 60, heads_of(2), dtype)
+    sinks = torch.linspace(-2, 2, 4)
+    lease = engine.acquire(range(21))
+    worst, dropped = 0.0, 0
+    for length, rows in [(21, 21), (23, 2), *((n, 1) for n in range(24, 41)), (60, 20)]:
+        if length > 21:
+            lease.extend(range(length - rows, length))
+        q, k, v = (x[length - rows : length].to(engine.device) for x in sequence)
+        with engine.step([lease]) as step:
+            assert (step.graph_key is not None) == (cuda_graphs and rows == 1)
+            out = step.attend(0, q, k, v, attention_chunk=12, sinks=sinks.to(engine.device))
+        worst = max(worst, error([out.cpu()], [Request(sequence, length, rows)], options, sinks))
+        dropped += engine.drop(lease, options.lookback)
+    assert worst <= TOLERANCE[dtype]
+    assert dropped > 5

@@ -86,16 +86,22 @@ class Batch:
             caches = torch.stack([quantize(x, s) for x, s in zip(caches, self.scales, strict=True)])
         self.caches = caches.view(2, forest.num_pages, forest.page_size, heads.kv, heads.dim)
 
-    def error(self, options: Options = PLAIN) -> float:
+    def error(self, options: Options = PLAIN, sinks: torch.Tensor | None = None) -> float:
         """The largest error of one step, relative where an output is larger than 1; infinite if anything is NaN.
 
         A state is rounded once for each level. Between 2 and 4, rounding to bfloat16 alone is an error of up to 0.008,
         so an absolute limit of 0.01 would be one for the data, not for the kernels. `absolute` keeps that error too.
         """
         self.attention.plan(self.forest.table())
-        return self.judge(self.run(self.attention, 0, options), options)
+        return self.judge(self.run(self.attention, 0, options, sinks), options, sinks)
 
-    def run(self, attention: FlashInferAttention, layer: int, options: Options = PLAIN) -> torch.Tensor:
+    def run(
+        self,
+        attention: FlashInferAttention,
+        layer: int,
+        options: Options = PLAIN,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The rows of a layer of these heads in a step that is planned for the forest."""
         kv, device = attention._layers[layer].kv, attention.device
         for place, cache in zip((kv.k, kv.v), self.caches, strict=True):
@@ -103,13 +109,13 @@ class Batch:
         attention.append(layer, self.k.to(device), self.v.to(device))
         q = self.q.transpose(0, 1).contiguous().to(device).transpose(0, 1)  # as a model hands it over
         out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
-        attention.run(layer, q, out, options)
+        attention.run(layer, q, out, options, None if sinks is None else sinks.to(device))
         return out.cpu()
 
-    def judge(self, out: torch.Tensor, options: Options) -> float:
+    def judge(self, out: torch.Tensor, options: Options, sinks: torch.Tensor | None = None) -> float:
         """What `error` returns, of these rows."""
-        self.absolute = error(list(out.split(self.forest.rows)), self.requests, options)
-        wanted = torch.cat([dense(request, options) for request in self.requests])
+        self.absolute = error(list(out.split(self.forest.rows)), self.requests, options, sinks)
+        wanted = torch.cat([dense(request, options, sinks) for request in self.requests])
         found = ((out.double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
         return found if found == found else float("inf")
 
@@ -138,6 +144,13 @@ def test_three_levels_and_two_families(
     called = merges(batch, monkeypatch)
     assert batch.error() <= TOLERANCE[dtype]
     assert len(called) == 3
+    sinks = torch.linspace(-3, 5, 2 * group)
+    assert batch.error(sinks=sinks) <= TOLERANCE[dtype]  # once a row, not once a level
+    chunk = Options(attention_chunk=int(max(forest.lengths)))
+    assert batch.error(chunk) <= TOLERANCE[dtype]
+    assert len(called) == 9  # all in the first chunk
+    assert batch.error(Options(attention_chunk=40), sinks) <= TOLERANCE[dtype]
+    assert len(called) == 9
     found = {(tuple(sorted(s.users)), s.page_begin, s.page_end, s.level) for s in batch.attention.cascade.segments}
     assert found == {((0, 1, 2, 3, 6), 0, 1, 0), ((0, 1, 3), 1, 3, 1), ((0, 3), 3, 4, 2), ((4, 5), 0, 2, 0)}
     assert "8 requests, 4 shared segments, 4 used in 3 levels" in batch.attention.cascade.explain()

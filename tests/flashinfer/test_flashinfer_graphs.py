@@ -18,7 +18,7 @@ import torch
 import radixkv
 from radixkv.attention import PageTable, flashinfer
 from radixkv.attention.cascade import OFF
-from radixkv.attention.flashinfer import FlashInferAttention
+from radixkv.attention.flashinfer import FlashInferAttention, plans
 from radixkv.attention.flashinfer.graphs import DecodeGraphs
 from radixkv.attention.fp8 import quantize
 from radixkv.errors import BackendUnavailable, InvalidArgument, LeaseError
@@ -42,6 +42,7 @@ from tests.flashinfer.helpers import (
 from tests.flashinfer.recorder import DECODE, SIZES, half, recorded, step
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
+CHUNKS = Options(attention_chunk=24)
 SHARED = PageTable(int32(0, 1, 2), int32(0, 2, 4), int32(5, 2, 5, 3), int32(1, 3), int32(8, 14))
 
 
@@ -59,7 +60,7 @@ class Launches:
 @contextmanager
 def noted(attention: FlashInferAttention, launches: Launches) -> Iterator[None]:
     """Note the launches of append and run while they are made."""
-    real, real_quantize = attention._api.append_paged_kv_cache, flashinfer.quantize
+    real, real_quantize, real_weigh = attention._api.append_paged_kv_cache, flashinfer.quantize, plans.weigh
     handles = [w.handle for w in attention._planned.values()]
     runs = [handle.run for handle in handles]
 
@@ -77,11 +78,11 @@ def noted(attention: FlashInferAttention, launches: Launches) -> Iterator[None]:
         return kept
 
     flashinfer.quantize = quantize_into_one_place  # type: ignore[attr-defined]
-    attention._api.append_paged_kv_cache = note(real)
+    attention._api.append_paged_kv_cache, plans.weigh = note(real), note(real_weigh)
     for handle, run in zip(handles, runs, strict=True):
         handle.run = note(run)
     yield
-    attention._api.append_paged_kv_cache = real
+    attention._api.append_paged_kv_cache, plans.weigh = real, real_weigh
     flashinfer.quantize = real_quantize  # type: ignore[attr-defined]
     for handle, run in zip(handles, runs, strict=True):
         handle.run = run
@@ -97,21 +98,22 @@ def replayed_errors(
 ) -> Iterator[float]:
     """The error of each layer of five steps: captured at short contexts, replayed at others, longer and shorter.
 
-    Two layers with different windows, or one over 8-bit caches.
+    Two layers with different windows and one with chunks, that begin inside pages, and sinks; or one over 8-bit caches.
     """
     pool = graph_pool(target, group, dtype, scales)
     attention, device = pool.flashinfer, pool.flashinfer.device
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    layers = (PLAIN,) if scales else (PLAIN, Options(window_left=20))
+    sinks = torch.linspace(-2, 4, 2 * group, device=device)
+    layers = [(PLAIN, None)] if scales else [(PLAIN, None), (Options(window_left=20), None), (CHUNKS, sinks)]
     q = torch.zeros(3, 2 * group, 64, dtype=dtype, device=device)
     k, v = (torch.zeros(3, 2, 64, dtype=dtype, device=device) for _ in range(2))
     outs = [torch.zeros_like(q) for _ in layers]
     launches = Launches()
 
     def layers_of_a_step() -> None:
-        for options, out in zip(layers, outs, strict=True):
+        for (options, logits), out in zip(layers, outs, strict=True):
             attention.append(0, k, v)
-            attention.run(0, q, out, options)
+            attention.run(0, q, out, options, logits)
 
     for number, lengths in enumerate([(17, 1, 33), (5, 6, 7), (600, 40, 700), (16, 64, 15), (2, 900, 1)]):
         requests = []
@@ -129,11 +131,11 @@ def replayed_errors(
             layers_of_a_step()
             with noted(attention, launches):  # a capture in the same step, as Step.replay shows
                 layers_of_a_step()
-            assert len(launches.calls) == (4 if scales else 2) * len(layers)
+            assert len(launches.calls) == (4 if scales else 2 * len(layers) + 1)
         else:
             launches.replay()
-        for options, out in zip(layers, outs, strict=True):
-            yield error(list(out.cpu().split(1)), requests, options)
+        for (options, logits), out in zip(layers, outs, strict=True):
+            yield error(list(out.cpu().split(1)), requests, options, None if logits is None else logits.cpu())
             out.fill_(torch.nan)
 
 
@@ -145,7 +147,7 @@ def test_launches_repeated_after_a_new_plan(
     target: str, dtype: torch.dtype, group: int, scales: tuple[float, float] | None
 ) -> None:
     errors = list(replayed_errors(target, dtype, group, scales))
-    assert len(errors) == (5 if scales else 10)
+    assert len(errors) == (5 if scales else 15)
     assert max(errors) <= TOLERANCE[dtype]
 
 
@@ -153,7 +155,12 @@ def test_launches_repeated_after_a_new_plan(
 @pytest.mark.parametrize("group", [2, 4])
 def test_a_schedule_of_an_earlier_step_is_noticed(target: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaying without having planned the wrappers again: the twin raises, the kernels compute something else."""
-    monkeypatch.setattr(DecodeGraphs, "plan", lambda self, batch, schedule: self._wrappers.setdefault(batch, {}))
+    real = DecodeGraphs.plan
+
+    def plan(self: DecodeGraphs, batch: int, *arguments: Any) -> Any:
+        return self._wrappers[batch] if batch in self._wrappers else real(self, batch, *arguments)
+
+    monkeypatch.setattr(DecodeGraphs, "plan", plan)
     errors = []
     with pytest.raises(AssertionError):
         for found in replayed_errors(target, torch.float16, group):
@@ -197,6 +204,26 @@ def test_graph_wrappers_are_made_once_and_planned_in_every_step() -> None:
     assert [name for name, _, _ in api.calls] == ["BatchDecodeWithPagedKVCacheWrapper.plan"] * 2 + [
         "BatchDecodeWithPagedKVCacheWrapper.run"
     ]
+
+
+def test_the_tables_of_chunks_stay_where_they_are() -> None:
+    """In memory of their own, however long the requests are. Pages of 6 in chunks of 4 are read as pages of 2."""
+    attention, api = recorded(cuda_graphs=True, page_size=6, num_pages=9)
+    longer = PageTable(int32(0, 1, 2), int32(0, 3, 5), int32(3, 1, 0, 6, 2), int32(2, 4), int32(1, 15))
+    step(attention, DECODE._replace(slots=int32(7, 3)), PLAIN, Options(attention_chunk=4))
+    _, (_, made) = api.named("BatchDecodeWithPagedKVCacheWrapper.__init__")
+    _, (first, _) = api.named("BatchDecodeWithPagedKVCacheWrapper.plan")
+    assert [x.tolist() for x in first[:3]] == [[0, 2, 4], [11, 3, 0, 1], [2, 2]]
+    attention.plan(longer)
+    attention.run(0, half(2, 6, 64), half(2, 6, 64), Options(attention_chunk=4))
+    _, _, _, (second, _) = api.named("BatchDecodeWithPagedKVCacheWrapper.plan")
+    assert [x.tolist() for x in second[:3]] == [[0, 1, 2], [0, 7], [2, 2]]
+    assert first[6] == second[6] == 2
+    assert first[1].data_ptr() == second[1].data_ptr() == made["paged_kv_indices_buffer"].data_ptr()
+    assert made["paged_kv_indptr_buffer"].tolist() == [0, 1, 2]
+    assert made["paged_kv_last_page_len_buffer"].tolist() == [2, 2]
+    assert api.named(".run")[-1][0][1][0].shape == (27, 2, 2, 64)
+    assert attention.graph_window == -1
 
 
 def test_graph_wrappers_read_the_memory_of_the_index_arrays() -> None:

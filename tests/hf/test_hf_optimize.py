@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from radixkv import InvalidArgument
-from radixkv.hf import Generator, engine_for, forward, optimize
+from radixkv.hf import Generator, engine_for, forward, linear, optimize
 from radixkv.hf.adapter import probe
-from radixkv.hf.optimize import PackedLinear
+from radixkv.hf.linear import PackedLinear
 from tests.hf.helpers import (
     ARCHITECTURES,
     SIZES,
@@ -21,7 +21,8 @@ from tests.hf.helpers import (
 )
 
 COUNT = 12
-TAKEN = ("llama", "qwen2", "mistral-window")
+TAKEN = ("llama", "qwen2", "mistral-window", "qwen3", "qwen3-moe", "gemma2-window-softcap", "gemma3-window")
+TAKEN += ("phi3-packed-qkv",)
 
 
 def optimized(architecture="llama", dtype=torch.float32):
@@ -52,7 +53,41 @@ def test_llamas_of_many_builds_give_the_stock_tokens(changes):
 
 @pytest.mark.parametrize("architecture", TAKEN)
 def test_greedy_tokens_equal_stock_cold_and_warm(architecture):
-    assert_stock_tokens(tiny(architecture))
+    assert_stock_tokens(random_norms(tiny(architecture)))
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma", {}),
+        ("Gemma3", {"layer_types": ["full_attention", "sliding_attention"] * 2, "num_hidden_layers": 4}),
+        ("Glm", {"partial_rotary_factor": 0.5}),
+        ("Glm", {"attention_bias": True, "partial_rotary_factor": 1.0}),
+        ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("Mixtral", MIXTURE),
+        ("Mixtral", MIXTURE | {"sliding_window": 8}),
+        ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2}),
+        ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    ],
+    ids=str,
+)
+def test_other_builds_give_the_stock_tokens(family, changes):
+    """Norms by one more than their weight, rotary embedding of neighbours and of a part of a head, experts."""
+    config = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    assert_stock_tokens(random_norms(build(config, f"{family}ForCausalLM", changes)))
+
+
+def random_norms(model):
+    """As built, all have weight one: whatever is done with it, the answer is the same."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += torch.rand(parameter.shape, generator=generator) - 0.5
+    return model
 
 
 def assert_stock_tokens(model):
@@ -99,10 +134,11 @@ def test_a_hit_changes_no_token_in_float32(shared, tails, page_size, seed):
     assert_drains(engine)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3-window", "phi3-packed-qkv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_stay_within_the_rounding_of_the_dtype(dtype):
+def test_logits_stay_within_the_rounding_of_the_dtype(dtype, architecture):
     prompts = random_prompts(1, 40, 17)
-    model = tiny().to(dtype)
+    model = random_norms(tiny(architecture)).to(dtype)
     with torch.inference_mode():
         expected = torch.stack([model.float()(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
         model.to(dtype)
@@ -125,7 +161,7 @@ def test_other_builds_are_refused_and_stay_as_they_were(architecture):
     model = tiny(architecture)
     prompt = random_prompts(9)[0]
     expected = stock_tokens(model, prompt, 4)
-    with pytest.raises(InvalidArgument, match="not built like Llama's"):
+    with pytest.raises(InvalidArgument, match="not built like Llama's|something else than a layer of Llama's build"):
         optimize(model)
     assert model.config._attn_implementation == "eager"
     assert stock_tokens(model, prompt, 4) == expected
@@ -250,3 +286,38 @@ def test_vocabulary_is_whole():
     engine = engine_for(model, num_pages=8)
     with torch.inference_mode(), engine.acquire([1, 2, 3]) as lease, engine.step([lease]) as step:
         assert forward(model, step).shape == (1, VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_there_are_no_products_of_16_bits_weights_are_widened(dtype, monkeypatch):
+    """Block by block, in float32: nearer to the product of the weights than torch's own."""
+    monkeypatch.setattr(linear, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(linear, "_WIDENED_BYTES", 4 * 24 * 5)  # blocks of five outputs, and one of three
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(24, 18, dtype=dtype)
+    packed = PackedLinear([layer])
+    with torch.inference_mode():
+        for shape in ((1, 24), (3, 24), (2, 7, 24)):
+            x = torch.randn(shape, dtype=dtype)
+            expected = x.double() @ layer.weight.double().T + layer.bias.double()
+            found = packed(x)
+            assert found.dtype == dtype
+            assert found.shape == (*shape[:-1], 18)
+            torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-2)
+            if shape != (1, 24):
+                torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2, atol=1e-6)
+
+
+def test_a_model_whose_products_are_slow_here_is_warned_of(monkeypatch, recwarn):
+    monkeypatch.setattr(linear, "multiplies", lambda dtype: dtype == torch.float32)
+    model = tiny().to(torch.bfloat16)
+    engine_for(model, num_pages=8)  # too small for it to matter
+    monkeypatch.setattr(linear, "_WORTH_A_WARNING", 1000)
+    engine_for(tiny(), num_pages=8)
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match=r"is in bfloat16, .* call radixkv.hf.optimize\(model\) before engine_for"):
+        engine_for(model, num_pages=8)
+    optimize(model)
+    engine_for(model, num_pages=8)
+    monkeypatch.undo()
+    assert not recwarn.list

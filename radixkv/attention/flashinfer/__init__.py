@@ -3,8 +3,8 @@
 A step whose requests have one row each runs the decode wrapper, any other the prefill wrapper over one ragged batch, a
 step whose requests share enough a wrapper for each level of its cascade. FlashInfer takes heads, head_dim, the dtype of
 the pages, scale, window and soft cap when it plans. So a step is planned once for each combination that its layers
-have, when the first such layer runs, and always from the same arrays. Kernels are compiled at their first use: see
-`FlashInferAttention.warm_up`.
+have, when the first such layer runs, and always from the same arrays, but for layers that attend in chunks (chunks.py).
+Kernels are compiled at their first use: see `FlashInferAttention.warm_up`.
 
 All calls must come on one CUDA stream. FlashInfer checks neither devices nor row counts nor the values of tables, and
 computes something with whatever it is given; everything is checked here first.
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,9 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs
 from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, core_costs
-from radixkv.attention.checks import check_options, check_rows, core_table, layer_at
+from radixkv.attention.checks import check_options, check_rows, check_sinks, core_table, layer_at
 from radixkv.attention.flashinfer.cascade import CascadeRun, Levels, copy_levels, merge, plan_cascade
+from radixkv.attention.flashinfer.chunks import copy_chunks, longest
 from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
 from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_layer, check_supported, preparing
 from radixkv.attention.flashinfer.plans import Kind, Planner, PlanSet, Schedule, Scratch, StepArrays, Wrapper
@@ -38,7 +40,8 @@ _ALIGN_BYTES = 16  # the kernels load rows 16 bytes at a time
 _PLAIN = Options()
 _WINDOWS = (
     "in a layer with a sliding window, a segment is shared if it lies in the window of every row of its users; if a "
-    "window cuts it, they read it and what follows one by one"
+    "window cuts it, they read it and what follows one by one; a layer that attends in chunks shares in steps whose "
+    "requests are all in their first chunk"
 )
 _GRAPHS = "decode steps of this engine can be replayed from CUDA graphs, which have no cascade"
 _NO_MERGE = f"cascade is for head_dim {', '.join(map(str, COMMON_HEAD_DIMS))}: FlashInfer merges no others"
@@ -55,7 +58,8 @@ class _Layer(NamedTuple):
     """Of rows of q, k and v before they are used, and of out after: [head_dim, head_dim]."""
 
 
-class _Step(NamedTuple):
+@dataclass(frozen=True)
+class _Step:
     """What plan() made of a table."""
 
     rows: int
@@ -63,6 +67,12 @@ class _Step(NamedTuple):
     graphs: DecodeGraphs | None  # whose memory the step uses, if it can be replayed
     arrays: StepArrays
     schedule: Schedule
+    chunks: dict[int, Schedule] = field(default_factory=dict)  # by their length; not of steps that can be replayed
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return longest(self.arrays.host, self.schedule.page_size)
 
 
 class FlashInferAttention:
@@ -154,14 +164,15 @@ class FlashInferAttention:
         plans.begin()
         arrays = plans.copy_step(table)
         host, device = arrays.host, arrays.device
-        schedule = Schedule(host.qo_indptr, host.kv_indptr, device.kv_indices, host.kv_last_page_len)
+        tables = (host.qo_indptr, host.kv_indptr, device.kv_indices, host.kv_last_page_len)
+        schedule = Schedule(*tables, page_size=self._pages[1])
         self._step = _Step(rows, decode, graphs, arrays, schedule) if rows else None
         costs, finder = self._finders[graphs is not None]
         self._cascade = CascadePlan(finder.find(table), self._token_bytes, costs)
         self._levels = {}
         self._planned = {}
         if graphs is not None:
-            self._planned.update(graphs.plan(rows, schedule))
+            self._planned.update(graphs.plan(rows, arrays, schedule))
         self._rows = rows
         return StepInputs(device.input_ids, device.positions, device.last_rows)
 
@@ -189,7 +200,7 @@ class FlashInferAttention:
 
     @property
     def graph_window(self) -> int:
-        """The widest window_left of steps with the planned step's key; -1: all keys."""
+        """How many keys before its own a row sees at most in steps with the planned step's key; -1: all."""
         return 0 if self.graph_key is None or self._graphs is None else self._graphs.window_left(self.graph_key)
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -230,12 +241,9 @@ class FlashInferAttention:
         kv, planner, scales, rotation = layer_at(self._layers, layer)
         self._check({"q": q, "out": out}, planner.shapes(self._rows)[0])
         check_options(options)
+        if sinks is not None:
+            check_sinks(sinks, planner.kind.num_qo_heads, self.device)
         sm_scale, window_left, logits_soft_cap, attention_chunk = options
-        if sinks is not None or attention_chunk:
-            raise BackendUnavailable(
-                f"layer {layer} has {'attention sinks' if sinks is not None else 'chunked attention'}, which this "
-                "backend does not give to FlashInfer's kernels: use device='cpu'"
-            )
         if sm_scale is None:
             sm_scale = planner.kind.head_dim**-0.5
         if sm_scale <= 0:
@@ -246,24 +254,30 @@ class FlashInferAttention:
             return
         if window_left >= self._pages[0] * self._pages[1]:
             window_left = -1  # wider than the pool: the kernels add it to positions in 32 bits
-        options = Options(float(sm_scale), int(window_left), float(logits_soft_cap))
+        if attention_chunk and self._step.graphs is None and self._step.longest <= attention_chunk:
+            attention_chunk = 0  # all rows are in the first chunk; a replay may go on to the next
+        options = Options(float(sm_scale), int(window_left), float(logits_soft_cap), int(attention_chunk))
         planned = self._planned.get((planner, options))
         if planned is None:
             planned = self._planned[planner, options] = self._plan_for(planner, options, self._step)
         elif self._step.graphs is None:
             refuse_capture(self.device, "this step must not be captured, as later ones have other memory")
         if rotation is None:
-            planned.run(q, (kv.k, kv.v), out, scales)
+            planned.run(q, (kv.k, kv.v), out, scales, sinks)
         else:
-            planned.run((q.float() @ rotation).to(self._dtype), (kv.k, kv.v), out, scales)
+            planned.run((q.float() @ rotation).to(self._dtype), (kv.k, kv.v), out, scales, sinks)
             out.copy_(out.float() @ rotation)
 
     def _plan_for(self, planner: Planner, options: Options, step: _Step) -> Wrapper | CascadeRun:
         """Plan the step for layers of the planner's kind with these options."""
         refuse_capture(self.device, "the first layer with these options plans, which must not be captured")
         if step.graphs is not None:
-            return step.graphs.add(step.rows, step.arrays, step.schedule, planner, options)
-        plans = self._sets[self._turn]
+            return step.graphs.add(step.rows, step.arrays, planner, options)
+        plans, chunk = self._sets[self._turn], options.attention_chunk
+        if chunk:
+            if chunk not in step.chunks:
+                step.chunks[chunk] = copy_chunks(plans, step.arrays.host, self._pages[1], chunk).schedule
+            return planner.take(plans, step.decode, step.chunks[chunk], options)
         if self._cascade.shared and planner.common:
             window = options.window_left
             if window not in self._levels:
@@ -299,7 +313,7 @@ def _planned_by_kind(api: Any, layers: Sequence[LayerKV], dtype: torch.dtype, ba
         shape, stored = kv.shape, kv.format
         kind = Kind(shape.num_qo_heads, shape.num_kv_heads, shape.k_dim, kv.k.dtype)
         if kind not in planners:
-            planners[kind] = Planner(api, scratch, kind, backend=backend, page_size=kv.page_size, dtype=dtype)
+            planners[kind] = Planner(api, scratch, kind, backend=backend, dtype=dtype)
         planner = planners[kind]
         scales = {"k_scale": stored.k.scale, "v_scale": stored.v.scale} if planner.eight_bit else {}
         turned = rotation(shape.k_dim, kv.k.device) if stored.k.rotated else None

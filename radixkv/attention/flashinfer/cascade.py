@@ -17,7 +17,7 @@ import torch
 from radixkv.attention import Options
 from radixkv.attention.cascade import CascadePlan
 from radixkv.attention.flashinfer.kernels import preparing
-from radixkv.attention.flashinfer.plans import Planner, PlanSet, Schedule, Wrapper
+from radixkv.attention.flashinfer.plans import Caches, Planner, PlanSet, Schedule, Sinks, Wrapper, weigh
 
 __all__ = ["CascadeRun", "Levels", "copy_levels", "merge", "plan_cascade"]
 
@@ -45,7 +45,7 @@ class CascadeRun:
     planner: Planner
 
     def run(
-        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, scales: dict[str, float]
+        self, q: torch.Tensor, caches: Caches, out: torch.Tensor, scales: dict[str, float], sinks: Sinks = None
     ) -> None:
         """Attend as planned. q and out as for `Wrapper.run`; q is copied once where rows must be put in order."""
         if self.order is not None:
@@ -61,6 +61,8 @@ class CascadeRun:
             merge(self.planner, state, lse, level_state, level_lse)
         if scales and scales["v_scale"] != 1:
             state.mul_(scales["v_scale"])
+        if sinks is not None:
+            weigh(state, lse, sinks)
         if self.order is not None:
             torch.index_select(state, 0, self.order[1], out=out)
 
@@ -85,7 +87,7 @@ def copy_levels(plans: PlanSet, plan: CascadePlan, window_left: int) -> Levels |
     schedules = []
     for i in range(len(levels)):
         qo_indptr, kv_indptr, _, last = arrays.host[4 * i : 4 * i + 4]
-        schedules.append(Schedule(qo_indptr, kv_indptr, arrays.device[4 * i + 2], last))
+        schedules.append(Schedule(qo_indptr, kv_indptr, arrays.device[4 * i + 2], last, plan.core.page_size))
     order: Any = None if in_order else tuple(arrays.device[-2:])
     return Levels(schedules[:-1], schedules[-1], order)
 

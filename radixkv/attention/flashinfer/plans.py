@@ -7,10 +7,11 @@ alternate between two `PlanSet`s, and a set is filled again only after the copie
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,24 @@ from radixkv import _core
 from radixkv.attention import Options
 from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, preparing
 
-__all__ = ["IndexArrays", "Kind", "PlanSet", "Planner", "Schedule", "Scratch", "StepArrays", "StepTensors", "Wrapper"]
+__all__ = [
+    "Caches",
+    "IndexArrays",
+    "Kind",
+    "PlanSet",
+    "Planner",
+    "Schedule",
+    "Scratch",
+    "Sinks",
+    "StepArrays",
+    "StepTensors",
+    "Wrapper",
+    "weigh",
+]
+
+Caches: TypeAlias = tuple[torch.Tensor, ...]
+"""K and V of a layer, [num_pages, page_size, num_kv_heads, head_dim] both."""
+Sinks: TypeAlias = torch.Tensor | None
 
 _ALIGN = 4  # entries: every array begins at a multiple of 16 bytes
 _FIRST_FLOAT_BYTES = 1 << 20
@@ -37,6 +55,7 @@ class Schedule(NamedTuple):
     kv_indices: torch.Tensor
     """[kv_indptr[B]], on the device."""
     kv_last_page_len: torch.Tensor
+    page_size: int
 
 
 @dataclass
@@ -49,12 +68,30 @@ class Wrapper:
     int_bytes: int = 0
     fixed: bool = False
     """Whether its workspaces must stay where they are, because a CUDA graph may have captured their places."""
+    page_size: int = 0
+    """Of the last plan."""
 
     def run(
-        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, scales: dict[str, float]
+        self, q: torch.Tensor, caches: Caches, out: torch.Tensor, scales: dict[str, float], sinks: Sinks = None
     ) -> None:
-        """Attend as planned. scales: k_scale and v_scale of 8-bit caches."""
-        self.handle.run(q, caches, out=out, **scales)
+        """Attend as planned. scales: k_scale and v_scale of 8-bit caches. sinks: float32, a logit for each head."""
+        if caches[0].shape[1] != self.page_size:  # planned over parts of pages
+            caches = tuple(cache.view(-1, self.page_size, *cache.shape[2:]) for cache in caches)
+        if sinks is None:
+            self.handle.run(q, caches, out=out, **scales)
+            return
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        self.handle.run(q, caches, out=out, lse=lse, return_lse=True, **scales)
+        weigh(out, lse, sinks)
+
+
+def weigh(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> None:
+    """Let a logit for each head take part in the softmax of which out [rows, heads, head_dim] is the result.
+
+    lse [rows, heads] is the logarithm, to the base 2, of the denominator without it. The logit has no value, so all it
+    does is to take its share. To be done once a row, after all states of the row have been merged.
+    """
+    out.mul_(torch.sigmoid(lse * math.log(2) - sinks).unsqueeze(2))
 
 
 class IndexArrays(NamedTuple):
@@ -63,6 +100,8 @@ class IndexArrays(NamedTuple):
     host: list[torch.Tensor]
     """In pinned memory."""
     device: list[torch.Tensor]
+    tail: torch.Tensor
+    """The device's memory from the last of them on, beyond its end."""
 
 
 class StepTensors(NamedTuple):
@@ -154,7 +193,8 @@ class PlanSet:
             staging[begin : begin + len(array)] = array
         self._send(begins[0], entries)
         spans = [slice(begin, begin + len(array)) for begin, array in zip(begins, arrays, strict=False)]
-        return IndexArrays([self._host[s] for s in spans], [self._on_device[s] for s in spans])
+        tail = self._on_device[begins[len(spans) - 1] :]
+        return IndexArrays([self._host[s] for s in spans], [self._on_device[s] for s in spans], tail)
 
     def _reserve(self, entries: int) -> int:
         """Where the next entries go. Arrays that were handed out keep the memory they lie in."""
@@ -203,9 +243,7 @@ class Planner:
         api: the module flashinfer. scratch: of all planners. backend: "fa2" or "auto". dtype: of q and out.
     """
 
-    def __init__(
-        self, api: Any, scratch: Scratch, kind: Kind, *, backend: str, page_size: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, api: Any, scratch: Scratch, kind: Kind, *, backend: str, dtype: torch.dtype) -> None:
         self.api = api
         self.kind = kind
         self.eight_bit = kind.stored != dtype
@@ -216,7 +254,6 @@ class Planner:
         """Whether decode uses them."""
         self._scratch = scratch
         self._backend = backend
-        self._sizes = (*kind[:3], page_size)
         self._dtypes = {"q_data_type": dtype, "kv_data_type": kind.stored, "o_data_type": dtype}
         eight_bit = " over 8-bit K and V" if self.eight_bit else ""
         self.suffix = f"kernels for {str(dtype).removeprefix('torch.')}{eight_bit}, head_dim {kind.head_dim}"
@@ -254,6 +291,7 @@ class Planner:
     def plan(self, wrapper: Wrapper, schedule: Schedule, options: Options, causal: bool = True) -> None:
         """Plan a wrapper; causal: whether rows see their own position and what is before it, or all keys."""
         arguments, keywords = self._arguments(wrapper.decode, schedule, options, causal)
+        wrapper.page_size = schedule.page_size
         kind = "prefill" if self.tensor_cores or not wrapper.decode else "decode"
         kind += " window" if options.window_left >= 0 else ""
         kind += " soft cap" if options.logits_soft_cap > 0 else ""
@@ -281,10 +319,12 @@ class Planner:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What plan() and workspace_size() of either wrapper take."""
         keywords = options._asdict() | self._dtypes
-        del keywords["attention_chunk"]  # 0, as run() sees to
+        del keywords["attention_chunk"]  # the schedule is of one chunk for each group
+        *tables, page_size = schedule
+        sizes = (*self.kind[:3], page_size)
         if decode:
-            return (*schedule[1:], *self._sizes), keywords
-        return (*schedule, *self._sizes), keywords | {"causal": causal}
+            return (*tables[1:], *sizes), keywords
+        return (*tables, *sizes), keywords | {"causal": causal}
 
     def _grow(self, wrapper: Wrapper, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         """Give the wrapper the workspace this plan asks for; False if it has that already.
