@@ -38,6 +38,11 @@ def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
     """Raise unless there are kernels for this layer and rows of `dtype`."""
     shape, k, v = kv.shape, kv.format.k, kv.format.v
     rows = str(dtype).removeprefix("torch.")
+    if shape.latent:
+        raise BackendUnavailable(
+            f"layer {number} is latent, of rows of {shape.k_dim}: FlashInfer's kernels for latents are not used yet; "
+            "leave radixkv.hf.latent() out where keys and values of a head have one dimension, or use device='cpu'"
+        )
     if shape.k_dim != shape.v_dim:
         raise BackendUnavailable(
             f"layer {number} has keys of {shape.k_dim} and values of {shape.v_dim} dimensions: FlashInfer's kernels "
