@@ -100,6 +100,11 @@ class LayerFormat:
         names = [name for name, stored in FORMATS.items() if (stored.k, stored.v) == (self.k, self.v)]
         return names[0] if names else f"K as {self.k.dtype}, V as {self.v.dtype}"
 
+    @property
+    def fits_latent(self) -> bool:
+        """Whether a row of it can be a key and begin with its value, as in a latent layer."""
+        return self.k == self.v and not self.k.rotated and not self.k_centre
+
     def token_bytes(self, shape: LayerShape) -> int:
         """Bytes of a token of this layer, K and V."""
         return shape.num_kv_heads * (self.k.row_bytes(shape.k_dim) + self.v.row_bytes(shape.stored_v_dim))
@@ -121,7 +126,7 @@ class LayerFormat:
             raise InvalidArgument(
                 f"k_centre has {len(self.k_centre)} numbers: this layer's keys have {size} of all heads"
             )
-        if shape.latent and (self.k != self.v or self.k.rotated or self.k_centre):
+        if shape.latent and not self.fits_latent:
             raise InvalidArgument(
                 f"a latent layer is not stored as {self.name}{' with a centre' if self.k_centre else ''}: the first "
                 f"{shape.v_dim} numbers of a key are the value, so both must have one format, neither rotated nor "

@@ -9,6 +9,7 @@ import torch
 import radixkv
 from radixkv import _core
 from radixkv.attention.cascade import OFF
+from radixkv.capacity import bytes_per_page, bytes_per_token, expanded, fits_latent, known_models
 from radixkv.errors import InvalidArgument
 from radixkv.formats import FORMATS, LayerFormat, RowFormat, fp8
 from radixkv.pool import KVPool
@@ -176,6 +177,23 @@ def test_nothing_is_stored_twice() -> None:
         assert layer.v.data_ptr() == layer.k.data_ptr()
         assert layer.v.shape == (5, 16, 1, 512)
         assert layer.k.shape == (5, 16, 1, 576)
+
+
+def test_a_pool_of_latents_and_a_plan_agree():
+    """DeepSeek-V3's 61 layers: the pool's pages, the formula, and what K and V of its heads would take."""
+    model = known_models()["deepseek-v3"]
+    shape = LayerShape(128, 1, 576, 512, latent=True)
+    pool = KVPool([shape] * 61, [FORMATS["bf16"]] * 61, 1, 16, CPU)
+    assert pool.page_bytes == bytes_per_page(model, FORMATS["bf16"], 16) == 16 * 70_272
+    assert bytes_per_token(model, FORMATS["bf16"]) == 61 * FORMATS["bf16"].token_bytes(shape) == 70_272
+    whole = expanded(model)
+    assert (
+        bytes_per_token(whole, FORMATS["bf16"])
+        == 61 * FORMATS["bf16"].token_bytes(LayerShape(128, 128, 192, 128))
+        == 4_997_120
+    )
+    assert expanded(known_models()["llama-3-8b"]) is None
+    assert [name for name, f in FORMATS.items() if fits_latent(model, f)] == ["fp32", "bf16", "fp16", "fp8"]
 
 
 def test_append_writes_the_row_and_no_other() -> None:
