@@ -258,7 +258,6 @@ E4M3, HALF = RowFormat("float8_e4m3fn"), RowFormat("float16")
     ("shape", "stored", "message"),
     [
         (LayerShape(6, 2, 64, 128), LayerFormat(HALF, HALF), "layer 1 has keys of 64 and values of 128 dimensions"),
-        (LayerShape(6, 1, 576, 512, latent=True), LayerFormat(HALF, HALF), "layer 1 is latent, of rows of 576: "),
         (LayerShape(6, 2, 80), LayerFormat(HALF, HALF), "layer 1: head_dim is 80: "),
         (LayerShape(6, 2, 64), LayerFormat(E4M3, HALF), "layer 1 stores K as float8_e4m3fn, V as float16: "),
         *((LayerShape(6, 2, 64), FORMATS[name], f"layer 1 stores {name}: ") for name in ("int8", "k8v4", "int4")),
