@@ -53,11 +53,10 @@ def test_an_engine_with_latent_layers_and_others(target: str, monkeypatch: pytes
         def forward(leases: list[radixkv.Lease]) -> None:
             with engine.step(leases) as step:
                 x = (table[step.input_ids.cpu()] / (1 + step.positions.cpu()[:, None, None] / 99)).half()
-                x = x.to(engine.device)
-                rows = x[:, :1].contiguous()
+                parts = x, x[:, :1], x[:, :4, :64], x[:, :2, :64]
+                x, rows, q, kv = (part.contiguous().to(engine.device) for part in parts)
                 for layer in (0, 2):
                     outs.append(step.attend(layer, x, rows, rows[..., :512], sm_scale=0.07).cpu())
-                q, kv = x[:, :4, :64].contiguous(), x[:, :2, :64].contiguous()
                 outs.append(step.attend(1, q, kv, kv).cpu())
 
         prompt = list(range(45))
@@ -129,6 +128,6 @@ def test_calls_without_kernels(target: str) -> None:
         pool.flashinfer.run(0, q, out, Options(-1.0))
     with pytest.raises(InvalidArgument, match="sm_scale is None in a latent layer"):
         pool.flashinfer.run(0, q, out)
-    k = q[:, :1].contiguous()
+    k = torch.zeros(2, 1, 576, dtype=torch.float16, device=device)
     with pytest.raises(InvalidArgument, match="v of a latent layer has memory of its own"):
-        pool.flashinfer.append(0, k, k[..., :512].clone())
+        pool.flashinfer.append(0, k, torch.zeros(2, 1, 512, dtype=torch.float16, device=device))
