@@ -243,6 +243,8 @@ class RowCounts:
 
 class LayerKV:
     def __init__(self, *, num_qo_heads: int, num_kv_heads: int, k: LayerCache, v: LayerCache) -> None: ...
+    @staticmethod
+    def latent(*, num_qo_heads: int, k: LayerCache, v_dim: int) -> LayerKV: ...
 
 class AttentionPlan:
     def __init__(

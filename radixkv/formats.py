@@ -100,14 +100,38 @@ class LayerFormat:
         names = [name for name, stored in FORMATS.items() if (stored.k, stored.v) == (self.k, self.v)]
         return names[0] if names else f"K as {self.k.dtype}, V as {self.v.dtype}"
 
+    @property
+    def fits_latent(self) -> bool:
+        """Whether a row of it can be a key and begin with its value, as in a latent layer."""
+        return self.k == self.v and not self.k.rotated and not self.k_centre
+
     def token_bytes(self, shape: LayerShape) -> int:
         """Bytes of a token of this layer, K and V."""
-        return shape.num_kv_heads * (self.k.row_bytes(shape.k_dim) + self.v.row_bytes(shape.v_dim))
+        return shape.num_kv_heads * (self.k.row_bytes(shape.k_dim) + self.v.row_bytes(shape.stored_v_dim))
 
     def page_bytes(self, page_size: int, shape: LayerShape) -> int:
         """Bytes of a page of this layer, K and V."""
+        return sum(self.run_bytes(page_size, shape))
+
+    def run_bytes(self, page_size: int, shape: LayerShape) -> tuple[int, int]:
+        """Bytes of the two runs of a page of this layer: its K, and its V (0 in a latent layer)."""
         heads = shape.num_kv_heads
-        return self.k.page_bytes(page_size, heads, shape.k_dim) + self.v.page_bytes(page_size, heads, shape.v_dim)
+        k, v = self.k.page_bytes(page_size, heads, shape.k_dim), self.v.page_bytes(page_size, heads, shape.stored_v_dim)
+        return k, v
+
+    def check(self, shape: LayerShape) -> None:
+        """Raise `InvalidArgument` unless a layer of this shape can be stored so."""
+        size = shape.num_kv_heads * shape.k_dim
+        if self.k_centre and len(self.k_centre) != size:
+            raise InvalidArgument(
+                f"k_centre has {len(self.k_centre)} numbers: this layer's keys have {size} of all heads"
+            )
+        if shape.latent and not self.fits_latent:
+            raise InvalidArgument(
+                f"a latent layer is not stored as {self.name}{' with a centre' if self.k_centre else ''}: the first "
+                f"{shape.v_dim} numbers of a key are the value, so both must have one format, neither rotated nor "
+                "centred. Use the model's own dtype, or fp8(scale, scale)"
+            )
 
 
 def aligned(num_bytes: int) -> int:

@@ -27,7 +27,8 @@ class LayerKV:
     """One layer's memory in the pool. A page of its K, and of its V, is one contiguous run of bytes.
 
     `k` and `v` are views of the pages as the stored numbers, ``[num_pages, page_size, num_kv_heads, dim]``
-    (FlashInfer's NHD); a page's rows lie one after the other. Rows of int4 are bytes of two codes: half of `dim`.
+    (FlashInfer's NHD); a page's rows lie one after the other. Rows of int4 are bytes of two codes: half of `dim`. In a
+    latent layer `v_pages` are `k_pages`, and `v` is the first numbers of the rows of `k`.
     """
 
     shape: LayerShape
@@ -44,16 +45,16 @@ class LayerKV:
     _centre: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        centre, size = self.format.k_centre, self.shape.num_kv_heads * self.shape.k_dim
-        if centre and len(centre) != size:
-            raise InvalidArgument(f"k_centre has {len(centre)} numbers: this layer's keys have {size} of all heads")
-        object.__setattr__(self, "_centre", torch.tensor(centre, dtype=torch.float32))
+        self.format.check(self.shape)
+        object.__setattr__(self, "_centre", torch.tensor(self.format.k_centre, dtype=torch.float32))
         for name, pages, stored, dim in (
             ("k", self.k_pages, self.format.k, self.shape.k_dim),
             ("v", self.v_pages, self.format.v, self.shape.v_dim),
         ):
             object.__setattr__(self, name, self._rows(pages, stored, dim))
             object.__setattr__(self, f"{name}_scales", self._scales(pages, stored, dim))
+        if self.shape.latent:
+            object.__setattr__(self, "v", self.k[..., : self.shape.v_dim])
 
     def _rows(self, pages: torch.Tensor, stored: RowFormat, dim: int) -> torch.Tensor:
         dtype = torch.uint8 if stored.dtype == "int4" else getattr(torch, stored.dtype)
@@ -78,10 +79,13 @@ class LayerKV:
         shape, stored = self.shape, self.format
         centre = self._centre.data_ptr() if len(self._centre) else 0
         k_usual, v_usual = stored.usual_scales
+        k = self._core(self.k_pages, stored.k, shape.k_dim, centre, k_usual)
+        if shape.latent:
+            return _core.LayerKV.latent(num_qo_heads=shape.num_qo_heads, k=k, v_dim=shape.v_dim)
         return _core.LayerKV(
             num_qo_heads=shape.num_qo_heads,
             num_kv_heads=shape.num_kv_heads,
-            k=self._core(self.k_pages, stored.k, shape.k_dim, centre, k_usual),
+            k=k,
             v=self._core(self.v_pages, stored.v, shape.v_dim, 0, v_usual),
         )
 
@@ -98,11 +102,12 @@ class KVPool:
     """The memory of the K and V of every layer and page: `layers[i]` is layer i's.
 
     Layers may differ in shape and format. Pages of equal size lie in one allocation, whatever layer they belong to, so
-    copying a page is one gather and one scatter for each size. The memory starts out uninitialized; where the operating
-    system backs it lazily, pages cost memory when they are first written.
+    copying a page is one gather and one scatter for each size. Of a latent layer there is the K run only. The memory
+    starts out uninitialized; where the operating system backs it lazily, pages cost memory when they are first written.
 
     Raises:
-        InvalidArgument: the allocation fails; says how many bytes were asked for.
+        InvalidArgument: the allocation fails; says how many bytes were asked for. Or a layer cannot be stored in its
+            format.
     """
 
     def __init__(
@@ -113,14 +118,10 @@ class KVPool:
         page_size: int,
         device: torch.device,
     ) -> None:
-        sizes = [
-            size
-            for s, f in zip(shapes, formats, strict=True)
-            for size in (
-                f.k.page_bytes(page_size, s.num_kv_heads, s.k_dim),
-                f.v.page_bytes(page_size, s.num_kv_heads, s.v_dim),
-            )
-        ]
+        for s, f in zip(shapes, formats, strict=True):
+            f.check(s)
+        runs = [f.run_bytes(page_size, s) for s, f in zip(shapes, formats, strict=True)]
+        sizes = [size for run in runs for size in run if size]
         self.page_bytes = sum(sizes)
         """Of all layers, K and V."""
         self.num_pages = num_pages
@@ -137,12 +138,13 @@ class KVPool:
             for block in self._blocks.values():
                 _core.prefer_huge_pages(block.data_ptr(), block.nbytes)
         unused = {size: iter(block) for size, block in self._blocks.items()}
-        self._pages = [next(unused[size]) for size in sizes]  # K, V, K, V, ...
+        self._pages = [next(unused[size]) for size in sizes]  # K, V, K, V, ...; of a latent layer only K
+        pages = iter(self._pages)
         self._host = _host_views(list(self._blocks.values()), self._pages) if device.type == "cpu" else []
-        self.layers = [
-            LayerKV(s, f, page_size, k, v)
-            for s, f, k, v in zip(shapes, formats, self._pages[::2], self._pages[1::2], strict=True)
-        ]
+        self.layers = []
+        for s, f in zip(shapes, formats, strict=True):
+            k = next(pages)
+            self.layers.append(LayerKV(s, f, page_size, k, k if s.latent else next(pages)))
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +165,10 @@ class KVPool:
                 copy_batched(block, source, target)
 
     def read_pages(self, pages: npt.NDArray[np.int32], out: Sequence[npt.NDArray[np.uint8]]) -> None:
-        """Copy pages [n] to n rows of page_bytes: for each its K and V of layer 0, then of layer 1, and so on."""
+        """Copy pages [n] to n rows of page_bytes: for each its K and V of layer 0, then of layer 1, and so on.
+
+        Of a latent layer K only.
+        """
         if not self._host:
             for row, gathered in zip(out, self.gather(pages), strict=True):
                 torch.from_numpy(row).copy_(gathered)

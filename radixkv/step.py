@@ -149,8 +149,8 @@ class Step(_core.Step):
             layer: 0 to num_layers - 1; each must be given k and v once before the step is left.
             q: [rows, num_qo_heads, k_dim]; k: [rows, num_kv_heads, k_dim]; v: [rows, num_kv_heads, v_dim]; of the
                 engine's dtype, rotary embedding applied, last dimension contiguous (other strides are free: no copy is
-                made).
-            sm_scale: factor on the logits; k_dim ** -0.5 by default.
+                made). Of a latent layer v is k[..., :v_dim], and q and out are in the latent's dimensions.
+            sm_scale: factor on the logits; k_dim ** -0.5 by default, and required by a latent layer.
             window_left: a query sees at most this many keys before its own; -1: all, which no lease that dropped pages
                 allows.
             logits_soft_cap: c > 0 turns a scaled logit x into c * tanh(x / c).

@@ -29,6 +29,7 @@ ATTENTION = (
     "tests/attention/test_cascade.py", "tests/attention/test_attention.py", "tests/attention/test_attention_formats.py",
     "tests/attention/test_quantized_rows.py", "tests/attention/test_attention_identity.py",
 )  # fmt: skip
+LATENT = ("tests/attention/test_latent.py",)
 
 
 class Mutant(NamedTuple):
@@ -239,6 +240,13 @@ MUTANTS = [
            "const float top = most[r] > 1e-30f ? most[r] : 1e-30f;",
            "const float top = most[r] > s.units[i + r] ? most[r] : s.units[i + r] + 1e-30f;", ATTENTION),
     Mutant("every row's error is measured", "attention/dispatch.cpp", "% kSampled == 0;", "% 1 == 0;", ATTENTION),
+    Mutant("a latent layer stores its values as well", "attention/plan.cpp",
+           "kv.latent() ? RowCounts{} : put(kv.v, v, before.v.rows)", "put(kv.v, v, before.v.rows)", LATENT),
+    Mutant("a latent value may be longer than its row", "attention/plan.cpp",
+           "if (layer.v.dim > layer.k.dim) {", "if (false) {", LATENT),
+    Mutant("a latent row may be rotated", "attention/plan.cpp",
+           "if (layer.k.rotated || layer.k.centre != nullptr) {", "if (layer.k.centre != nullptr) {", LATENT),
+    Mutant("a latent value is its whole row", "attention/layer.hpp", "layer.v.dim = v_dim;", "(void)v_dim;", LATENT),
 ]  # fmt: skip
 
 

@@ -20,12 +20,12 @@ class Layers:
     def __init__(
         self,
         num_pages: int,
-        heads: Heads,
+        heads: Heads | LayerShape,
         dtype: torch.dtype,
         minimum_bytes: int = 1,
         kv_format: str | None = None,
     ) -> None:
-        shape = LayerShape(heads.qo, heads.kv, heads.dim)
+        shape = heads if isinstance(heads, LayerShape) else LayerShape(heads.qo, heads.kv, heads.dim)
         (format,) = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
         self.bytes = num_pages * format.page_bytes(PAGE_SIZE, shape)
         count = -(-minimum_bytes // self.bytes)

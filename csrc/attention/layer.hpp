@@ -82,6 +82,15 @@ struct LayerKV {
   Cache v;
 
   std::int32_t group() const { return num_qo_heads / num_kv_heads; }
+  // Whether values are the beginnings of keys, and stored with them.
+  bool latent() const { return v.data == k.data; }
 };
+
+// A layer of latent attention: one head of keys, the first v_dim elements of which are the value.
+inline LayerKV latent_layer(std::int32_t num_qo_heads, const Cache& k, std::int32_t v_dim) {
+  LayerKV layer{num_qo_heads, 1, k, k};
+  layer.v.dim = v_dim;
+  return layer;
+}
 
 }  // namespace radixkv::attention

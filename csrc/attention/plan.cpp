@@ -30,6 +30,16 @@ void check_cache(const std::string& who, const Cache& cache, DType dtype) {
   }
 }
 
+void check_latent(const std::string& who, const LayerKV& layer) {
+  if (layer.v.dim > layer.k.dim) {
+    invalid(who + "v_dim is " + str(layer.v.dim) + ": a latent value is a part of its key, of " + str(layer.k.dim));
+  }
+  if (layer.k.rotated || layer.k.centre != nullptr) {
+    invalid(who + "a latent row is rotated or has a centre: its first " + str(layer.v.dim) +
+            " numbers are no value then");
+  }
+}
+
 void check_layer(std::size_t index, const LayerKV& layer, DType dtype) {
   const std::string who = "layer " + str(index) + ": ";
   if (layer.num_kv_heads < 1 || layer.num_qo_heads < 1 || layer.num_qo_heads % layer.num_kv_heads != 0) {
@@ -38,6 +48,7 @@ void check_layer(std::size_t index, const LayerKV& layer, DType dtype) {
   }
   check_cache(who + "k_dim", layer.k, dtype);
   check_cache(who + "v_dim", layer.v, dtype);
+  if (layer.latent()) check_latent(who, layer);
 }
 
 }  // namespace
@@ -128,7 +139,8 @@ void AttentionPlan::append(std::size_t layer, const Rows& k, const Rows& v) {
       return store_rows(kernel_, dtype_, kv.num_kv_heads, page_size_, cache, from, table_.slots.data(), begin, end,
                         stored);
     };
-    const RowCounts of_k = put(kv.k, k, before.k.rows), of_v = put(kv.v, v, before.v.rows);
+    const RowCounts of_k = put(kv.k, k, before.k.rows);
+    const RowCounts of_v = kv.latent() ? RowCounts{} : put(kv.v, v, before.v.rows);
     const std::lock_guard counts_lock(counting);
     counts.k.add(of_k);
     counts.v.add(of_v);

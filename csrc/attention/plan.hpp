@@ -33,7 +33,7 @@ class AttentionPlan {
   // LeaseError for one whose step has ended; then nothing has changed.
   void plan(const StepTable& table);
 
-  // Writes k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of a layer.
+  // Writes k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of a layer; of a latent one k.
   // Throws Error (InvalidArgument) for a layer that there is not; so does run.
   void append(std::size_t layer, const Rows& k, const Rows& v);
 

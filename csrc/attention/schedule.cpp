@@ -8,6 +8,7 @@ namespace {
 
 constexpr std::int64_t kBlockVectorsTarget = 96;  // query vectors per block: enough to pay for packing a tile
 constexpr std::int32_t kFewRows = 4;              // new rows of a request up to which it is bound by memory
+constexpr std::int32_t kFewVectorsLimit = 256;    // query vectors of a head in their block, which is to stay in L2
 constexpr double kSerialCost = 2.0e6;             // multiply-adds: below this, waking a thread costs more than it gives
 constexpr double kKeyCost = 4.0;                  // loading and packing a key, in query vectors' worth of work
 constexpr std::int32_t kSharedVectorsTarget = 256;  // query vectors per block of a shared segment, over all heads
@@ -77,7 +78,7 @@ void Schedule::add_requests(const Step& step, std::vector<Item>& blocks) const {
     const std::int64_t key_begin = served(b);
     const bool few = rows <= kFewRows;
     const std::int32_t width = few ? widest : 1;
-    const std::int32_t rows_per_block = few ? rows : target;
+    const std::int32_t rows_per_block = few ? std::min(rows, std::max(1, kFewVectorsLimit / shape.group())) : target;
     for (std::int32_t begin = 0; begin < rows; begin += rows_per_block) {
       const std::int32_t end = std::min(rows, begin + rows_per_block);
       const std::int64_t keys = table.kv_len(b) - rows + end;

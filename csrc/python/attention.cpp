@@ -117,15 +117,7 @@ class Plan {
   AttentionPlan plan_;
 };
 
-}  // namespace
-
-void bind_attention(nb::module_& m) {
-  m.def(
-      "isa", [] { return std::string(attention::kernel().isa); },
-      "The instruction set that attention uses: the machine's best, or the environment's RADIXKV_ISA.");
-  m.attr("CHUNK_KEYS") = attention::kChunkKeys;
-  m.def("isas", &attention::supported_isas, "The instruction sets that this machine supports, best first.");
-
+void bind_layers(nb::module_& m) {
   nb::class_<attention::Cache>(m, "LayerCache",
                                "Where the pages of one layer's keys, or of its values, lie, and how rows do in them.")
       .def(
@@ -152,7 +144,21 @@ void bind_attention(nb::module_& m) {
           "__init__",
           [](LayerKV* self, std::int32_t num_qo_heads, std::int32_t num_kv_heads, const attention::Cache& k,
              const attention::Cache& v) { new (self) LayerKV{num_qo_heads, num_kv_heads, k, v}; },
-          nb::kw_only(), "num_qo_heads"_a, "num_kv_heads"_a, "k"_a, "v"_a);
+          nb::kw_only(), "num_qo_heads"_a, "num_kv_heads"_a, "k"_a, "v"_a)
+      .def_static("latent", &attention::latent_layer, nb::kw_only(), "num_qo_heads"_a, "k"_a, "v_dim"_a,
+                  "A layer with one head of keys, whose first v_dim numbers are the values.");
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  m.def(
+      "isa", [] { return std::string(attention::kernel().isa); },
+      "The instruction set that attention uses: the machine's best, or the environment's RADIXKV_ISA.");
+  m.attr("CHUNK_KEYS") = attention::kChunkKeys;
+  m.def("isas", &attention::supported_isas, "The instruction sets that this machine supports, best first.");
+
+  bind_layers(m);
 
   nb::class_<Plan>(m, "AttentionPlan", "Attention over a page table: plan once a step, append and run once a layer.")
       .def(nb::init<const std::vector<LayerKV>&, const std::string&, std::int32_t, std::int32_t, int,

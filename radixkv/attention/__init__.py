@@ -32,7 +32,7 @@ class Options(NamedTuple):
     """What layers of one model may differ in, beside what they store."""
 
     sm_scale: float | None = None
-    """Factor of q·k; None: k_dim ** -0.5."""
+    """Factor of q·k; None: k_dim ** -0.5, which a latent layer does not take."""
     window_left: int = -1
     """How many keys before its own a query sees; -1: all."""
     logits_soft_cap: float = 0.0
@@ -138,7 +138,10 @@ class Attention(Protocol):
         """What a replay of the planned step may look back: the widest window_left of steps with its key; -1: all."""
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of the layer's pages."""
+        """Write k [rows, num_kv_heads, k_dim] and v [rows, num_kv_heads, v_dim] into the slots of the layer's pages.
+
+        Of a latent layer v is k[..., :v_dim].
+        """
 
     def run(
         self, layer: int, q: torch.Tensor, out: torch.Tensor, options: Options = ..., sinks: torch.Tensor | None = None

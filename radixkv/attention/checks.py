@@ -12,8 +12,19 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable
 from radixkv.errors import InvalidArgument
+from radixkv.shape import LayerShape
 
-__all__ = ["check_int32", "check_options", "check_rows", "check_sinks", "check_threads", "core_table", "layer_at"]
+__all__ = [
+    "check_int32",
+    "check_latent",
+    "check_options",
+    "check_rows",
+    "check_sinks",
+    "check_threads",
+    "core_table",
+    "layer_at",
+    "scale_of",
+]
 
 _INT32 = np.dtype(np.int32)
 _Layer = TypeVar("_Layer")
@@ -53,6 +64,18 @@ def check_options(options: Options) -> None:
         raise InvalidArgument(f"sm_scale is {sm_scale}: use a finite factor, or None for k_dim**-0.5")
 
 
+def scale_of(options: Options, shape: LayerShape) -> float:
+    """The factor of q·k in a layer of this shape. In a latent one it must be given: its rows are not its heads'."""
+    if options.sm_scale is not None:
+        return options.sm_scale
+    if shape.latent:
+        raise InvalidArgument(
+            f"sm_scale is None in a latent layer, whose rows of {shape.k_dim} are no head's: give the factor of the "
+            "model's heads, which is (qk_nope_head_dim + qk_rope_head_dim)**-0.5, times what its rope adds"
+        )
+    return float(shape.k_dim**-0.5)
+
+
 def check_rows(
     name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -69,6 +92,15 @@ def check_rows(
         raise InvalidArgument(f"{name} has strides {tensor.stride()}: the last must be 1, pass {name}.contiguous()")
     if name == "out" and not tensor.is_contiguous():
         raise InvalidArgument(f"out has strides {tensor.stride()}: it must be contiguous, pass torch.empty({shape})")
+
+
+def check_latent(k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise unless a latent layer's v is where its k begins: it is stored as a part of it."""
+    if v.data_ptr() != k.data_ptr() or v.stride()[::2] != k.stride()[::2]:
+        raise InvalidArgument(
+            f"v of a latent layer has memory of its own: it is the first {v.shape[2]} numbers of k and stored with it, "
+            f"pass k[..., :{v.shape[2]}]"
+        )
 
 
 def check_sinks(sinks: torch.Tensor, num_qo_heads: int, device: torch.device) -> None:

@@ -14,7 +14,16 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs, StoredRows
 from radixkv.attention.cascade import NATIVE, CascadeCosts, CascadePlan
-from radixkv.attention.checks import check_options, check_rows, check_sinks, check_threads, core_table, layer_at
+from radixkv.attention.checks import (
+    check_latent,
+    check_options,
+    check_rows,
+    check_sinks,
+    check_threads,
+    core_table,
+    layer_at,
+    scale_of,
+)
 from radixkv.errors import InvalidArgument
 from radixkv.pool import LayerKV
 
@@ -30,7 +39,7 @@ class NativeAttention:
 
     dtype (float32, bfloat16 or float16) is that of every tensor; what is stored is the same or float8_e4m3fn. Sums are
     float32 throughout. num_threads defaults to torch's. isa forces an instruction set; by default it is the machine's
-    best, or the environment's RADIXKV_ISA.
+    best, or the environment's RADIXKV_ISA. A latent layer takes v as k[..., :v_dim], and an sm_scale.
     Keys that several requests share are read once for all of them where `cascade` says that it pays (`cascade.OFF`:
     never); it changes the time, not a bit of the result.
     One call runs at a time. Raises `InvalidArgument` for what the kernels do not take: dimensions that are no multiple
@@ -126,6 +135,8 @@ class NativeAttention:
         ):
             check_rows("k", k, k_shape, dtype, _CPU)
             check_rows("v", v, v_shape, dtype, _CPU)
+        if shape.latent:
+            check_latent(k, v)
         self._plan.append(layer, k.data_ptr(), k_stride[0], k_stride[1], v.data_ptr(), v_stride[0], v_stride[1])
 
     def run(
@@ -153,7 +164,7 @@ class NativeAttention:
             check_rows("q", q, q_shape, dtype, _CPU)
             check_rows("out", out, out_shape, dtype, _CPU)
         check_options(options)
-        sm_scale = shape.k_dim**-0.5 if options.sm_scale is None else options.sm_scale
+        sm_scale = scale_of(options, shape)
         if sinks is not None:
             check_sinks(sinks, shape.num_qo_heads, _CPU)
         at = 0 if sinks is None else sinks.data_ptr()

@@ -10,7 +10,15 @@ Nothing here loads a model or needs torch.
 from radixkv.capacity.config import model_from_config
 from radixkv.capacity.fit import Fit, Need, fit, need_for, paging_waste, preallocation_waste
 from radixkv.capacity.read import known_models, read_model
-from radixkv.capacity.sizes import Layer, Model, bytes_per_page, bytes_per_request, bytes_per_token
+from radixkv.capacity.sizes import (
+    Layer,
+    Model,
+    bytes_per_page,
+    bytes_per_request,
+    bytes_per_token,
+    expanded,
+    fits_latent,
+)
 from radixkv.formats import FORMATS
 from radixkv.memory import format_bytes
 
@@ -23,7 +31,9 @@ __all__ = [
     "bytes_per_page",
     "bytes_per_request",
     "bytes_per_token",
+    "expanded",
     "fit",
+    "fits_latent",
     "format_bytes",
     "known_models",
     "model_from_config",

@@ -95,8 +95,10 @@ def _layer(config: Config, i: int, kind: str, name: str) -> Layer:
         window = _number(own, name, "sliding_window", "attention_window_size", "attention_chunk_size")
     heads = _number(own, name, "num_attention_heads", "n_head", "n_heads")
     if own.get("kv_lora_rank"):
-        latent = int(own["kv_lora_rank"]) + _number(own, name, "qk_rope_head_dim")
-        return Layer(heads, 1, latent, 0, window)
+        nope, value = own.get("qk_nope_head_dim"), own.get("v_head_dim")
+        rope = _number(own, name, "qk_rope_head_dim")
+        heads_of = (int(nope) + rope, int(value)) if nope and value else None
+        return Layer(heads, 1, int(own["kv_lora_rank"]) + rope, 0, window, heads_of)
     wide = kind == _FULL and "per_layer_config" not in config and config.get("global_head_dim")
     dim = int(wide) if wide else _head_dim(own, name)
     kv_heads = _kv_heads(own, heads, i)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from radixkv.errors import InvalidArgument
 from radixkv.formats import LayerFormat
 
-__all__ = ["Layer", "Model", "bytes_per_page", "bytes_per_request", "bytes_per_token", "checked_layers"]
+__all__ = [
+    "Layer",
+    "Model",
+    "bytes_per_page",
+    "bytes_per_request",
+    "bytes_per_token",
+    "checked_layers",
+    "expanded",
+    "fits_latent",
+]
 
 _MAX_LAYERS = 4096
 """So that a damaged file costs no memory."""
@@ -24,6 +33,8 @@ class Layer:
     v_dim: int
     window: int | None = None
     """How many tokens a row sees, itself among them; None: all."""
+    head_dims: tuple[int, int] | None = field(default=None, compare=False)
+    """Of a latent layer, if known: dimensions of a key and of a value of each query head, which it stands for."""
 
     def __post_init__(self) -> None:
         for name in ("num_qo_heads", "num_kv_heads", "k_dim", "v_dim", "window"):
@@ -68,6 +79,22 @@ class Model:
     def groups(self) -> list[tuple[Layer, int]]:
         """The different layers, and how many there are of each."""
         return list(Counter(self.layers).items())
+
+
+def fits_latent(model: Model, kv_format: LayerFormat) -> bool:
+    """Whether the model's layers can be stored so: latent ones in formats without rotation or scales of rows."""
+    return kv_format.fits_latent or all(layer.v_dim for layer in model.layers)
+
+
+def expanded(model: Model) -> Model | None:
+    """The model as it is stored where `radixkv.hf.latent` is left out: K and V of every head. None: it is no other."""
+    if not any(layer.head_dims for layer in model.layers):
+        return None
+    layers = (
+        Layer(layer.num_qo_heads, layer.num_qo_heads, *layer.head_dims, layer.window) if layer.head_dims else layer
+        for layer in model.layers
+    )
+    return replace(model, layers=tuple(layers))
 
 
 def checked_layers(count: int, name: str) -> int:

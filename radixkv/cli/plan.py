@@ -12,7 +12,9 @@ from radixkv.capacity import (
     bytes_per_page,
     bytes_per_request,
     bytes_per_token,
+    expanded,
     fit,
+    fits_latent,
     format_bytes,
     known_models,
     need_for,
@@ -131,6 +133,12 @@ def _describe(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """All but the trace, as one JSON object."""
     reserved: int = args.max_length or model.max_length or 0
     chosen = FORMATS[args.format]
+    if not fits_latent(model, chosen):
+        raise InvalidArgument(
+            f"{model.name} has latent layers, which are not stored as {args.format}: use --format fp32, bf16, fp16 or "
+            "fp8"
+        )
+    whole = expanded(model)
     weights = _weights(model, args) if args.memory else None
     row = _row(model, chosen, weights, args)
     if weights is not None and row["pages"] == 0:
@@ -157,7 +165,8 @@ def _describe(model: Model, args: argparse.Namespace) -> dict[str, Any]:
         "weight_bytes": weights,
         "reserve": args.reserve,
         "chosen": row,
-        "formats": [_row(model, f, weights, args) for f in _SHOWN.values()],
+        "bytes_per_token_expanded": bytes_per_token(whole, chosen) if whole else None,
+        "formats": [_row(model, f, weights, args) for f in _SHOWN.values() if fits_latent(model, f)],
     }  # fmt: skip
 
 
@@ -198,7 +207,7 @@ def _for_target(model: Model, args: argparse.Namespace) -> dict[str, Any]:
 
     with ProgressLine() as progress:
         curve = capacity_curve(requests_of(args, progress), args.page_size, progress)
-    pages = {name: bytes_per_page(model, f, args.page_size) for name, f in _SHOWN.items()}
+    pages = {name: bytes_per_page(model, f, args.page_size) for name, f in _SHOWN.items() if fits_latent(model, f)}
     need = need_for(curve, args.target, bytes_per_page(model, FORMATS[args.format], args.page_size))
     return {
         "trace": args.trace,
@@ -221,6 +230,8 @@ def _print(model: Model, found: dict[str, Any]) -> None:
         print(f"            {found['state_layers']} layers keep no K and V; their states are not counted")
     print(f"in {chosen['format']}")
     print(f"a token     {chosen['bytes_per_token']:,} B = {format_bytes(chosen['bytes_per_token'])}")
+    if found["bytes_per_token_expanded"]:
+        print(f"            {found['bytes_per_token_expanded']:,} B where K and V of every head are stored instead")
     print(f"a page      {format_bytes(chosen['bytes_per_page'])} of {found['page_size']} tokens")
     print(f"a request   {format_bytes(chosen['bytes_per_request'])} of {found['length']:,} tokens", end="")
     windows = found["request_bytes_in_windows"]

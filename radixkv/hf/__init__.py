@@ -13,6 +13,7 @@ try:
     from radixkv.hf.generator import Generator
     from radixkv.hf.kv_check import KvCheck, kv_check
     from radixkv.hf.kv_measure import Loss, audit
+    from radixkv.hf.latent import latent
     from radixkv.hf.optimize import optimize
     from radixkv.hf.request import Request, RequestStats
     from radixkv.hf.sampling import Sampling, TokenLogprob
@@ -37,6 +38,7 @@ __all__ = [
     "engine_for",
     "forward",
     "kv_check",
+    "latent",
     "optimize",
     "weights_digest",
 ]

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 
 from radixkv.attention import Options
 from radixkv.errors import InvalidArgument
+from radixkv.hf.absorbed import head_values, is_absorbed, latent_queries
 from radixkv.hf.config import (
     check_config,
     length_limit,
@@ -108,9 +109,10 @@ def _attend(
     _check_call(module, query, attention_mask, is_causal, kwargs)
     # Transformers counts the query itself in its window, FlashInfer and this engine do not.
     window_left = sliding_window - 1 if sliding_window is not None else -1
+    latent, q = is_absorbed(module), query[0].transpose(0, 1)
     out = step.attend(
         module.layer_idx,
-        query[0].transpose(0, 1),
+        latent_queries(module, q) if latent else q,
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         sm_scale=scaling,
@@ -118,7 +120,7 @@ def _attend(
         logits_soft_cap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),
     )
-    return out.unsqueeze(0), None
+    return (head_values(module, out) if latent else out).unsqueeze(0), None
 
 
 def _check_call(
@@ -341,7 +343,8 @@ class _Probe:
         **options: object,
     ) -> torch.Tensor:
         if k is not None and v is not None:
-            self.shapes[layer] = LayerShape(q.shape[1], k.shape[1], k.shape[2], v.shape[2])
+            is_part = k.shape[1] == 1 and v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
+            self.shapes[layer] = LayerShape(q.shape[1], k.shape[1], k.shape[2], v.shape[2], latent=is_part)
             self.written += [k, v]
         self.layers.append(layer)
         self.queries.append(q)

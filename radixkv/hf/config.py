@@ -25,6 +25,7 @@ __all__ = [
     "refuse_placeholders",
     "sliding_windows",
     "stored_layers",
+    "telling_positions",
     "text_config",
 ]
 
@@ -137,6 +138,25 @@ def original_lengths(config: Any) -> list[int]:
     name = "original_max_position_embeddings"
     found = [rope.get(name) for rope in _rotary_embeddings(config)] + [getattr(config, name, None)]
     return [int(length) for length in found if length is not None]
+
+
+def telling_positions(model: PreTrainedModel) -> list[int]:
+    """Positions at which a layer that looks at them would show it.
+
+    Layers that do change at the length of the first training, at multiples of it, or slowly; so: around that length and
+    twice that length, around every power of two, and the last.
+    """
+    config = text_config(model)
+    last = getattr(config, "max_position_embeddings", None)
+    if last is None:
+        raise InvalidArgument(
+            f"{type(model).__name__} does not say how many positions it has (max_position_embeddings), so its layers "
+            "cannot be compared at all of them"
+        )
+    edges = {2**power for power in range(int(last).bit_length())} | {int(last)}
+    for original in original_lengths(config):
+        edges |= {original, 2 * original}
+    return sorted({position for edge in edges for position in (edge - 1, edge)} - {int(last)})
 
 
 def _rotary_embeddings(config: Any) -> list[dict[str, Any]]:

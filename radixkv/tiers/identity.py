@@ -29,7 +29,7 @@ def canonical(identity: Mapping[str, Any]) -> bytes:
 def layers_identity(shapes: Sequence[LayerShape], formats: Sequence[LayerFormat]) -> list[dict[str, Any]]:
     """What of the layers decides the bytes of a page: runs of equal ones."""
     layers = [
-        {"kv_heads": s.num_kv_heads, "k_dim": s.k_dim, "v_dim": s.v_dim, "k": _fields(f.k), "v": _fields(f.v)}
+        {"kv_heads": s.num_kv_heads, "k_dim": s.k_dim, "v_dim": s.stored_v_dim, "k": _fields(f.k), "v": _fields(f.v)}
         | ({"k_centre": _digest(f.k_centre)} if f.k_centre else {})
         for s, f in zip(shapes, formats, strict=True)
     ]

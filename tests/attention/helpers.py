@@ -34,11 +34,16 @@ def one_torch_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, key heads and their size."""
+    """Query heads, key heads and their size; of a latent layer also that of a value, which is a part of its key."""
 
     qo: int = 6
     kv: int = 2
     dim: int = 64
+    latent: int = 0
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.qo, self.kv, self.dim, self.latent, latent=self.latent > 0)
 
 
 PLAIN = Options()
@@ -64,7 +69,8 @@ def random_sequence(generator: torch.Generator, length: int, heads: Heads, dtype
     def randn(n: int) -> torch.Tensor:
         return torch.randn(length, n, heads.dim, generator=generator).to(dtype)
 
-    return Tokens(randn(heads.qo), randn(heads.kv), randn(heads.kv))
+    q, k = randn(heads.qo), randn(heads.kv)
+    return Tokens(q, k, k[..., : heads.latent] if heads.latent else randn(heads.kv))
 
 
 def dense(request: Request, options: Options = PLAIN, sinks: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,6 +122,8 @@ def as_stored(sequence: Tokens, layer: LayerKV) -> Tokens:
 
 def takes(kv_format: str | LayerFormat | None, heads: Heads) -> bool:
     """Whether the format has rows of this size."""
+    if heads.latent:
+        return kv_format is None
     return heads.dim % 16 == 0 or kv_format not in ("k8v4", "int4")
 
 
@@ -196,8 +204,10 @@ class Pool:
         q, k, v = (
             packed([getattr(r.sequence, name)[r.length - r.rows : r.length] for r in requests]) for name in "qkv"
         )
+        if self.heads.latent:
+            v = k[..., : self.heads.latent]
         self.backend.append(0, k, v)
-        out = torch.full(q.shape, torch.nan, dtype=self.dtype)
+        out = torch.full((*q.shape[:2], v.shape[2]), torch.nan, dtype=self.dtype)
         self.backend.run(0, q, out, options, sinks)
         return list(out.split([r.rows for r in requests]))
 
@@ -212,8 +222,7 @@ def layer_of(
 ) -> LayerKV:
     """One layer of a pool."""
     formats = layer_formats(kv_format, str(dtype).removeprefix("torch."), 1)
-    shape = LayerShape(heads.qo, heads.kv, heads.dim)
-    return KVPool([shape], formats, num_pages, page_size, torch.device(device)).layers[0]
+    return KVPool([heads.shape], formats, num_pages, page_size, torch.device(device)).layers[0]
 
 
 def packed(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -46,12 +46,15 @@ class Layer:
             return torch.randn(*shape, heads.dim, generator=generator).to(dtype)
 
         self.q, self.k_new, self.v_new = randn(rows, heads.qo), randn(rows, heads.kv), randn(rows, heads.kv)
+        if heads.latent:
+            self.v_new = self.k_new[..., : heads.latent]
         before = self.new_layer()
         garble(before)
         cached = torch.ones(forest.num_pages * forest.page_size, dtype=torch.bool)
         cached[torch.from_numpy(self.table.slots).long()] = False
         pages, slots = cached.view(-1, forest.page_size).nonzero(as_tuple=True)
-        put(before, pages, slots, randn(len(pages), heads.kv), randn(len(pages), heads.kv))
+        k, v = randn(len(pages), heads.kv), randn(len(pages), heads.kv)
+        put(before, pages, slots, k, k[..., : heads.latent] if heads.latent else v)
         self.before = before
 
     def new_layer(self) -> LayerKV:
@@ -71,7 +74,7 @@ class Layer:
         backend.append(0, self.k_new, self.v_new)
         outs = []
         for o in options:
-            outs.append(torch.full_like(self.q, torch.nan))
+            outs.append(torch.full((*self.q.shape[:2], self.v_new.shape[2]), torch.nan, dtype=self.dtype))
             backend.run(0, self.q, outs[-1], o, sinks)
         return outs
 

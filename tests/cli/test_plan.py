@@ -36,6 +36,20 @@ def test_for_a_person(capsys):
     assert "12.82 GiB of weights" in out
 
 
+def test_latent_layers(capsys):
+    """Beside their bytes those of K and V of every head, and only what a latent row can be stored as."""
+    _, out, _ = run(capsys, "deepseek-v3")
+    assert "70,272 B = 68.62 KiB\n            4,997,120 B where K and V of every head are stored instead" in out
+    _, out, _ = run(capsys, "deepseek-v3", "--json")
+    found = json.loads(out)
+    assert found["bytes_per_token_expanded"] == 61 * 128 * (192 + 128) * 2
+    assert [row["format"] for row in found["formats"]] == ["fp32", "bf16", "fp8"]
+    status, _, err = run(capsys, "deepseek-v3", "--format", "int8")
+    assert status != 0
+    assert "latent layers, which are not stored as int8: use --format fp32, bf16, fp16 or fp8" in err
+    assert "expanded" not in run(capsys, "llama-3-8b")[1]
+
+
 def test_memory_for_a_hit_rate(capsys):
     arguments = ("llama-3-8b", "--trace", "chat", "--requests", "100", "--target", "0.5")
     _, out, _ = run(capsys, *arguments, "--json")
@@ -51,7 +65,7 @@ def test_the_picture(capsys, tmp_path):
     assert run(capsys, "deepseek-v3", "--svg", file)[0] == 0
     root = ElementTree.parse(file).getroot()
     bars = [rect for rect in root.iter("{http://www.w3.org/2000/svg}rect") if rect.get("class") == "bar"]
-    assert len(bars) == 6
+    assert len(bars) == 3, "fp32, bf16, fp8"
     assert float(bars[0].get("width")) == 2 * float(bars[1].get("width"))
 
 

@@ -106,6 +106,11 @@ def twin() -> Any:
         BatchPrefillWithPagedKVCacheWrapper=with_workspace(semantic.BatchPrefillWithPagedKVCacheWrapper),
         append_paged_kv_cache=semantic.append_paged_kv_cache,
         merge_state_in_place=merge_state_in_place,
+        append_paged_mla_kv_cache=semantic.append_paged_mla_kv_cache,
+        mla=SimpleNamespace(
+            BatchMLAPagedAttentionWrapper=semantic.BatchMLAPagedAttentionWrapper,
+            MLAPlanMetadata=semantic.MLAPlanMetadata,
+        ),
     )
 
 
@@ -226,8 +231,10 @@ class FlashInferPool(Pool):
         device = self.flashinfer.device
         rows = [packed([getattr(r.sequence, n)[r.length - r.rows : r.length] for r in requests]) for n in "qkv"]
         q, k, v = (r.to(device) for r in rows)
+        if self.heads.latent:
+            v = k[..., : self.heads.latent]
         self.flashinfer.append(0, k, v)
-        out = torch.full(tuple(q.shape), torch.nan, dtype=self.dtype, device=device)
+        out = torch.full((*q.shape[:2], v.shape[2]), torch.nan, dtype=self.dtype, device=device)
         self.flashinfer.run(0, q, out, options, None if sinks is None else sinks.to(device))
         return list(out.cpu().split([r.rows for r in requests]))
 

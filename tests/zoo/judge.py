@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from radixkv import Engine, InvalidArgument
-from radixkv.hf import EngineCache, Generator, engine_for, optimize
+from radixkv.hf import EngineCache, Generator, engine_for, latent, optimize
 from radixkv.scheduling import space
 from tests.zoo.families import WORDS, build
 
@@ -52,6 +52,7 @@ class Verdict:
     reason: str = ""
     optimized: str = ""
     cached: str = ""
+    latent: str = ""
 
 
 def judge(name: str) -> Verdict:
@@ -98,8 +99,10 @@ def _compare(
         return Verdict("wrong", f"{preemptions} preemptions, {'' if tokens == expected else 'other tokens than stock'}")
     model.set_attn_implementation("eager")
     cached = _through_cache(model, engine, prompts[0], expected[0])
+    latents = _latent(model, prompts, expected)  # undone by another attention; optimize() is for good
     optimized = _optimized(model, prompts, expected)
-    return Verdict("wrong" if "other tokens" in cached + optimized else "runs", "", optimized, cached)
+    wrong = "other tokens" in cached + latents + optimized
+    return Verdict("wrong" if wrong else "runs", "", optimized, cached, latents)
 
 
 def run(model: transformers.PreTrainedModel, engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], int]:
@@ -121,6 +124,20 @@ def _through_cache(model: transformers.PreTrainedModel, engine: Engine, prompt: 
             return reason(str(error), CACHE_REASONS)
         if output[0, len(prompt) :].tolist() != expected or past.num_cached != cached:
             return f"other tokens than stock, {state}"
+    return "yes"
+
+
+def _latent(model: transformers.PreTrainedModel, prompts: list[list[int]], expected: list[list[int]]) -> str:
+    """Empty for a model that has no latent attention."""
+    try:
+        latent(model)
+    except InvalidArgument as error:
+        return "" if "has no latent attention" in str(error) else "no"
+    engine = engine_for(model, num_pages=128, page_size=4)
+    for state in ("cold", "warm"):
+        if not all(shape.latent for shape in engine.layers) or run(model, engine, prompts)[0] != expected:
+            return f"other tokens than stock, or other layers, latent, {state}"
+    model.set_attn_implementation("eager")
     return "yes"
 
 

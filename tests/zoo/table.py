@@ -31,7 +31,7 @@ def read_table() -> tuple[str, dict[str, Verdict]]:
     verdicts = {}
     for line in text[begin.end() : text.index(_END)].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and cells[0].startswith("`"):
+        if len(cells) == 6 and cells[0].startswith("`"):
             verdicts[cells[0].strip("`")] = Verdict(*cells[1:])
     return begin[1], verdicts
 
@@ -54,5 +54,7 @@ def table(verdicts: dict[str, Verdict]) -> str:
 
 
 def _rows(verdicts: dict[str, Verdict]) -> list[str]:
-    head = ["| family | verdict | why not | `optimize` | `EngineCache` |", "|---|---|---|---|---|"]
-    return head + [f"| `{n}` | {v.verdict} | {v.reason} | {v.optimized} | {v.cached} |" for n, v in verdicts.items()]
+    head = ["| family | verdict | why not | `optimize` | `EngineCache` | `latent` |", "|---|---|---|---|---|---|"]
+    return head + [
+        f"| `{n}` | {v.verdict} | {v.reason} | {v.optimized} | {v.cached} | {v.latent} |" for n, v in verdicts.items()
+    ]

@@ -42,6 +42,7 @@ BY_HAND = {
     "instructblip": "needs more than tokens",
 }
 OPTIMIZED = {"llama", "mistral", "qwen2"}
+LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k25", "longcat_flash", "minicpm3", "mistral4", "youtu"}
 
 
 def part() -> int:
@@ -96,7 +97,9 @@ def test_the_table_names_every_family_and_no_unknown_reason():
         if verdict.verdict == "runs":
             assert verdict.optimized in ("yes", "no"), name
             assert verdict.cached in {"yes", *CACHE_REASONS}, name
+            assert verdict.latent in ("yes", "no", ""), name
     assert all(table[name].optimized == "yes" for name in OPTIMIZED)
+    assert all(table[name].latent == "yes" for name in LATENT)
 
 
 def order(verdict: Verdict) -> int:

@@ -22,12 +22,12 @@ struct Addresses {
 // loads in flight. So memory is the bottleneck of decode unless some loads are in flight all the time, and never so
 // many that prefetches are lost: between any two pieces of work the kernel calls tick(), which prefetches the next few
 // lines, at an even pace. A tile's keys and then its values are fetched in the order of their addresses, of all heads
-// of the block, as runs of memory: slots and pages that follow each other are one.
+// of the block, as runs of memory: slots and pages that follow each other are one. Latent values come with their keys.
 class Tiles {
  public:
   Tiles(const Batch& batch, const Block& block)
       : batch_(batch), block_(block), caches_{&batch.layer.k, &batch.layer.v} {
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < (batch.layer.latent() ? 1 : 2); ++i) {
       const std::int64_t head = caches_[i]->row_bytes();
       row_bytes_[i] = (block.head_end - block.head_begin) * head;
       fetches_ &= caches_[i]->head_stride == head;  // else a row is many runs; such layouts go without
@@ -106,7 +106,7 @@ class Tiles {
                                 block_.head_begin * kScaleBytes;
       for (int i = 0; i < slots; ++i) scales[i] = first + i * cache.scales_slot_stride;
     }
-    if (fetches_) expect_slots(of, at, slots, cache.slot_stride);
+    if (fetches_ && (of == 0 || !batch_.layer.latent())) expect_slots(of, at, slots, cache.slot_stride);
   }
 
   void expect_slots(int of, std::int64_t at, int slots, std::int64_t stride) {

@@ -24,11 +24,20 @@ import torch
 from radixkv import _core
 from radixkv.attention import Options, PageTable, StepInputs
 from radixkv.attention.cascade import FLASHINFER, OFF, CascadeCosts, CascadePlan, core_costs
-from radixkv.attention.checks import check_options, check_rows, check_sinks, core_table, layer_at
+from radixkv.attention.checks import (
+    check_latent,
+    check_options,
+    check_rows,
+    check_sinks,
+    core_table,
+    layer_at,
+    scale_of,
+)
 from radixkv.attention.flashinfer.cascade import CascadeRun, Levels, copy_levels, merge, plan_cascade
 from radixkv.attention.flashinfer.chunks import copy_chunks, longest
 from radixkv.attention.flashinfer.graphs import DecodeGraphs, refuse_capture
 from radixkv.attention.flashinfer.kernels import COMMON_HEAD_DIMS, check_layer, check_supported, preparing
+from radixkv.attention.flashinfer.latent import LatentPlanner, check_latent_call
 from radixkv.attention.flashinfer.plans import Kind, Planner, PlanSet, Schedule, Scratch, StepArrays, Wrapper
 from radixkv.attention.fp8 import quantize, rotation
 from radixkv.errors import BackendUnavailable, InvalidArgument
@@ -102,6 +111,10 @@ class FlashInferAttention:
         check_supported(dtype, kernels)
         for number, kv in enumerate(layers):
             check_layer(number, kv, dtype)
+            if kv.shape.latent and cuda_graphs:
+                raise BackendUnavailable(
+                    f"layer {number} is latent: its steps are not captured in CUDA graphs yet, leave cuda_graphs out"
+                )
         if num_pages * page_size >= 2**31:
             raise InvalidArgument(
                 f"num_pages * page_size is {num_pages * page_size}: slots are int32, keep it below 2**31"
@@ -138,6 +151,9 @@ class FlashInferAttention:
             steps = [[0, rows], [0, pages], range(pages), [rows - (pages - 1) * self._pages[1]], range(rows)]
             self.plan(PageTable(*(np.array(a, dtype=np.int32) for a in steps)))
             for planner in self._planners:
+                if isinstance(planner, LatentPlanner):
+                    self._warm_up_latent(first[planner], planner, rows)
+                    continue
                 q, kv = (torch.zeros(s, dtype=self._dtype, device=self.device) for s in planner.shapes(rows))
                 self.append(first[planner], kv, kv)
                 self.run(first[planner], q, torch.empty_like(q))
@@ -206,6 +222,9 @@ class FlashInferAttention:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k, v [rows, num_kv_heads, head_dim] into the slots of the step's rows."""
         kv, planner, scales, rotation = layer_at(self._layers, layer)
+        if isinstance(planner, LatentPlanner):
+            self._append_latent(kv, planner, k, v)
+            return
         self._check({"k": k, "v": v}, planner.shapes(self._rows)[1])
         if self._step is None:
             return
@@ -239,6 +258,9 @@ class FlashInferAttention:
     ) -> None:
         """Attend q [rows, num_qo_heads, head_dim] to the layer's pages and write out, contiguous, of the same shape."""
         kv, planner, scales, rotation = layer_at(self._layers, layer)
+        if isinstance(planner, LatentPlanner):
+            self._run_latent(layer, planner, q, out, options, sinks)
+            return
         self._check({"q": q, "out": out}, planner.shapes(self._rows)[0])
         check_options(options)
         if sinks is not None:
@@ -287,6 +309,46 @@ class FlashInferAttention:
                 return plan_cascade(planner, plans, levels, options)
         return planner.take(plans, step.decode, step.schedule, options)
 
+    # --- latent layers ----------------------------------------------------------------------------------------------
+
+    def _append_latent(self, kv: LayerKV, planner: LatentPlanner, k: torch.Tensor, v: torch.Tensor) -> None:
+        shapes = planner.row_shapes(self._rows)
+        self._check({"k": k}, shapes["k"])
+        self._check({"v": v}, shapes["v"])
+        check_latent(k, v)
+        if self._step is not None:
+            planner.append(kv, self._step.arrays.device, k)
+
+    def _run_latent(
+        self,
+        layer: int,
+        planner: LatentPlanner,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        options: Options,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        kv, shapes = self._layers[layer].kv, planner.row_shapes(self._rows)
+        self._check({"q": q}, shapes["q"])
+        self._check({"out": out}, shapes["out"])
+        check_options(options)
+        check_latent_call(layer, options, sinks)
+        options = Options(float(scale_of(options, kv.shape)))
+        if self._step is None:
+            return
+        planned = self._planned.get((planner, options))
+        if planned is None:
+            refuse_capture(self.device, "steps over latent layers must not be captured")
+            planned = planner.take(self._sets[self._turn], self._step.decode, self._step.schedule, options)
+            self._planned[planner, options] = planned
+        planned.run(q, (kv.k, kv.v), out, {})
+
+    def _warm_up_latent(self, layer: int, planner: LatentPlanner, rows: int) -> None:
+        shapes = planner.row_shapes(rows)
+        q, out, k = (torch.zeros(shapes[name], dtype=self._dtype, device=self.device) for name in ("q", "out", "k"))
+        self.append(layer, k, k[..., : out.shape[2]])
+        self.run(layer, q, out, Options(1.0))
+
     # --- checks -----------------------------------------------------------------------------------------------------
 
     def _check(self, rows: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
@@ -312,7 +374,9 @@ def _planned_by_kind(api: Any, layers: Sequence[LayerKV], dtype: torch.dtype, ba
     for kv in layers:
         shape, stored = kv.shape, kv.format
         kind = Kind(shape.num_qo_heads, shape.num_kv_heads, shape.k_dim, kv.k.dtype)
-        if kind not in planners:
+        if kind not in planners and shape.latent:
+            planners[kind] = LatentPlanner(api, scratch, kv, backend=backend, dtype=dtype)
+        elif kind not in planners:
             planners[kind] = Planner(api, scratch, kind, backend=backend, dtype=dtype)
         planner = planners[kind]
         scales = {"k_scale": stored.k.scale, "v_scale": stored.v.scale} if planner.eight_bit else {}

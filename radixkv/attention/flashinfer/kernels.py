@@ -12,12 +12,17 @@ import torch
 from radixkv.errors import BackendUnavailable, InvalidArgument
 from radixkv.pool import LayerKV
 
-__all__ = ["COMMON_HEAD_DIMS", "check_layer", "check_supported", "preparing"]
+__all__ = ["COMMON_HEAD_DIMS", "LATENT_DIMS", "check_layer", "check_supported", "preparing"]
 
 COMMON_HEAD_DIMS = (64, 128, 256)
 """What the kernels that append and merge take, and decode without tensor cores."""
 
 _HEAD_DIMS = (64, 128, 192, 256)  # FA2's swizzle needs multiples of 64: it computes garbage with 96, silently
+
+LATENT_DIMS = (512, 64)
+"""Of a row of a latent layer: its value, and what is rotated of it. FlashInfer's kernels append no others."""
+
+_LATENT_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)  # of others a plan can be refused, by how rows and tiles fall
 
 _prepared: set[str] = set()
 """Kernels that this process has used before."""
@@ -38,6 +43,9 @@ def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
     """Raise unless there are kernels for this layer and rows of `dtype`."""
     shape, k, v = kv.shape, kv.format.k, kv.format.v
     rows = str(dtype).removeprefix("torch.")
+    if shape.latent:
+        _check_latent_layer(number, kv, rows)
+        return
     if shape.k_dim != shape.v_dim:
         raise BackendUnavailable(
             f"layer {number} has keys of {shape.k_dim} and values of {shape.v_dim} dimensions: FlashInfer's kernels "
@@ -59,6 +67,22 @@ def check_layer(number: int, kv: LayerKV, dtype: torch.dtype) -> None:
         f"layer {number} stores {kv.format.name}{', keys with a centre' * bool(kv.format.k_centre)}: FlashInfer's "
         f"kernels read {rows} or float8_e4m3fn, the same for both; use device='cpu' for others, or 'fp8_rotated'"
     )
+
+
+def _check_latent_layer(number: int, kv: LayerKV, rows: str) -> None:
+    shape, (latent, rotated) = kv.shape, LATENT_DIMS
+    if (shape.k_dim, shape.v_dim) != (latent + rotated, latent) or shape.num_qo_heads not in _LATENT_HEADS:
+        raise BackendUnavailable(
+            f"layer {number} is latent, {shape.num_qo_heads} heads over rows of {shape.v_dim} + "
+            f"{shape.k_dim - shape.v_dim}: FlashInfer's kernels are used with {latent} + {rotated} and "
+            f"{', '.join(map(str, _LATENT_HEADS))} heads; leave radixkv.hf.latent() out where keys and values of "
+            "a head have one dimension, or use device='cpu'"
+        )
+    if kv.format.k.dtype != rows:
+        raise BackendUnavailable(
+            f"layer {number} is latent and stores {kv.format.name}: FlashInfer's kernels read latents as {rows} "
+            "here; leave kv_format out, or use device='cpu'"
+        )
 
 
 @contextmanager
