@@ -21,8 +21,7 @@ RadixTree tree_of(std::int64_t num_pages, std::int64_t page_size, bool hazard, b
     invalid("num_pages * page_size must be below 2**31; got " + str(num_pages) + " * " + str(page_size) +
             ": use several caches");
   }
-  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size), hazard,
-                   hierarchical);
+  return RadixTree(static_cast<std::int32_t>(num_pages), static_cast<std::int32_t>(page_size), hazard, hierarchical);
 }
 }  // namespace
 
@@ -69,8 +68,8 @@ void Cache::require_pages(SpaceId space, std::int64_t need, std::int64_t lost, s
 }
 
 std::string Cache::lack_of(SpaceId space, const PageCounts& counts) const {
-  std::string out = "need " + str(counts.needed) + " pages; " + str(counts.free) + " free, " +
-                    str(counts.evictable) + " evictable, ";
+  std::string out =
+      "need " + str(counts.needed) + " pages; " + str(counts.free) + " free, " + str(counts.evictable) + " evictable, ";
   if (space != kNone && tree_.spaces().top(space).ceiling != Space::kNoCeiling) {
     const Space& own = tree_.spaces().top(space);
     if (own.ceiling - own.used < tree_.num_free()) {
@@ -263,6 +262,15 @@ void Cache::set_quota(std::string_view name, std::int64_t floor, std::int64_t ce
     invalid("at most " + str(kMostQuotas) + " namespaces have quotas");
   }
   if (had || floor > 0 || ceiling != Space::kNoCeiling) tree_.set_quota(spaces.make(name), floor, ceiling);
+}
+
+std::int64_t Cache::most_pages(std::string_view name) {
+  Guard guard(mutex_);
+  const Spaces& spaces = tree_.spaces();
+  const SpaceId known = spaces.nearest(name), top = known == kNone ? kNone : spaces[known].top;
+  std::int64_t most = num_pages();
+  for (const SpaceId s : spaces.quotas()) most -= s == top ? 0 : spaces[s].floor;
+  return top == kNone ? most : std::min(most, spaces[top].ceiling);
 }
 
 void Cache::close() {

@@ -48,7 +48,7 @@ struct NamespaceStats {
   std::string name;
   bool forgotten;
   SpaceCounts counts;
-  std::int64_t pages, leases;    // of its own
+  std::int64_t pages, leases;   // of its own
   std::int64_t floor, ceiling;  // of a top one with all below it; kNoCeiling: none
 };
 
@@ -65,6 +65,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
   std::int64_t clear(std::string_view name);
   // Pages of this namespace with all below it that no other evicts, and the most that it may have. (0, kNoCeiling): none.
   void set_quota(std::string_view name, std::int64_t floor, std::int64_t ceiling);
+  std::int64_t most_pages(std::string_view name);  // that it could have at once, by its own quota and others' floors
   Stats stats();
   std::vector<NamespaceStats> namespaces();  // in alphabetical order
   std::vector<SnapshotNode> snapshot();

@@ -7,7 +7,8 @@
 namespace radixkv {
 
 // How many of the new pages, from the first on, were used equally often before they were evicted; and how often.
-std::int32_t RadixTree::same_past(NodeId parent, SpaceId space, const PageId* run, std::int32_t count, std::int32_t* uses) {
+std::int32_t RadixTree::same_past(NodeId parent, SpaceId space, const PageId* run, std::int32_t count,
+                                  std::int32_t* uses) {
   HazardState& state = *hazard_;
   std::uint64_t key = prefix_under(parent, space, nodes_[parent].root ? 0 : state.keys[nodes_[parent].last]);
   std::int32_t same = 0;

@@ -257,8 +257,8 @@ NodeId RadixTree::add_one(NodeId parent, SpaceId space, const PageId* run, std::
 
 bool RadixTree::can_append(NodeId n, SpaceId space) const {
   const Node& node = nodes_[n];
-  return !hazard_ && !node.root && node.space == space && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone &&
-         !node.branched;
+  return !hazard_ && !node.root && node.space == space && node.locks == 1 && node.pins == 0 && node.holds == 0 &&
+         node.children == kNone && !node.branched;
 }
 
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
@@ -428,7 +428,8 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, SpaceId space, From from
       lru_.remove(victim);
       node.detached = true;
     } else {
-      const auto trim = static_cast<std::int32_t>(std::min({node.num_pages + std::int64_t{0}, count - out.pages, most_from(node, space)}));
+      const auto trim = static_cast<std::int32_t>(
+          std::min({node.num_pages + std::int64_t{0}, count - out.pages, most_from(node, space)}));
       const bool whole = node.last_len == page_size(), recorded = journal_ && whole;
       for (std::int32_t i = 0; i < trim; ++i) {
         const PageId page = node.last;
@@ -598,8 +599,7 @@ WhatIf& RadixTree::start_what_if() {
   return *what_if_;
 }
 
-void RadixTree::count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens,
-                              std::int64_t n) {
+void RadixTree::count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens, std::int64_t n) {
   what_if_->request(n, m.tokens(page_size()));
   std::uint64_t prefix = prefix_under(m.node, space, m.pages > 0 ? what_if_->prefix(pages[m.pages - 1]) : 0);
   for (std::int64_t i = m.pages; i < (n - 1) / page_size(); ++i) {

@@ -249,7 +249,8 @@ class RadixTree {
   ChildIndex index_;
   LruLists lru_{nodes_};
   std::unique_ptr<HazardState> hazard_;  // null: plain LRU
-  std::unique_ptr<LazyArray<std::int64_t>> stamps_;  // when a node came onto its list, to compare lists; null: no quotas
+  std::unique_ptr<LazyArray<std::int64_t>>
+      stamps_;  // when a node came onto its list, to compare lists; null: no quotas
   std::int64_t now_ = 0;
   std::unique_ptr<Journal> journal_;
   std::unique_ptr<WhatIf> what_if_;

@@ -27,8 +27,8 @@ void Spaces::check_levels(std::string_view name) const {
   if (!hierarchical_) return;
   const auto levels = std::count(name.begin(), name.end(), '/') + 1;
   if (levels <= kMostLevels) return;
-  invalid("namespace with " + str(levels) + " levels: a hierarchical cache takes names of at most " +
-          str(kMostLevels) + ", parted by '/'");
+  invalid("namespace with " + str(levels) + " levels: a hierarchical cache takes names of at most " + str(kMostLevels) +
+          ", parted by '/'");
 }
 
 SpaceId Spaces::make(std::string_view name) {

@@ -8,8 +8,8 @@
 #pragma once
 
 #include <algorithm>
-#include <deque>
 #include <cstdint>
+#include <deque>
 #include <limits>
 #include <map>
 #include <string>

@@ -236,7 +236,8 @@ void bind_cache(nb::module_& m) {
           "__init__",
           [](PyCache* self, nb::handle num_pages, nb::handle page_size, nb::handle policy, bool hierarchical) {
             const bool hazard = is_hazard(policy);
-            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"), hazard, hierarchical);
+            new (self)
+                PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"), hazard, hierarchical);
           },
           "num_pages"_a.none(), "page_size"_a.none() = 16, "policy"_a.none() = "lru", nb::kw_only(),
           "hierarchical"_a = false)
@@ -255,8 +256,15 @@ void bind_cache(nb::module_& m) {
       .def("evict", &evict, "num_pages"_a.none(),
            "Take back up to num_pages evictable pages now, coldest first; returns how many. O(1) a page.")
       .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
-      .def("set_quota", &set_quota, "namespace"_a.none(), nb::kw_only(), "floor"_a.none() = 0,
-           "ceiling"_a = nb::none(), kQuotaDoc)
+      .def("set_quota", &set_quota, "namespace"_a.none(), nb::kw_only(), "floor"_a.none() = 0, "ceiling"_a = nb::none(),
+           kQuotaDoc)
+      .def(
+          "_most_pages",
+          [](PyCache& c, nb::handle name) {
+            const std::string_view space = namespace_from(name);
+            return c.work(0, [&] { return c.cache->most_pages(space); });
+          },
+          "namespace"_a.none())
       .def("_stats", &stats)
       .def("_namespaces", &namespaces)
       .def("_what_if", &what_if)

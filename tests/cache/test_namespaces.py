@@ -200,7 +200,9 @@ def test_nobody_evicts_a_namespace_below_its_floor():
         serve(cache, [i] * 12, "greedy")
     assert cache.match(A, "gold") == 8
     assert cache.namespaces()["gold"].pages == 2
-    with pytest.raises(radixkv.PoolExhausted, match="need 9 pages; 0 free, 8 evictable, 0 leased or pinned, 2 kept") as e:
+    with pytest.raises(
+        radixkv.PoolExhausted, match="need 9 pages; 0 free, 8 evictable, 0 leased or pinned, 2 kept"
+    ) as e:
         cache.acquire(list(range(500, 536)), "greedy")
     assert (e.value.needed, e.value.free, e.value.evictable) == (9, 0, 8)
     assert cache.would_fit(list(range(500, 536)), "greedy").evictable == 8
