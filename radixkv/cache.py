@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from radixkv.journal_story import Explanation
 
 __all__ = ["BestMatch", "Fit", "Lease", "NamespaceUse", "Pin", "PrefixCache", "Stats", "WhatIf", "best_match"]
+
+
+_MOST_DRAWN = 200  # nodes, in a notebook
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,18 @@ class PrefixCache(_core.Cache):
             f"PrefixCache({s.num_pages} pages of {s.page_size}: {s.free} free, {s.private} private, "
             f"{s.protected} protected, {s.evictable} evictable)"
         )
+
+
+    def _repr_svg_(self) -> str | None:
+        """The tree as a picture, in a notebook; none where it is too large to look at."""
+        from radixkv.observe.tree_svg import tree_svg
+
+        return tree_svg(self.snapshot()) if self.stats().num_nodes <= _MOST_DRAWN else None
+
+    def _repr_html_(self) -> str:
+        """What `repr` says and the picture, in a notebook."""
+        picture = self._repr_svg_() or f"The tree has {self.stats().num_nodes} nodes: see radixkv.observe.tree_html."
+        return f"<div><code>{html.escape(repr(self))}</code><br>{picture}</div>"
 
 
 @dataclass(frozen=True)
