@@ -15,8 +15,8 @@ STUB = Path(__file__).parents[1] / "radixkv" / "_core.pyi"
 
 def docstring(thing: Any, name: str) -> str:
     """What the module says of a class, a function or a property, without the signature that nanobind begins with."""
-    text = (thing.__doc__ or "").strip() if thing is not None else ""
-    if text.startswith(f"{name}("):
+    text = (thing.__doc__ or "").strip()
+    if text.startswith((f"{name}(", "(self")):
         text = text.partition("\n\n")[2]
     return text.strip()
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
@@ -182,11 +183,11 @@ class Lease:
 
     @property
     def namespace(self) -> str:
-        """(self) -> str"""
+        """The namespace that it was acquired in."""
 
     @property
     def released(self) -> bool:
-        """(self) -> bool"""
+        """Whether it has ended."""
 
     @property
     def num_dropped(self) -> int:
@@ -278,53 +279,31 @@ class Table:
     """The page table of one step; each array is a copy."""
 
     @property
-    def num_pages(self) -> int:
-        """(self) -> int"""
-
+    def num_pages(self) -> int: ...
     @property
-    def page_size(self) -> int:
-        """(self) -> int"""
-
+    def page_size(self) -> int: ...
     @property
-    def num_requests(self) -> int:
-        """(self) -> int"""
-
+    def num_requests(self) -> int: ...
     @property
-    def num_rows(self) -> int:
-        """(self) -> int"""
-
+    def num_rows(self) -> int: ...
     @property
-    def qo_indptr(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def qo_indptr(self) -> npt.NDArray[np.int32]: ...
     @property
-    def kv_indptr(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def kv_indptr(self) -> npt.NDArray[np.int32]: ...
     @property
     def kv_indices(self) -> npt.NDArray[np.int32]:
         """O(pages); raises LeaseError once the step has ended."""
 
     @property
-    def kv_last_page_len(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def kv_last_page_len(self) -> npt.NDArray[np.int32]: ...
     @property
-    def slots(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def slots(self) -> npt.NDArray[np.int32]: ...
     @property
-    def input_ids(self) -> npt.NDArray[np.int64]:
-        """(self) -> object"""
-
+    def input_ids(self) -> npt.NDArray[np.int64]: ...
     @property
-    def positions(self) -> npt.NDArray[np.int64]:
-        """(self) -> object"""
-
+    def positions(self) -> npt.NDArray[np.int64]: ...
     @property
-    def last_rows(self) -> npt.NDArray[np.int64]:
-        """(self) -> object"""
-
+    def last_rows(self) -> npt.NDArray[np.int64]: ...
     @property
     def staged_entries(self) -> int:
         """Entries of 4 bytes that stage() writes."""
@@ -351,16 +330,11 @@ class PageTable(Table):
 
     def __init__(self, cache: Cache) -> None: ...
     @property
-    def window_limit(self) -> int:
-        """(self) -> int"""
-
+    def window_limit(self) -> int: ...
     @property
-    def copy_source(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def copy_source(self) -> npt.NDArray[np.int32]: ...
     @property
-    def copy_target(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
+    def copy_target(self) -> npt.NDArray[np.int32]: ...
 
 class Step:
     """A step over the unwritten tokens of some leases, open inside its `with` block. The native half of radixkv.Step.
@@ -377,9 +351,7 @@ class Step:
         """Whether it was entered and not left yet."""
 
     @property
-    def num_leases(self) -> int:
-        """(self) -> int"""
-
+    def num_leases(self) -> int: ...
     def _prepare(self) -> None:
         """What a subclass does on entering, once the page table is assembled."""
 
@@ -413,48 +385,31 @@ class Cascade:
     """What the requests of a step share, and its page table."""
 
     @property
-    def qo_indptr(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def qo_indptr(self) -> npt.NDArray[np.int32]: ...
     @property
-    def kv_indptr(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def kv_indptr(self) -> npt.NDArray[np.int32]: ...
     @property
     def kv_indices(self) -> npt.NDArray[np.int32]:
         """Asked for the first time once the step has ended, it raises LeaseError."""
 
     @property
-    def kv_last_page_len(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def kv_last_page_len(self) -> npt.NDArray[np.int32]: ...
     @property
-    def order(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def order(self) -> npt.NDArray[np.int32]: ...
     @property
     def segments(self) -> list[tuple[Any, ...]]:
         """Of each: user_begin, user_end, page_begin, page_end, first_page, token_begin, token_end, parent, level, verdict, saved, spent."""
 
     @property
-    def shared_pages(self) -> npt.NDArray[np.int32]:
-        """(self) -> object"""
-
+    def shared_pages(self) -> npt.NDArray[np.int32]: ...
     @property
-    def levels(self) -> int:
-        """(self) -> int"""
-
+    def levels(self) -> int: ...
     @property
-    def tokens_saved(self) -> int:
-        """(self) -> int"""
-
+    def tokens_saved(self) -> int: ...
     @property
-    def tokens_read(self) -> int:
-        """(self) -> int"""
-
+    def tokens_read(self) -> int: ...
     @property
-    def page_size(self) -> int:
-        """(self) -> int"""
+    def page_size(self) -> int: ...
 
 class CascadeFinder:
     """Finds the cascade of one step after another."""
@@ -485,28 +440,17 @@ class RowCounts:
     """What was stored of one layer's keys, or values, in 8 or 4 bits."""
 
     @property
-    def rows(self) -> int:
-        """(self) -> int"""
-
+    def rows(self) -> int: ...
     @property
-    def not_finite(self) -> int:
-        """(self) -> int"""
-
+    def not_finite(self) -> int: ...
     @property
-    def unusual(self) -> int:
-        """(self) -> int"""
-
+    def unusual(self) -> int: ...
     @property
-    def sampled(self) -> int:
-        """(self) -> int"""
-
+    def sampled(self) -> int: ...
     @property
-    def error_sum(self) -> float:
-        """(self) -> float"""
-
+    def error_sum(self) -> float: ...
     @property
-    def error_most(self) -> float:
-        """(self) -> float"""
+    def error_most(self) -> float: ...
 
 class LayerKV:
     """Where one layer's K and V pages lie; see radixkv.pool.LayerKV."""
@@ -537,16 +481,11 @@ class AttentionPlan:
     def set_costs(self, costs: CascadeCosts) -> None: ...
     def counts(self, layer: int) -> tuple[RowCounts, RowCounts]: ...
     @property
-    def cascade(self) -> Cascade:
-        """(self) -> radixkv._core.Cascade"""
-
+    def cascade(self) -> Cascade: ...
     @property
-    def num_rows(self) -> int:
-        """(self) -> int"""
-
+    def num_rows(self) -> int: ...
     @property
-    def isa(self) -> str:
-        """(self) -> str"""
+    def isa(self) -> str: ...
     num_threads: int
 
 def isa() -> str:

@@ -146,7 +146,7 @@ class PrefixCache(_core.Cache):
         Known are those that have a page, a lease or a quota, or one below them, and the last 1,024 others that were
         used; None has the counts of all that are forgotten, so that the sums are those of `stats()`.
         """
-        return {name: NamespaceUse(*counts) for name, *counts in self._namespaces()}
+        return {entry[0]: NamespaceUse(*entry[1:]) for entry in self._namespaces()}
 
     def would_fit(self, tokens: Tokens, namespace: str = "") -> Fit:
         """Whether `acquire` would find the pages for this prompt, and what it would find cached. Changes nothing.
@@ -217,7 +217,6 @@ class PrefixCache(_core.Cache):
             f"PrefixCache({s.num_pages} pages of {s.page_size}: {s.free} free, {s.private} private, "
             f"{s.protected} protected, {s.evictable} evictable)"
         )
-
 
     def _repr_svg_(self) -> str | None:
         """The tree as a picture, in a notebook; none where it is too large to look at."""

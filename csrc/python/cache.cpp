@@ -120,6 +120,11 @@ nb::list namespaces(PyCache& c) {
   return out;
 }
 
+std::int64_t most_pages(PyCache& c, nb::handle name) {
+  const std::string_view space = namespace_from(name);
+  return c.work(0, [&] { return c.cache->most_pages(space); });
+}
+
 void set_quota(PyCache& c, nb::handle name, nb::handle floor, nb::handle ceiling) {
   const std::string_view space = namespace_from(name);
   const std::int64_t least = int_from(floor, "floor");
@@ -258,13 +263,7 @@ void bind_cache(nb::module_& m) {
       .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
       .def("set_quota", &set_quota, "namespace"_a.none(), nb::kw_only(), "floor"_a.none() = 0, "ceiling"_a = nb::none(),
            kQuotaDoc)
-      .def(
-          "_most_pages",
-          [](PyCache& c, nb::handle name) {
-            const std::string_view space = namespace_from(name);
-            return c.work(0, [&] { return c.cache->most_pages(space); });
-          },
-          "namespace"_a.none())
+      .def("_most_pages", &most_pages, "namespace"_a.none())
       .def("_stats", &stats)
       .def("_namespaces", &namespaces)
       .def("_what_if", &what_if)

@@ -109,8 +109,8 @@ class AsyncGenerator:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "an AsyncGenerator cannot be pickled or copied: it owns a thread and one pool. Make one in each process, and "
-            "submit there"
+            "an AsyncGenerator cannot be pickled or copied: it owns a thread and one pool. Make one in each process, "
+            "and submit there"
         )
 
     def __repr__(self) -> str:

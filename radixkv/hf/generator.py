@@ -341,8 +341,8 @@ class Generator:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a Generator cannot be pickled or copied: it belongs to one thread and one pool. Make one in each process, and "
-            "submit() there"
+            "a Generator cannot be pickled or copied: it belongs to one thread and one pool. Make one in each "
+            "process, and submit() there"
         )
 
     def __repr__(self) -> str:

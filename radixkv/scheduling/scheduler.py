@@ -69,8 +69,8 @@ class Scheduler:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
-            "a Scheduler cannot be pickled or copied: its requests hold leases on one pool. Make one in each process, and "
-            "submit() there"
+            "a Scheduler cannot be pickled or copied: its requests hold leases on one pool. Make one in each "
+            "process, and submit() there"
         )
 
     def __init__(

@@ -155,7 +155,7 @@ def test_every_policy_serves_namespaces_below_others(policy):
     assert cache.stats().free == 24
 
 
-# --- counts ------------------------------------------------------------------------------------------------------------
+# --- counts ----------------------------------------------------------------------------------------------------------
 
 
 def test_counts_of_each_add_up_to_those_of_the_cache():
@@ -189,7 +189,7 @@ def test_forks_are_counted():
     assert (cache.stats().forks, cache.stats().requests) == (2, 1)
 
 
-# --- quotas ------------------------------------------------------------------------------------------------------------
+# --- quotas ----------------------------------------------------------------------------------------------------------
 
 
 def test_nobody_evicts_a_namespace_below_its_floor():
@@ -235,7 +235,7 @@ def test_at_its_ceiling_a_namespace_evicts_its_own_first():
         serve(cache, [10 + i] * 8, "greedy")
         assert cache.namespaces()["greedy"].pages <= 4
     assert cache.match([1] * 4, "other") == 4
-    assert [cache.match([10 + i] * 8, "greedy") for i in range(5)] == [0, 0, 0, 8, 8]  # the least recently used went
+    assert [cache.match([10 + i] * 8, "greedy") for i in range(5)] == [0, 0, 0, 8, 8]  # the coldest went
     assert cache.stats().free == 5
 
 
