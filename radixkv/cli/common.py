@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, BinaryIO, TextIO, cast
 
+from radixkv.errors import TraceError
 from radixkv.traces.formats import read_trace
 from radixkv.traces.request import MOONCAKE_BLOCK, TraceRequest
 from radixkv.traces.workload import WORKLOADS, generate
@@ -97,6 +98,8 @@ def requests_of(args: argparse.Namespace) -> Iterator[TraceRequest]:
     if args.trace in WORKLOADS:
         yield from generate(args.trace, args.requests or 1000, args.seed)
         return
+    if args.trace.isalpha() and not os.path.exists(args.trace):
+        raise TraceError(f"{args.trace} is neither a file nor a workload: these are {', '.join(WORKLOADS)}")
     for number, request in enumerate(read_trace(args.trace, args.block_size)):
         if number == args.requests:
             return
