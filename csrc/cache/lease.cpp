@@ -269,11 +269,17 @@ NodeId Lease::publish_written(bool closing) {
       fold(seen.node, full);
       continue;
     }
-    const RadixTree::Child own = tree_.own_child(node_, space_, pages_[num_shared_], page_size);
+    const RadixTree::Child own = own_child(seen, page_size);
     publish(full, own.whole ? own.node : kNone);
   }
   // A page with unwritten tokens is still to be written to, so it waits; a published page never changes.
   return rest > 0 && (closing || num_written_ == num_tokens_) ? publish_open(rest, closing) : kNone;
+}
+
+// The child of its own namespace that shares the most with its first unpublished page, where `seen` is that of all.
+RadixTree::Child Lease::own_child(const RadixTree::Child& seen, std::int32_t count) const {
+  if (tree_.belongs_to(node_, space_)) return seen;  // no other has children here
+  return tree_.own_child(node_, space_, pages_[num_shared_], count);
 }
 
 // Another request published `child` first: use its pages and free the duplicates.
@@ -316,7 +322,7 @@ NodeId Lease::publish_open(std::int32_t tokens, bool closing) {
     tree_.unlock(node);  // used just now
     return seen.whole ? node : kNone;
   }
-  const RadixTree::Child own = tree_.own_child(node_, space_, page, tokens);
+  const RadixTree::Child own = own_child(seen, tokens);
   const NodeId shorter = own.whole ? own.node : kNone;
   const bool pinned = shorter != kNone && tree_.pinned(shorter);
   if (shorter != kNone) tree_.remove_open(shorter);

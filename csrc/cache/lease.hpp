@@ -90,6 +90,7 @@ class Lease {
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
   NodeId publish_written(bool closing);
+  RadixTree::Child own_child(const RadixTree::Child& seen, std::int32_t count) const;
   void fold(NodeId child, std::int32_t full);
   void publish(std::int32_t full, NodeId shorter);
   NodeId publish_open(std::int32_t tokens, bool closing);
