@@ -92,6 +92,18 @@ flashinfer: build  ## the FlashInfer backend with FlashInfer's real kernels, on 
 aarch64: .venv/.deps  ## the attention tests for AArch64 (NEON), cross-compiled, on an emulated processor
 	.ci/aarch64
 
+.venv-docs/.made: .ci/docs.lock
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install -q --disable-pip-version-check --no-deps -r .ci/docs.lock
+	@touch $@
+
+docs: .venv-docs/.made  ## the pages and an API reference as HTML, every link followed: build/docs/site
+	.venv-docs/bin/python .ci/docs.py
+.PHONY: docs
+
+stubs: build  ## copy the native module's docstrings into radixkv/_core.pyi
+	PYTHONPATH=. $(PY) .ci/stub_docs.py
+
 test-deep: build  ## the state machines with many more examples (RADIXKV_EXAMPLES=20000), 200 kill -9 (RADIXKV_KILLS=200)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/cache/test_state_machine.py
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} RADIXKV_KILLS=$${RADIXKV_KILLS:-200} $(PY) -m pytest tests/tiers/test_tiered_state_machine.py tests/tiers/test_kill.py

@@ -32,6 +32,44 @@ def library() -> tuple[radixkv.PrefixCache, radixkv.Lease]:
     return cache, cache.acquire([ord(c) for c in "".join(TURNS[0]) + "User: Pity. "])
 
 
+ARCHITECTURE = [  # row: what stands side by side, from left to right
+    [("your server or loop", "docs/examples/server.py", 3)],
+    [("AsyncGenerator, Generator", "radixkv.hf: any model of Transformers", 2),
+     ("your model", "step.attend(layer, q, k, v)", 1)],
+    [("Scheduler", "who runs next, on which pages", 3)],
+    [("Engine, Step", "one forward pass over a batch of leases", 3)],
+    [("PrefixCache", "tree, leases, LRU: C++", 1), ("KVPool", "K and V, by layer", 1),
+     ("attention", "CPU kernels, FlashInfer", 1)],
+    [("Journal", "what entered and left", 1), ("Tiers", "RAM, disk, snapshots", 2)],
+]  # fmt: skip
+
+
+def architecture() -> str:
+    """The parts, each on those that it uses."""
+    unit, height, gap = 236, 46, 12
+    out = []
+    for row, parts in enumerate(ARCHITECTURE):
+        column = 0
+        for name, what, span in parts:
+            x, y = 10 + column * (unit + gap), 10 + row * (height + gap)
+            width = span * unit + (span - 1) * gap
+            box = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" class="part"/>'
+            middle = x + width // 2
+            out.append(box + f'<text x="{middle}" y="{y + 20}" class="name">{name}</text>')
+            out.append(f'<text x="{middle}" y="{y + 37}" class="what">{what}</text>')
+            column += span
+    size = f'{20 + 3 * unit + 2 * gap}" height="{8 + len(ARCHITECTURE) * (height + gap)}'
+    style = (
+        "text{font:13px ui-sans-serif,Helvetica,Arial,sans-serif;text-anchor:middle;fill:#1f2328}"
+        ".what{font-size:11px;fill:#59636e}.part{fill:#eef2f6;stroke:#9aa4ae}.name{font-weight:600}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}"><style>{style}</style>\n'
+        + "\n".join(out)
+        + "\n</svg>\n"
+    )
+
+
 def letters(tokens: list[int]) -> str:
     """The text of the tokens."""
     return "".join(map(chr, tokens))
@@ -94,6 +132,7 @@ def pages() -> None:
 if __name__ == "__main__":
     made, lease = library()
     (HERE / "tree.svg").write_text(tree_svg(made.snapshot(), decode=letters))
+    (HERE / "architecture.svg").write_text(architecture())
     cli.main(["plan", "llama-3-8b", "--memory", "80GiB", "--weights", "16GiB", "--svg", str(HERE / "plan.svg")])
     lease.release()
     for name, *arguments in (("curve", "chat", "--clairvoyant", "--hints"), ("curves", "chat", "agent", "fewshot")):

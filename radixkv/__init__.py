@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from radixkv.cache import BestMatch, Fit, Lease, Pin, PrefixCache, Stats, best_match
+from radixkv.cache import BestMatch, Fit, Lease, NamespaceUse, Pin, PrefixCache, Stats, best_match
 from radixkv.content import content_tokens
 from radixkv.errors import (
     BackendUnavailable,
@@ -43,6 +43,7 @@ __all__ = [
     "Lease",
     "LeaseError",
     "ModelNotFound",
+    "NamespaceUse",
     "NotCached",
     "Pin",
     "PoolExhausted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from radixkv.journal_log import LogWriter
     from radixkv.journal_story import Explanation
 
-__all__ = ["BestMatch", "Fit", "Lease", "Pin", "PrefixCache", "Stats", "WhatIf", "best_match"]
+__all__ = ["BestMatch", "Fit", "Lease", "NamespaceUse", "Pin", "PrefixCache", "Stats", "WhatIf", "best_match"]
+
+
+_MOST_DRAWN = 200  # nodes, in a notebook
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,29 @@ class Stats:
     num_pins: int
     pinned: int  #: protected pages that a pin keeps (and perhaps leases as well)
     requests: int  #: acquired since the cache was made
+    forks: int  #: leases that `Lease.fork` made
     input_tokens: int  #: of these requests
     hit_tokens: int  #: of these, found in the cache
     evicted_pages: int
     committed_tokens: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the input tokens that were found in the cache, 0.0 to 1.0."""
+        return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class NamespaceUse:
+    """What a namespace of a cache did and has. Of pages and quota, see `PrefixCache.set_quota`."""
+
+    requests: int  #: acquired since it is known
+    input_tokens: int  #: of these requests
+    hit_tokens: int  #: of these, found in the cache
+    pages: int  #: that it has published, or that its leases have taken; not those of namespaces below it
+    leases: int
+    floor: int  #: pages that no other namespace's request evicts; 0: none
+    ceiling: int | None  #: pages that it may have; None: no limit
 
     @property
     def hit_rate(self) -> float:
@@ -100,6 +123,8 @@ class PrefixCache(_core.Cache):
         page_size: tokens a page holds, 1 to 2**26, 16 by default; ``num_pages * page_size < 2**31``.
         policy: what is evicted first: "lru", the least recently used; or "hazard", what is the least likely to be used
             soon, by how pages like it were used before. `radixkv policies` says what it would gain on a trace.
+        hierarchical: "a/b" finds what "a" published as well, and "a/b/c" what both did; never the other way round, nor
+            "a/c" what "a/b" did. What a request publishes is its own namespace's. Off: such names are names as any.
 
     Raises:
         InvalidArgument: a size is out of range, or there is no such policy.
@@ -114,6 +139,14 @@ class PrefixCache(_core.Cache):
     def stats(self) -> Stats:
         """Pages by state, and counts since the cache was made. O(live leases)."""
         return Stats(**self._stats())
+
+    def namespaces(self) -> dict[str | None, NamespaceUse]:
+        """What each namespace did and has, in alphabetical order. O(namespaces).
+
+        Known are those that have a page, a lease or a quota, or one below them, and the last 1,024 others that were
+        used; None has the counts of all that are forgotten, so that the sums are those of `stats()`.
+        """
+        return {entry[0]: NamespaceUse(*entry[1:]) for entry in self._namespaces()}
 
     def would_fit(self, tokens: Tokens, namespace: str = "") -> Fit:
         """Whether `acquire` would find the pages for this prompt, and what it would find cached. Changes nothing.
@@ -184,6 +217,17 @@ class PrefixCache(_core.Cache):
             f"PrefixCache({s.num_pages} pages of {s.page_size}: {s.free} free, {s.private} private, "
             f"{s.protected} protected, {s.evictable} evictable)"
         )
+
+    def _repr_svg_(self) -> str | None:
+        """The tree as a picture, in a notebook; none where it is too large to look at."""
+        from radixkv.observe.tree_svg import tree_svg
+
+        return tree_svg(self.snapshot()) if self.stats().num_nodes <= _MOST_DRAWN else None
+
+    def _repr_html_(self) -> str:
+        """What `repr` says and the picture, in a notebook."""
+        picture = self._repr_svg_() or f"The tree has {self.stats().num_nodes} nodes: see radixkv.observe.tree_html."
+        return f"<div><code>{html.escape(repr(self))}</code><br>{picture}</div>"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@
 A record is one of
 
     NAMESPACE   `root` stands for the namespace `names[i]` from here on
-    STORED      `page`, with its `tokens`, follows the page `parent`; or, where parent is -1, is a first page of `root`
+    STORED      `page`, with its `tokens`, follows the page `parent`, -1 where it is a first one. It is of the namespace
+                `root`; where root is -1, of its parent's. (Both: a page below one of a namespace above.)
     REMOVED     `page` is no longer in the tree
 
 A parent is stored before its children and removed after them; a page that is stored again was removed before. Only full

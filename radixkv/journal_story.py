@@ -160,7 +160,8 @@ class Story:
                 if above not in self._at:
                     return None  # it hangs below what a journal forgot
                 parent = self._at[above]
-            namespace = self.prefixes[parent].namespace if parent >= 0 else self._names[int(batch.root[i])]
+            root = int(batch.root[i])
+            namespace = self.prefixes[parent].namespace if root < 0 <= parent else self._names[root]
             prefix = self._at[page] = self._prefix(parent, namespace, batch.tokens[i])
         elif page in self._at:
             prefix = self._at.pop(page)

@@ -33,6 +33,7 @@ SYSTEMS = [
     + "Answer politely, in one short sentence, and only about the shop. " * 20
     for i in range(5)
 ]
+CAPACITY_MIB = 512
 QUESTIONS = ("When do you open?", "And on Sundays?", "Do you sell bread?", "What does it cost?", "Can I pay by card?")
 
 
@@ -124,10 +125,12 @@ async def drive(load: Load, pid: int, clients: int) -> dict[str, Any]:
             for i in range(clients + 1)
         ]
         tasks = [asyncio.ensure_future(load.talk(client, i)) for i, client in enumerate(made[1:])]
-        start, memory = time.monotonic(), []
+        start, memory, beside, backed = time.monotonic(), [], [], 0.0
         tasks.append(asyncio.ensure_future(load.leave(made[0])))
         while not all(task.done() for task in tasks):
             memory.append(resident(pid))
+            backed = max(backed, CAPACITY_MIB - metric(load.url, 'radixkv_pages{state="free"}') * page_mib(load.url))
+            beside.append(memory[-1] - backed)
             await asyncio.wait(tasks, timeout=10)
         seconds = time.monotonic() - start
     return {
@@ -138,8 +141,20 @@ async def drive(load: Load, pid: int, clients: int) -> dict[str, Any]:
         "tokens_per_s": load.tokens / seconds,
         "cached": load.cached_tokens / load.prompt_tokens,
         "first_token_s": {name: spread(times) for name, times in load.first_tokens.items()},
-        "memory_mib": [round(memory[i * (len(memory) - 1) // 4]) for i in range(5)],
+        "memory_mib": quarters(memory),
+        "memory_beside_the_pool_mib": quarters(beside),
     }
+
+
+def page_mib(url: str) -> float:
+    """MiB that a page takes: the pool has as many as its capacity holds."""
+    states = ("free", "private", "protected", "evictable")
+    return CAPACITY_MIB / sum(metric(url, f'radixkv_pages{{state="{state}"}}') for state in states)
+
+
+def quarters(values: list[float]) -> list[int]:
+    """At the start and after each quarter."""
+    return [round(values[i * (len(values) - 1) // 4]) for i in range(5)]
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -158,7 +173,14 @@ def main() -> int:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        [sys.executable, ROOT / "docs" / "examples" / "server.py", "--port", str(port), "--capacity", "512MiB"],
+        [
+            sys.executable,
+            ROOT / "docs" / "examples" / "server.py",
+            "--port",
+            str(port),
+            "--capacity",
+            f"{CAPACITY_MIB}MiB",
+        ],
         stdout=sys.stderr,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )

@@ -30,7 +30,7 @@ class Audit {
   }
 
   void lru() {
-    for (int list = 0; list < LruLists::kLists; ++list) {
+    for (int list = 0; list < tree_.lru_.lists(); ++list) {
       NodeId before = kNone;
       for (NodeId n = tree_.lru_.coldest(list); n != kNone; before = n, n = tree_.nodes_[n].hotter) {
         expect(tree_.nodes_[n].colder == before, "an LRU list is broken");
@@ -42,10 +42,16 @@ class Audit {
   }
 
   void roots() {
-    for (const auto& [name, root] : tree_.roots_) {
+    std::int64_t count = 0;
+    for (const auto& [name, space] : tree_.spaces_.names()) {
+      const NodeId root = tree_.spaces_[space].root;
+      if (root == kNone) continue;
       expect(tree_.nodes_[root].root && !tree_.nodes_[root].detached, "a namespace names a node that is no live root");
+      expect(tree_.nodes_[root].space == space, "a root is another namespace's");
       subtree(root);
+      ++count;
     }
+    expect(count == tree_.num_roots_, "the count of roots is wrong");
   }
 
   void subtree(NodeId root) {
@@ -58,6 +64,7 @@ class Audit {
       for (const NodeId child : tree_.index_.list(n)) {
         expect(tree_.nodes_[child].parent == n, "a child names another parent");
         expect(!tree_.nodes_[child].detached, "a detached node is in the tree");
+        expect(tree_.spaces_.within(tree_.nodes_[child].space, tree_.nodes_[n].space), "a child is another's");
         open.push_back(child);
       }
     }
@@ -92,6 +99,8 @@ class Audit {
       }
     }
     private_ += l.num_private();
+    pages_[l.space_] += l.num_private();
+    ++leases_[l.space_];
     for (std::size_t k = l.pages_.size() - l.num_private(); k < l.pages_.size(); ++k) own(l.pages_[k]);
   }
 
@@ -126,11 +135,13 @@ class Audit {
       const bool listed = tree_.listed(node);
       expect(listed == (rank_.count(n) > 0), "a node is on the LRU list and should not be, or the reverse");
       if (listed && tree_.listed(tree_.nodes_[node.parent])) {
-        const std::uint8_t above = tree_.nodes_[node.parent].list;
-        expect(above != LruLists::kEnded || node.list == LruLists::kEnded, "a path goes on below its end");
+        const std::uint16_t above = tree_.nodes_[node.parent].list;
+        expect(!LruLists::is_ended(above) || LruLists::is_ended(node.list), "a path goes on below its end");
         if (above == node.list) expect(rank_[node.parent] > rank_[n], "a parent is colder than its child");
       }
       (node.locks > 0 || node.holds > 0 ? guarded : evictable) += node.num_pages;
+      pages_[node.space] += node.num_pages;
+      if (node.locks == 0 && node.holds == 0) evictable_[tree_.spaces_[node.space].top] += node.num_pages;
       if (node.pins > 0) pinned += node.num_pages;
       if (node.root && !node.detached) expect(node.locks > 0 || node.children != kNone, "a bare namespace was kept");
     }
@@ -141,6 +152,7 @@ class Audit {
     expect(static_cast<std::int64_t>(seen_.size()) == tree_.num_nodes(), "a node was lost");
     for (const auto owners : owned_) expect(owners == 1, "a page was lost");
     if (tree_.journal() != nullptr) journal(*tree_.journal());
+    spaces();
     expect(tree_.num_free() + private_ + guarded + evictable == tree_.num_pages(),
            "free + private + protected + evictable != num_pages");
   }
@@ -175,6 +187,30 @@ class Audit {
     }
   }
 
+  // What each namespace has, and what keeps it.
+  void spaces() {
+    const Spaces& spaces = tree_.spaces_;
+    std::unordered_map<SpaceId, std::int64_t> used, below;
+    int idle = 0;
+    for (const auto& [name, s] : spaces.names()) {
+      used[spaces[s].top] += pages_[s];
+      if (spaces[s].parent != kNone) ++below[spaces[s].parent];
+    }
+    for (const auto& [name, s] : spaces.names()) {
+      const Space& space = spaces[s];
+      expect(space.known && space.name->first == name, "a namespace has another name");
+      expect(space.pages == pages_[s], "a namespace's count of pages is wrong");
+      expect(space.leases == leases_[s], "a namespace's count of leases is wrong");
+      expect(space.below == below[s], "a namespace's count of those below it is wrong");
+      if (space.top == s) expect(space.used == used[s], "a top namespace's count of pages is wrong");
+      if (space.top == s) expect(space.evictable == evictable_[s], "a count of evictable pages is wrong");
+      const bool kept = space.pages + space.leases + space.below + space.lists > 0 || space.root != kNone;
+      expect(kept != space.is_idle, "a namespace is kept for nothing, or idle in use");
+      idle += space.is_idle;
+    }
+    expect(idle == spaces.num_idle_ && idle <= Spaces::kMostIdle, "the count of idle namespaces is wrong");
+  }
+
   void lock(NodeId n) { holder(n), ++locks_[n]; }
 
   const RadixTree& tree_;
@@ -182,6 +218,7 @@ class Audit {
   std::vector<std::int8_t> owned_;
   std::set<NodeId> seen_;
   std::unordered_map<NodeId, std::int64_t> rank_;
+  std::unordered_map<SpaceId, std::int64_t> pages_, leases_, evictable_;
   std::unordered_map<NodeId, std::int32_t> locks_, pins_, holds_;
 };
 

@@ -40,12 +40,21 @@ struct Stats {
   std::int64_t num_pages, page_size;
   std::int64_t free, private_, protected_, evictable;  // pages by state: they add up to num_pages
   std::int64_t num_nodes, num_leases, num_pins, pinned;
-  std::int64_t requests, input_tokens, hit_tokens, evicted_pages, committed_tokens;
+  std::int64_t requests, forks, input_tokens, hit_tokens, evicted_pages, committed_tokens;
+};
+
+// What a namespace has and did. The nameless one that comes last is all that are forgotten.
+struct NamespaceStats {
+  std::string name;
+  bool forgotten;
+  SpaceCounts counts;
+  std::int64_t pages, leases;   // of its own
+  std::int64_t floor, ceiling;  // of a top one with all below it; kNoCeiling: none
 };
 
 class Cache : public std::enable_shared_from_this<Cache> {
  public:
-  Cache(std::int64_t num_pages, std::int64_t page_size, bool hazard);
+  Cache(std::int64_t num_pages, std::int64_t page_size, bool hazard, bool hierarchical);
 
   std::unique_ptr<Lease> acquire(const Token* tokens, std::int64_t n, std::string_view name);
   std::int64_t match(const Token* tokens, std::int64_t n, std::string_view name);
@@ -54,7 +63,11 @@ class Cache : public std::enable_shared_from_this<Cache> {
   std::int64_t evict(std::int64_t num_pages);
   std::int64_t clear();
   std::int64_t clear(std::string_view name);
+  // Pages of this namespace with all below it that no other evicts, and the most that it may have. (0, kNoCeiling): none.
+  void set_quota(std::string_view name, std::int64_t floor, std::int64_t ceiling);
+  std::int64_t most_pages(std::string_view name);  // that it could have at once, by its own quota and others' floors
   Stats stats();
+  std::vector<NamespaceStats> namespaces();  // in alphabetical order
   std::vector<SnapshotNode> snapshot();
   std::vector<PageId> coldest_first();  // the last page of each node that can be evicted, in the order of eviction
   void check();                         // recomputes everything; throws std::logic_error
@@ -82,6 +95,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
   friend class PageTable;  // advances the leases of a step together
   friend class Pin;
   using Guard = std::lock_guard<ForkMutex>;
+  static constexpr int kMostQuotas = 1000;  // an eviction looks at each
 
   void check_open() const;
   static void check_tokens(const Token* tokens, std::int64_t n, std::int64_t from);
@@ -89,7 +103,10 @@ class Cache : public std::enable_shared_from_this<Cache> {
   void check_length(std::int64_t num_tokens, std::int64_t freed) const;
 
   // All below with the mutex held.
-  void require_pages(std::int64_t need, std::int64_t lost, std::int64_t cached = 0);
+  Match find(const Token* tokens, std::int64_t n, std::string_view name, PageId* out);
+  void require_pages(SpaceId space, std::int64_t need, std::int64_t lost, std::int64_t cached = 0);
+  std::string lack_of(SpaceId space, const PageCounts& counts) const;
+  std::int64_t clear_one(std::string_view name);
   void enlist(Lease& lease);
   void delist(Lease& lease);
   void move_pins(NodeId from, NodeId to);
@@ -101,7 +118,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
   bool closed_ = false;
   std::int64_t refuse_in_ = -1;
   std::int64_t num_leases_ = 0;
-  std::int64_t requests_ = 0, input_tokens_ = 0, hit_tokens_ = 0, committed_tokens_ = 0;
+  std::int64_t requests_ = 0, forks_ = 0, input_tokens_ = 0, hit_tokens_ = 0, committed_tokens_ = 0;
 };
 
 }  // namespace radixkv

@@ -13,15 +13,33 @@ std::int32_t ChildIndex::key_tokens(NodeId node) const {
   return n.num_pages == 1 ? n.last_len : pages_.page_size();
 }
 
-ChildIndex::Best ChildIndex::find(NodeId parent, const Token* tokens, std::int64_t n) const {
+// The child whose key shares the most leading bits with this one; there must be children.
+NodeId ChildIndex::nearest(NodeId parent, SpaceId space, const Token* tokens, std::int64_t n) const {
   std::int32_t ref = nodes_[parent].children;
-  if (ref == kNone) return {kNone, 0};
   while (is_branch(ref)) {
     const Branch& b = branch(ref);
-    ref = b.side[side_of(b.bit, tokens, n)];
+    ref = b.side[side_of(b.bit, space, tokens, n)];
   }
-  const auto most = static_cast<std::int32_t>(std::min<std::int64_t>(n, key_tokens(ref)));
-  return {ref, pages_.common_prefix(nodes_[ref].first, tokens, most)};
+  return ref;
+}
+
+ChildIndex::Best ChildIndex::find(NodeId parent, SpaceId space, const Token* tokens, std::int64_t n) const {
+  if (nodes_[parent].children == kNone) return {kNone, 0};
+  const NodeId child = nearest(parent, space, tokens, n);
+  if (nodes_[child].space != space) return {kNone, 0};
+  const auto most = static_cast<std::int32_t>(std::min<std::int64_t>(n, key_tokens(child)));
+  return {child, pages_.common_prefix(nodes_[child].first, tokens, most)};
+}
+
+// The first bit in which the keys of two siblings differ.
+std::uint32_t ChildIndex::first_difference(NodeId a, NodeId b) const {
+  const auto differ = static_cast<std::uint32_t>(nodes_[a].space ^ nodes_[b].space);
+  if (differ != 0) return std::countl_zero(differ);
+  const Token *key = pages_.tokens(nodes_[a].first), *other = pages_.tokens(nodes_[b].first);
+  const std::int32_t least = std::min(key_tokens(a), key_tokens(b));
+  const std::int32_t shared = pages_.common_prefix(nodes_[b].first, key, least);
+  if (shared == least) throw std::logic_error("one sibling is a prefix of another");
+  return (shared + 1) * 32 + std::countl_zero(static_cast<std::uint32_t>(key[shared] ^ other[shared]));
 }
 
 void ChildIndex::insert(NodeId child) {
@@ -33,23 +51,18 @@ void ChildIndex::insert(NodeId child) {
   }
   const Token* key = pages_.tokens(nodes_[child].first);
   const std::int32_t n = key_tokens(child);
-  const Best nearest = find(parent, key, n);
-  const Token* other = pages_.tokens(nodes_[nearest.child].first);
-  if (nearest.shared >= std::min(n, key_tokens(nearest.child))) {
-    throw std::logic_error("insert: one sibling would be a prefix of another");
-  }
-  const auto differ = static_cast<std::uint32_t>(key[nearest.shared] ^ other[nearest.shared]);
-  const std::uint32_t bit = nearest.shared * 32 + std::countl_zero(differ);
+  const SpaceId space = nodes_[child].space;
+  const std::uint32_t bit = first_difference(child, nearest(parent, space, key, n));
 
   std::int32_t up = kNone, ref = nodes_[parent].children;
   while (is_branch(ref) && branch(ref).bit < bit) {
     up = ref;
-    ref = branch(ref).side[side_of(branch(ref).bit, key, n)];
+    ref = branch(ref).side[side_of(branch(ref).bit, space, key, n)];
   }
   const std::int32_t slot = free_ != kNone ? free_ : fresh_++;
   if (slot == free_) free_ = branches_[slot].up;
   const std::int32_t made = branch_ref(slot);
-  const int side = side_of(bit, key, n);
+  const int side = side_of(bit, space, key, n);
   branch(made).bit = bit;
   branch(made).side[side] = child;
   branch(made).side[1 - side] = ref;
@@ -118,13 +131,11 @@ void ChildIndex::check(NodeId parent) const {
     const Token* key = pages_.tokens(nodes_[children[i]].first);
     const std::int32_t n = key_tokens(children[i]);
     if (nodes_[children[i]].parent != parent) throw std::logic_error("a child names another parent");
-    if (find(parent, key, n).child != children[i]) throw std::logic_error("a child is not found by its tokens");
+    const SpaceId space = nodes_[children[i]].space;
+    if (find(parent, space, key, n).child != children[i]) throw std::logic_error("a child is not found by its tokens");
     if (i == 0) continue;
-    const std::int32_t least = std::min(n, key_tokens(children[i - 1]));
-    const std::int32_t shared = pages_.common_prefix(nodes_[children[i - 1]].first, key, least);
-    if (shared == least) throw std::logic_error("one sibling is a prefix of another");
-    if (pages_.tokens(nodes_[children[i - 1]].first)[shared] > key[shared])
-      throw std::logic_error("siblings disordered");
+    const std::uint32_t bit = first_difference(children[i - 1], children[i]);
+    if (side_of(bit, space, key, n) == 0) throw std::logic_error("siblings disordered");
   }
 }
 

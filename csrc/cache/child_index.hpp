@@ -5,7 +5,7 @@
 // that is exactly what token-exact matching needs. The shape depends on the set of keys alone, not on history.
 // Morrison 1968, "PATRICIA"; D. J. Bernstein, "Crit-bit trees".
 //
-// Keys are token sequences, most significant bit first, and none is a prefix of another. A reference is a node
+// Keys are a namespace and then tokens, most significant bit first, and none is a prefix of another. A reference is a node
 // (>= 0), kNone, or a branch (<= -2).
 #pragma once
 
@@ -20,19 +20,19 @@ class ChildIndex {
  public:
   ChildIndex(LazyArray<Node>& nodes, const Pages& pages);
 
-  // The child of `parent` that shares the most leading tokens with the n at `tokens`, and how many; {kNone, 0} if it
-  // has no children. O(bits in which children differ along the way + page_size).
+  // Of the children of `parent` that are of this namespace, the one that shares the most leading tokens with the n at
+  // `tokens`, and how many; {kNone, 0} if there are none. O(bits in which children differ along the way + page_size).
   struct Best {
     NodeId child;
     std::int32_t shared;
   };
-  Best find(NodeId parent, const Token* tokens, std::int64_t n) const;
+  Best find(NodeId parent, SpaceId space, const Token* tokens, std::int64_t n) const;
 
   void insert(NodeId child);                      // under nodes[child].parent
   void remove(NodeId child);                      // O(1)
   void replace(NodeId child, NodeId by);          // `by` takes its place; their keys agree in every bit asked above it
   void clear(NodeId parent);                      // forgets the children, keeps the nodes. O(children)
-  std::vector<NodeId> list(NodeId parent) const;  // in lexicographic order of their tokens
+  std::vector<NodeId> list(NodeId parent) const;  // by namespace, then in lexicographic order of their tokens
 
   bool branches(NodeId parent) const { return is_branch(nodes_[parent].children); }  // it has two children or more
   std::int32_t key_tokens(NodeId node) const;                                        // tokens of its first page
@@ -42,16 +42,19 @@ class ChildIndex {
   struct Branch {
     std::int32_t side[2];  // references
     std::int32_t up;       // the branch above, or kNone; links the free branches
-    std::uint32_t bit;     // token index * 32 + bit, most significant first
+    std::uint32_t bit;     // of the key, whose first 32 are the namespace; most significant first
   };
   static bool is_branch(std::int32_t ref) { return ref <= -2; }
   static std::int32_t branch_ref(std::int32_t branch) { return -2 - branch; }
   Branch& branch(std::int32_t ref) { return branches_[-2 - ref]; }
   const Branch& branch(std::int32_t ref) const { return branches_[-2 - ref]; }
-  static int side_of(std::uint32_t bit, const Token* tokens, std::int64_t n) {
-    const std::uint32_t token = bit / 32;
-    return token < n ? (static_cast<std::uint32_t>(tokens[token]) >> (31 - bit % 32)) & 1 : 0;
+  static int side_of(std::uint32_t bit, SpaceId space, const Token* tokens, std::int64_t n) {
+    const std::uint32_t word = bit / 32;
+    if (word > n) return 0;
+    return static_cast<std::uint32_t>(word == 0 ? space : tokens[word - 1]) >> (31 - bit % 32) & 1;
   }
+  std::uint32_t first_difference(NodeId a, NodeId b) const;
+  NodeId nearest(NodeId parent, SpaceId space, const Token* tokens, std::int64_t n) const;
 
   void set_up(std::int32_t ref, std::int32_t up);
   void point(NodeId parent, std::int32_t up, std::int32_t from, std::int32_t to);

@@ -6,14 +6,11 @@
 
 namespace radixkv {
 
-std::uint64_t RadixTree::key_of(NodeId parent) const {
-  return nodes_[parent].root ? prefix_of(root_names_.at(parent)->first) : hazard_->keys[nodes_[parent].last];
-}
-
 // How many of the new pages, from the first on, were used equally often before they were evicted; and how often.
-std::int32_t RadixTree::same_past(NodeId parent, const PageId* run, std::int32_t count, std::int32_t* uses) {
+std::int32_t RadixTree::same_past(NodeId parent, SpaceId space, const PageId* run, std::int32_t count,
+                                  std::int32_t* uses) {
   HazardState& state = *hazard_;
-  std::uint64_t key = key_of(parent);
+  std::uint64_t key = prefix_under(parent, space, nodes_[parent].root ? 0 : state.keys[nodes_[parent].last]);
   std::int32_t same = 0;
   for (; same < count; ++same) {
     key = prefix_of(key, tokens(run[same]), page_size());
@@ -66,7 +63,7 @@ void RadixTree::take_census() {
 // few steps from either end; what an ended session left goes on to be evicted.
 void RadixTree::list_bared(NodeId n) {
   constexpr int kSteps = Hazard::kClasses;
-  const std::uint8_t list = nodes_[n].list;
+  const std::uint16_t list = nodes_[n].list;
   NodeId cold = lru_.coldest(list), hot = lru_.hottest(list);
   if (list == LruLists::kEnded || cold == kNone) return lru_.insert_colder_than(cold, n, list);
   const auto younger = [&](NodeId other) { return hazard_->uses[other].touched >= hazard_->uses[n].touched; };

@@ -14,15 +14,28 @@ Stats Cache::stats() {
                own,
                tree_.num_protected(),
                tree_.num_evictable(),
-               tree_.num_nodes() - static_cast<std::int64_t>(tree_.roots().size()),
+               tree_.num_nodes() - tree_.num_roots(),
                num_leases_,
                static_cast<std::int64_t>(pins_.size()),
                tree_.num_pinned(),
                requests_,
+               forks_,
                input_tokens_,
                hit_tokens_,
                tree_.num_evicted(),
                committed_tokens_};
+}
+
+std::vector<NamespaceStats> Cache::namespaces() {
+  Guard guard(mutex_);
+  const Spaces& spaces = tree_.spaces();
+  std::vector<NamespaceStats> out;
+  for (const auto& [name, s] : spaces.names()) {
+    const Space& space = spaces[s];
+    out.push_back({name, false, space.counts, space.pages, space.leases, space.floor, space.ceiling});
+  }
+  out.push_back({{}, true, spaces.forgotten(), 0, 0, 0, Space::kNoCeiling});
+  return out;
 }
 
 std::vector<SnapshotNode> Cache::snapshot() {
@@ -37,7 +50,7 @@ std::vector<PageId> Cache::coldest_first() {
 
 std::vector<PageId> RadixTree::coldest_first() const {
   std::vector<PageId> out;
-  for (int list = 0; list < LruLists::kLists; ++list) {
+  for (int list = 0; list < lru_.lists(); ++list) {
     for (NodeId n = lru_.coldest(list); n != kNone; n = nodes_[n].hotter) out.push_back(nodes_[n].last);
   }
   return out;
@@ -46,14 +59,17 @@ std::vector<PageId> RadixTree::coldest_first() const {
 std::vector<SnapshotNode> RadixTree::snapshot() const {
   std::vector<SnapshotNode> out;
   std::vector<NodeId> ids;
-  for (const auto& [name, root] : roots_) {
+  for (const auto& [name, space] : spaces_.names()) {
+    const NodeId root = spaces_[space].root;
+    if (root == kNone) continue;
     ids.push_back(root);
-    out.push_back({-1, name, {}, {}, nodes_[root].locks, nodes_[root].pins});
+    out.push_back({-1, name, true, {}, {}, nodes_[root].locks, nodes_[root].pins});
   }
   for (std::size_t i = 0; i < ids.size(); ++i) {
     for (const NodeId child : index_.list(ids[i])) {
       const Node& node = nodes_[child];
-      SnapshotNode s{static_cast<std::int32_t>(i), {}, {}, {}, node.locks, node.pins};
+      const bool first = node.space != nodes_[ids[i]].space;
+      SnapshotNode s{static_cast<std::int32_t>(i), spaces_.name(node.space), first, {}, {}, node.locks, node.pins};
       PageId page = node.first;
       for (std::int32_t k = 0; k < node.num_pages; ++k, page = pages_.next(page)) {
         const std::int32_t n = k + 1 < node.num_pages ? page_size() : node.last_len;

@@ -19,12 +19,12 @@ Journal::Journal(std::int32_t num_pages, std::int32_t page_size)
       stored_at_(num_pages),
       most_tokens_(std::max(capacity_ * page_size, kLeastReleaseTokens)) {}
 
-void Journal::name(NodeId root, std::string_view name) {
+void Journal::name(SpaceId root, std::string_view name) {
   names_[end_ % capacity_] = name;  // the only thing here that may run out of memory
   records_[place()] = Record{Op::name_space, kNone, kNone, root, request_};
 }
 
-void Journal::stored(PageId page, PageId parent, NodeId root, const Token* tokens) {
+void Journal::stored(PageId page, PageId parent, SpaceId root, const Token* tokens) {
   const std::int64_t at = place();
   records_[at] = Record{Op::stored, page, parent, root, request_};
   std::memcpy(tokens_.data() + at * page_size_, tokens, page_size_ * sizeof(Token));

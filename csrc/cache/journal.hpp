@@ -55,9 +55,9 @@ class Journal {
 
   // --- the cache writes; with its mutex held ----------------------------------------------------------------------
   void serving(std::int64_t request) { request_ = request; }  // whose the records are from here on; 0: no request's
-  void name(NodeId root, std::string_view name);
-  // parent: the page before it, or kNone where it is the first of the namespace `root`.
-  void stored(PageId page, PageId parent, NodeId root, const Token* tokens);
+  void name(SpaceId root, std::string_view name);
+  // parent: the page before it, kNone where it is a first one. root: its namespace, kNone where it is its parent's.
+  void stored(PageId page, PageId parent, SpaceId root, const Token* tokens);
   void removed(PageId page);
   void released(Release&& release);
   void lost_release() noexcept;  // one that there was no memory for: it and those before it are lost
@@ -76,7 +76,7 @@ class Journal {
     Op op;
     PageId page;
     PageId parent;
-    NodeId root;
+    SpaceId root;
     std::int64_t request;
   };
   std::int64_t place() { return end_++ % capacity_; }

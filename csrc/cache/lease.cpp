@@ -93,6 +93,7 @@ void Lease::copy_tokens(std::int64_t from, std::int64_t to, Token* out) const {
 
 // Its pages_ have their final size, those of the match in front. Nothing here fails.
 void Lease::start(const Match& match, const Token* tokens, std::int64_t n) {
+  cache_->enlist(*this);
   started_ = tree_.pages_taken();
   const std::int64_t shared = static_cast<std::int64_t>(match.pages) * tree_.page_size();
   node_ = tree_.end_of(match);
@@ -105,13 +106,12 @@ void Lease::start(const Match& match, const Token* tokens, std::int64_t n) {
   write_tokens(tokens + shared, n - shared);
   num_prompt_ = n;
   num_cached_ = num_written_ = shared + match.partial;
-  cache_->enlist(*this);
 }
 
 // Fills the last `need` places of pages_. Where the copy source itself is among the evicted pages it becomes the copy:
 // true, and nothing is left to copy.
 bool Lease::take_pages(std::int32_t need, PageId source) {
-  return tree_.take(pages_.data() + pages_.size() - need, need, source);
+  return tree_.take(space_, pages_.data() + pages_.size() - need, need, source);
 }
 
 // The first page of its own begins with `tokens` tokens of `page`, the page of node `source`.
@@ -151,9 +151,9 @@ void Lease::extend(const Token* tokens, std::int64_t n) {
   // An open page that a commit published never changes: go on in a copy of it. Where no page is left for the copy and
   // nobody else has use for the published one, it leaves the tree and is written to again.
   const NodeId tail = tail_;
-  const bool back = tail != kNone && more == tree_.num_free() + tree_.num_evictable() && tree_.only_lease(tail);
+  const bool back = tail != kNone && more == tree_.room(space_, 0).all() && tree_.only_lease(tail);
   const std::int32_t need = more + (tail != kNone && !back ? 1 : 0);
-  cache_->require_pages(need, 0);
+  cache_->require_pages(space_, need, 0);
 
   tree_.serving(number_);
   const PageId open = pages_.back();
@@ -205,7 +205,7 @@ std::int64_t Lease::drop(std::int64_t num_tokens) {
   // Nothing below fails.
   const std::int32_t own = std::max(num_shared_, first_page_);
   for (std::int32_t i = first; i-- > own;) {
-    tree_.give_back(pages_[i]);
+    tree_.give_back(space_, pages_[i]);
     pages_[i] = kNone;
   }
   first_page_ = first;
@@ -236,7 +236,7 @@ std::int64_t Lease::truncate(std::int64_t num_tokens) {
   }
   const std::int32_t keep = pages_for(num_tokens), freed = static_cast<std::int32_t>(pages_.size()) - keep;
   for (std::int32_t i = freed; i > 0; --i) {
-    tree_.give_back(pages_.back());
+    tree_.give_back(space_, pages_.back());
     pages_.pop_back();
   }
   num_tokens_ = num_tokens;
@@ -256,7 +256,7 @@ void Lease::commit() {
 // Closing, returns the page that another request published with the very tokens of the open page, if there is one.
 NodeId Lease::publish_written(bool closing) {
   tree_.serving(number_);
-  if (tree_.detached(root_)) return kNone;      // its namespace was cleared: these tokens are not to be found again
+  if (cleared()) return kNone;                  // its namespace was cleared: these tokens are not to be found again
   if (tail_ != kNone) return kNone;             // an earlier commit published the open page, and nothing came after
   if (source_ != kNone) return kNone;           // nobody has said that the open page's copy is made; the rest is shared
   if (first_page_ > num_shared_) return kNone;  // what comes next was dropped
@@ -264,21 +264,28 @@ NodeId Lease::publish_written(bool closing) {
   const auto full = static_cast<std::int32_t>(num_written_ / page_size);
   const auto rest = static_cast<std::int32_t>(num_written_ % page_size);
   while (num_shared_ < full) {
-    const RadixTree::Child child = tree_.child(node_, pages_[num_shared_], page_size);
-    if (child.shared == page_size) {
-      fold(child.node, full);
-    } else {
-      publish(full, child.whole ? child.node : kNone);
+    const RadixTree::Child seen = tree_.seen_child(node_, space_, pages_[num_shared_], page_size);
+    if (seen.shared == page_size) {
+      fold(seen.node, full);
+      continue;
     }
+    const RadixTree::Child own = own_child(seen, page_size);
+    publish(full, own.whole ? own.node : kNone);
   }
   // A page with unwritten tokens is still to be written to, so it waits; a published page never changes.
   return rest > 0 && (closing || num_written_ == num_tokens_) ? publish_open(rest, closing) : kNone;
 }
 
+// The child of its own namespace that shares the most with its first unpublished page, where `seen` is that of all.
+RadixTree::Child Lease::own_child(const RadixTree::Child& seen, std::int32_t count) const {
+  if (tree_.belongs_to(node_, space_)) return seen;  // no other has children here
+  return tree_.own_child(node_, space_, pages_[num_shared_], count);
+}
+
 // Another request published `child` first: use its pages and free the duplicates.
 void Lease::fold(NodeId child, std::int32_t full) {
   ++version_;
-  const std::int32_t k = tree_.replace_duplicates(child, pages_.data() + num_shared_, full - num_shared_);
+  const std::int32_t k = tree_.replace_duplicates(child, space_, pages_.data() + num_shared_, full - num_shared_);
   const NodeId node = tree_.upper(child, k);
   tree_.lock(node);
   tree_.unlock(node_);
@@ -292,10 +299,10 @@ void Lease::publish(std::int32_t full, NodeId shorter) {
   const std::int32_t count = full - num_shared_;
   const bool pinned = shorter != kNone && tree_.pinned(shorter);
   if (shorter != kNone) tree_.remove_open(shorter);
-  if (!pinned && tree_.can_append(node_)) {
+  if (!pinned && tree_.can_append(node_, space_)) {
     tree_.append(node_, run, count);
   } else {
-    const NodeId node = tree_.add(node_, run, count, tree_.page_size());
+    const NodeId node = tree_.add(node_, space_, run, count, tree_.page_size());
     tree_.lock(node);
     tree_.unlock(node_);
     node_ = node;
@@ -307,18 +314,19 @@ void Lease::publish(std::int32_t full, NodeId shorter) {
 
 NodeId Lease::publish_open(std::int32_t tokens, bool closing) {
   const PageId page = pages_[num_shared_];
-  const RadixTree::Child child = tree_.child(node_, page, tokens);
-  if (child.shared == tokens) {  // a page of the tree begins with these tokens already
+  const RadixTree::Child seen = tree_.seen_child(node_, space_, page, tokens);
+  if (seen.shared == tokens) {  // a page of the tree begins with these tokens already
     if (!closing) return kNone;
-    const NodeId node = tree_.isolate(child.node);
+    const NodeId node = tree_.isolate(seen.node);
     tree_.lock(node);
     tree_.unlock(node);  // used just now
-    return child.whole ? node : kNone;
+    return seen.whole ? node : kNone;
   }
-  const NodeId shorter = child.whole ? child.node : kNone;
+  const RadixTree::Child own = own_child(seen, tokens);
+  const NodeId shorter = own.whole ? own.node : kNone;
   const bool pinned = shorter != kNone && tree_.pinned(shorter);
   if (shorter != kNone) tree_.remove_open(shorter);
-  tail_ = tree_.add(node_, &page, 1, tokens);
+  tail_ = tree_.add(node_, space_, &page, 1, tokens);
   tree_.lock(tail_);
   if (pinned) cache_->move_pins(shorter, tail_);
   cache_->committed_tokens_ += tokens;
@@ -340,13 +348,13 @@ void Lease::let_go(bool commit, bool cold) {
   if (Journal* journal = tree_.journal()) record(*journal);
   if (source_ != kNone) tree_.drop_hold(source_);
   for (std::int64_t i = num_private(); i > 0; --i) {
-    tree_.give_back(pages_.back());
+    tree_.give_back(space_, pages_.back());
     pages_.pop_back();
   }
   tree_.used(tail_ != kNone ? tail_ : node_, started_, num_cached_, num_tokens_);
   if (tail_ != kNone) tree_.unlock(tail_);
   tree_.unlock(node_);
-  if (cold && !gone) tree_.end_session(end);
+  if (cold && !gone) tree_.end_session(end, space_);
   cache_->delist(*this);
 }
 
@@ -368,7 +376,7 @@ std::unique_ptr<Lease> Lease::fork() {
   auto child = std::make_unique<Lease>(cache_, name_);
   child->pages_.reserve(pages_.size());
   child->dropped_ = dropped_;
-  cache_->require_pages(num_tokens_ % tree_.page_size() > 0 ? 1 : 0, 0);
+  cache_->require_pages(space_, num_tokens_ % tree_.page_size() > 0 ? 1 : 0, 0);
   share_with(*child);
   return child;
 }
@@ -378,7 +386,7 @@ void Lease::check_fork() const {
     fail(ErrorKind::LeaseError, "fork needs every token written and every copy made: " + str(num_written_) + " of " +
                                     str(num_tokens_) + " are written; run the step or advance() first");
   }
-  if (tree_.detached(root_)) {
+  if (cleared()) {
     fail(ErrorKind::LeaseError, "cannot fork: the namespace was cleared; acquire the tokens again");
   }
   if (first_page_ > num_shared_) {
@@ -391,8 +399,11 @@ void Lease::check_fork() const {
 // Sharing goes through the tree. The child's memory is there, and so is a page for its copy of the open page.
 void Lease::share_with(Lease& child) {
   publish_written(false);
+  child.space_ = space_;
+  child.cleared_ = cleared_;
+  cache_->enlist(child);
+  ++cache_->forks_;
   child.pages_ = pages_;
-  child.root_ = root_;
   child.node_ = node_;
   child.num_shared_ = num_shared_;
   child.first_page_ = first_page_;
@@ -403,13 +414,12 @@ void Lease::share_with(Lease& child) {
   tree_.lock(child.node_);
   const auto rest = static_cast<std::int32_t>(num_tokens_ % tree_.page_size());
   if (rest > 0) {
-    const NodeId found = tail_ != kNone ? tail_ : tree_.child(node_, pages_.back(), rest).node;
+    const NodeId found = tail_ != kNone ? tail_ : tree_.seen_child(node_, space_, pages_.back(), rest).node;
     const PageId page = tree_.first_page(found);
     const NodeId source = tree_.isolate(found);
     const bool in_place = child.take_pages(1, page);
     child.copy_open_page(source, page, rest, in_place);
   }
-  cache_->enlist(child);
 }
 
 }  // namespace radixkv

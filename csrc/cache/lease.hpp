@@ -83,12 +83,14 @@ class Lease {
   }
 
   // All below with the mutex held.
+  bool cleared() const { return tree_.spaces()[space_].cleared != cleared_; }
   void start(const Match& match, const Token* tokens, std::int64_t n);
   bool take_pages(std::int32_t need, PageId source);
   void write_tokens(const Token* tokens, std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
   NodeId publish_written(bool closing);
+  RadixTree::Child own_child(const RadixTree::Child& seen, std::int32_t count) const;
   void fold(NodeId child, std::int32_t full);
   void publish(std::int32_t full, NodeId shorter);
   NodeId publish_open(std::int32_t tokens, bool closing);
@@ -105,7 +107,8 @@ class Lease {
   const std::uint64_t id_;      // no other lease's, of any cache, ever
   std::uint64_t version_ = 0;   // of pages_: how often entries were replaced or left its front; its end does not count
   std::vector<Token> dropped_;  // the tokens before first_page_, whose own places may have new owners
-  NodeId root_ = kNone;         // of its namespace, as it was at acquire
+  SpaceId space_ = kNone;       // its namespace
+  std::int64_t cleared_ = 0;    // how often that had been cleared at acquire
   NodeId node_ = kNone;         // locked; its end is the end of the shared pages
   NodeId tail_ = kNone;         // locked; the open page that a commit published, while the lease still has it
   NodeId source_ = kNone;       // held; the node to copy from

@@ -5,7 +5,7 @@
 //                        └── [p8 p9]
 //
 // Siblings may share the first tokens of their first pages (the match ended inside a page and the page was copied),
-// but none is a prefix of another.
+// but none is a prefix of another of the same namespace.
 //
 // A node is identified by its id, and a split keeps the id on the lower part: whoever locked the node locked the path
 // down to its end, and that end is where it was.
@@ -17,6 +17,7 @@ namespace radixkv {
 
 struct Node {
   NodeId parent;       // kNone in a root; links the free nodes
+  SpaceId space;       // whose pages these are: its parent's namespace, or one below that
   PageId first, last;  // its run of pages, linked by Pages::next and prev; kNone in a root
   std::int32_t num_pages;
   std::int32_t last_len;  // tokens in its last page: page_size, or fewer in a node that is one open page
@@ -26,10 +27,10 @@ struct Node {
   std::int32_t locks;     // leases and pins that end here, plus children with locks
   std::int32_t pins;      // pins that end here, plus children with pins
   std::int32_t holds;     // leases that have yet to copy from its (only) page
-  bool root;
-  bool detached;      // out of the tree, alive until the last lock and hold go
-  bool branched;      // it, or a node below it, had two children once: several sessions began with it
-  std::uint8_t list;  // the LRU list that it is on, or shall go onto
+  std::uint16_t list;     // the LRU list that it is on, or shall go onto
+  bool root : 1;
+  bool detached : 1;  // out of the tree, alive until the last lock and hold go
+  bool branched : 1;  // it, or a node below it, had two children once: several sessions began with it
 };
 
 }  // namespace radixkv

@@ -7,46 +7,50 @@
 
 namespace radixkv {
 
-RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard)
-    : pages_(num_pages, page_size), nodes_(2 * static_cast<std::size_t>(num_pages) + 1), index_(nodes_, pages_) {
+RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard, bool hierarchical)
+    : pages_(num_pages, page_size),
+      spaces_(hierarchical),
+      nodes_(2 * static_cast<std::size_t>(num_pages) + 1),
+      index_(nodes_, pages_) {
   if (hazard) hazard_ = std::make_unique<HazardState>(num_pages);
 }
 
 // --- pages -----------------------------------------------------------------------------------------------------------
 
-bool RadixTree::take(PageId* out, std::int32_t need, PageId watch) {
+bool RadixTree::take(SpaceId space, PageId* out, std::int32_t need, PageId watch) {
   bool watched = false;
-  if (const std::int32_t missing = need - num_free(); missing > 0) watched = evict(missing, watch).watched;
+  if (const Space& own = spaces_.top(space); own.used > own.ceiling - need) {  // its own go first
+    watched = evict(own.used + need - own.ceiling, space, From::itself, watch).watched;
+  }
+  if (const std::int32_t missing = need - num_free(); missing > 0) {
+    watched |= evict(missing, space, From::everybody, watch).watched;
+  }
   std::int32_t taken = 0;
   if (watched) {
     pages_.take_this(watch, need);
     out[taken++] = watch;
   }
   for (; taken < need; ++taken) out[taken] = pages_.take();
+  spaces_.took(space, need);
   if (hazard_) hazard_->hazard.took(need);
   return watched;
 }
 
 // --- roots -----------------------------------------------------------------------------------------------------------
 
-NodeId RadixTree::find_root(std::string_view name) const {
-  const auto it = roots_.find(name);
-  return it == roots_.end() ? kNone : it->second;
+SpaceId RadixTree::make_space(std::string_view name) {
+  const SpaceId s = spaces_.make(name);
+  if (journal_ && spaces_[s].pages == 0 && spaces_[s].leases == 0) journal_->name(s, name);
+  return s;
 }
 
-NodeId RadixTree::make_root(std::string_view name) {
-  if (const NodeId root = find_root(name); root != kNone) return root;
-  if (journal_) journal_->name(free_ != kNone ? free_ : fresh_, name);
-  const auto it = roots_.emplace(std::string(name), kNone).first;
-  const NodeId root = free_ != kNone ? free_ : fresh_;
-  try {
-    root_names_.emplace(root, it);
-  } catch (...) {
-    roots_.erase(it);
-    throw;
-  }
-  it->second = new_node(kNone);
+NodeId RadixTree::make_root(SpaceId space) {
+  const SpaceId top = spaces_[space].top;
+  if (const NodeId root = spaces_[top].root; root != kNone) return root;
+  const NodeId root = new_node(kNone, top);
   nodes_[root].root = true;
+  spaces_.set_root(top, root);
+  ++num_roots_;
   return root;
 }
 
@@ -54,21 +58,51 @@ void RadixTree::drop_root_if_bare(NodeId root) {
   const Node& n = nodes_[root];
   if (n.locks > 0 || n.children != kNone) return;
   if (!n.detached) {
-    const auto it = root_names_.find(root);
-    roots_.erase(it->second);
-    root_names_.erase(it);
+    spaces_.set_root(n.space, kNone);
+    --num_roots_;
   }
   free_node(root);
 }
 
 // --- matching --------------------------------------------------------------------------------------------------------
 
-Match RadixTree::match(NodeId root, const Token* tokens, std::int64_t n, PageId* out) const {
+int RadixTree::chain_of(SpaceId space, Chain& chain) const {
+  int levels = 0;
+  for (SpaceId s = space; s != kNone; s = spaces_[s].parent) ++levels;
+  for (int i = levels; space != kNone; space = spaces_[space].parent) chain[--i] = space;
+  return levels;
+}
+
+Match RadixTree::match(SpaceId space, const Token* tokens, std::int64_t n, PageId* out) const {
+  const Match start{root(space), 0, 0};
+  if (start.node == kNone) return start;
+  Chain chain;
+  const int levels = chain_of(space, chain);
+  if (levels == 1) return walk(start, chain, 0, 1, tokens, n, out, nullptr);
+  // Every path that it sees, those that stay longest in the upper namespaces first: of equally long ones they are shared
+  // by more.
+  std::vector<Turn> turns{{start, 0}};
+  Match best = start;
+  while (!turns.empty()) {
+    const Turn turn = turns.back();
+    turns.pop_back();
+    const Match m = walk(turn.at, chain, turn.level, levels, tokens, n, nullptr, &turns);
+    if (m.tokens(page_size()) > best.tokens(page_size())) best = m;
+  }
+  if (out) list_path(best, out);
+  return best;
+}
+
+// Goes on from the end of node m.node, in the namespace chain[level]; notes where nodes of a lower one go on.
+Match RadixTree::walk(Match m, const Chain& chain, int level, int levels, const Token* tokens, std::int64_t n,
+                      PageId* out, std::vector<Turn>* turns) const {
   const std::int32_t page_size = pages_.page_size();
-  Match m{root, 0, 0};
   while (true) {
     const std::int64_t at = static_cast<std::int64_t>(m.pages) * page_size;
-    const auto [child, shared] = index_.find(m.node, tokens + at, n - at);
+    for (int lower = levels; turns && --lower > level;) {
+      if (index_.find(m.node, chain[lower], tokens + at, n - at).shared > 0) turns->push_back({m, lower});
+    }
+    const auto [child, shared] = index_.find(m.node, chain[level], tokens + at, n - at);
     if (child == kNone || shared < page_size) {
       if (shared > 0) m.source = child, m.source_page = nodes_[child].first, m.partial = shared;
       return m;
@@ -91,9 +125,20 @@ Match RadixTree::match(NodeId root, const Token* tokens, std::int64_t n, PageId*
   }
 }
 
+// The full pages of a match, from the first on.
+void RadixTree::list_path(const Match& m, PageId* out) const {
+  PageId* end = out + m.pages;
+  for (NodeId n = m.node; !nodes_[n].root; n = nodes_[n].parent) {
+    const std::int32_t count = n == m.node ? m.node_pages : nodes_[n].num_pages;
+    end -= count;
+    PageId page = nodes_[n].first;
+    for (std::int32_t i = 0; i < count; ++i, page = pages_.next(page)) end[i] = page;
+  }
+}
+
 std::int64_t RadixTree::evictable_on_path(const Match& m) const {
   std::int64_t count = 0;
-  for (NodeId n = m.node; !nodes_[n].root && nodes_[n].locks == 0; n = nodes_[n].parent) {
+  for (NodeId n = m.node; n != kNone && !nodes_[n].root && nodes_[n].locks == 0; n = nodes_[n].parent) {
     if (nodes_[n].holds == 0) count += n == m.node ? m.node_pages : nodes_[n].num_pages;
   }
   return count;
@@ -107,18 +152,26 @@ std::int64_t RadixTree::unpinned_on_path(const Match& m) const {
   return count;
 }
 
-RadixTree::Child RadixTree::child(NodeId n, PageId page, std::int32_t count) const {
-  const auto [node, shared] = index_.find(n, tokens(page), count);
+RadixTree::Child RadixTree::own_child(NodeId n, SpaceId space, PageId page, std::int32_t count) const {
+  const auto [node, shared] = index_.find(n, space, tokens(page), count);
   return Child{node, shared, node != kNone && shared == index_.key_tokens(node)};
+}
+
+RadixTree::Child RadixTree::seen_child(NodeId n, SpaceId space, PageId page, std::int32_t count) const {
+  Child best = own_child(n, space, page, count);
+  while (space != nodes_[n].space) {  // those above that have children here
+    space = spaces_[space].parent;
+    if (const Child child = own_child(n, space, page, count); child.shared >= best.shared) best = child;
+  }
+  return best;
 }
 
 // --- shape -----------------------------------------------------------------------------------------------------------
 
-NodeId RadixTree::new_node(NodeId parent) {
+NodeId RadixTree::new_node(NodeId parent, SpaceId space) {
   const NodeId n = free_ != kNone ? free_ : fresh_++;
   if (n == free_) free_ = nodes_[n].parent;
-  nodes_[n] = Node{parent, kNone, kNone, 0,    pages_.page_size(), kNone, kNone, kNone, kNone, 0, 0, 0,
-                   false,  false, false, false};
+  nodes_[n] = Node{parent, space, kNone, kNone, 0, pages_.page_size(), kNone, kNone, kNone, kNone};
   ++num_nodes_;
   return n;
 }
@@ -131,7 +184,7 @@ void RadixTree::free_node(NodeId n) {
 }
 
 NodeId RadixTree::split(NodeId n, std::int32_t k) {
-  const NodeId upper = new_node(nodes_[n].parent);
+  const NodeId upper = new_node(nodes_[n].parent, nodes_[n].space);
   Node &u = nodes_[upper], &l = nodes_[n];
   PageId cut = l.first;
   for (std::int32_t i = 1; i < k; ++i) cut = pages_.next(cut);
@@ -149,6 +202,7 @@ NodeId RadixTree::split(NodeId n, std::int32_t k) {
   index_.insert(n);
   u.list = l.list;
   if (listed(u)) lru_.insert_hotter_than(n, upper);
+  if (stamps_) (*stamps_)[upper] = (*stamps_)[n];
   return upper;
 }
 
@@ -156,31 +210,34 @@ NodeId RadixTree::upper(NodeId n, std::int32_t k) { return k < nodes_[n].num_pag
 
 NodeId RadixTree::end_of(const Match& m) { return m.node_pages > 0 ? upper(m.node, m.node_pages) : m.node; }
 
-std::int32_t RadixTree::replace_duplicates(NodeId n, PageId* run, std::int32_t count) {
+std::int32_t RadixTree::replace_duplicates(NodeId n, SpaceId space, PageId* run, std::int32_t count) {
   const std::int32_t most = std::min(nodes_[n].num_pages, count);
   const std::size_t bytes = page_size() * sizeof(Token);
   std::int32_t k = 0;
   for (PageId page = nodes_[n].first; k < most; ++k, page = pages_.next(page)) {
     if (std::memcmp(tokens(page), tokens(run[k]), bytes) != 0) break;
-    pages_.give_back(run[k]);
+    give_back(space, run[k]);
     run[k] = page;
   }
   return k;
 }
 
-NodeId RadixTree::add(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len) {
+NodeId RadixTree::add(NodeId parent, SpaceId space, const PageId* run, std::int32_t count, std::int32_t last_len) {
   std::int32_t uses = 0;
   if (hazard_ && last_len == page_size()) {
     // Pages with different pasts become different nodes, one below the other.
-    const std::int32_t same = same_past(parent, run, count, &uses);
-    if (same < count) return add(add_one(parent, run, same, last_len, uses), run + same, count - same, last_len);
+    const std::int32_t same = same_past(parent, space, run, count, &uses);
+    if (same < count) {
+      const NodeId first = add_one(parent, space, run, same, last_len, uses);
+      return add(first, space, run + same, count - same, last_len);
+    }
   }
-  return add_one(parent, run, count, last_len, uses);
+  return add_one(parent, space, run, count, last_len, uses);
 }
 
-NodeId RadixTree::add_one(NodeId parent, const PageId* run, std::int32_t count, std::int32_t last_len,
+NodeId RadixTree::add_one(NodeId parent, SpaceId space, const PageId* run, std::int32_t count, std::int32_t last_len,
                           std::int32_t uses) {
-  const NodeId n = new_node(parent);
+  const NodeId n = new_node(parent, space);
   Node& node = nodes_[n];
   node.first = run[0];
   node.last = run[count - 1];
@@ -192,22 +249,22 @@ NodeId RadixTree::add_one(NodeId parent, const PageId* run, std::int32_t count, 
   note_branch(parent);
   if (hazard_) hazard_->uses[n] = {hazard_->hazard.now(), 0, uses, 0};
   expose_to_eviction(n);
-  evictable_ += count;
-  if (journal_ && last_len == page_size()) record_run(parent, nodes_[parent].last, run, count);
-  if (what_if_ && last_len == page_size()) remember_prefixes(parent, nodes_[parent].last, run, count);
+  count_evictable(node, count);
+  if (journal_ && last_len == page_size()) record_run(parent, space, nodes_[parent].last, run, count);
+  if (what_if_ && last_len == page_size()) remember_prefixes(parent, space, nodes_[parent].last, run, count);
   return n;
 }
 
-bool RadixTree::can_append(NodeId n) const {
+bool RadixTree::can_append(NodeId n, SpaceId space) const {
   const Node& node = nodes_[n];
-  return !hazard_ && !node.root && node.locks == 1 && node.pins == 0 && node.holds == 0 && node.children == kNone &&
-         !node.branched;
+  return !hazard_ && !node.root && node.space == space && node.locks == 1 && node.pins == 0 && node.holds == 0 &&
+         node.children == kNone && !node.branched;
 }
 
 void RadixTree::append(NodeId n, const PageId* run, std::int32_t count) {
   Node& node = nodes_[n];
-  if (journal_) record_run(n, node.last, run, count);
-  if (what_if_) remember_prefixes(n, node.last, run, count);
+  if (journal_) record_run(n, node.space, node.last, run, count);
+  if (what_if_) remember_prefixes(n, node.space, node.last, run, count);
   pages_.link(node.last, run[0]);
   for (std::int32_t i = 1; i < count; ++i) pages_.link(run[i - 1], run[i]);
   node.last = run[count - 1];
@@ -223,7 +280,8 @@ void RadixTree::remove_open(NodeId open) {
     n.detached = true;
     return;
   }
-  evictable_ -= free_pages(open);
+  count_evictable(n, -n.num_pages);
+  free_pages(open);
   free_node(open);
 }
 
@@ -252,19 +310,20 @@ std::int32_t RadixTree::free_pages(NodeId n) {
     pages_.give_back(page);
     page = prev;
   }
+  spaces_.gave_back(nodes_[n].space, nodes_[n].num_pages);
   return nodes_[n].num_pages;
 }
 
 // --- locks, pins and holds -------------------------------------------------------------------------------------------
 
 void RadixTree::protect(const Node& n) {
-  evictable_ -= n.num_pages;
+  count_evictable(n, -n.num_pages);
   protected_ += n.num_pages;
 }
 
 void RadixTree::expose(const Node& n) {
   protected_ -= n.num_pages;
-  evictable_ += n.num_pages;
+  count_evictable(n, n.num_pages);
 }
 
 void RadixTree::lock(NodeId n) {
@@ -320,38 +379,46 @@ void RadixTree::note_branch(NodeId parent) {
   for (NodeId n = parent; n != kNone && !nodes_[n].branched; n = nodes_[n].parent) nodes_[n].branched = true;
 }
 
-void RadixTree::end_session(NodeId end) {
+void RadixTree::end_session(NodeId end, SpaceId space) {
   NodeId below = kNone;
-  for (NodeId n = end; !nodes_[n].root && nodes_[n].locks == 0 && !nodes_[n].branched; n = nodes_[n].parent) {
+  const auto is_its_own = [&](const Node& n) { return !n.root && n.space == space && n.locks == 0 && !n.branched; };
+  const auto ended = static_cast<std::uint16_t>(spaces_.top(space).lists + LruLists::kEnded);
+  for (NodeId n = end; is_its_own(nodes_[n]); n = nodes_[n].parent) {
     if (nodes_[n].children != kNone && below == kNone) return;  // somebody went on from here
     const bool on = listed(nodes_[n]);
     if (on) lru_.remove(n);
-    nodes_[n].list = LruLists::kEnded;
-    if (on) lru_.push_hottest(n, LruLists::kEnded);
+    nodes_[n].list = ended;
+    if (on) push_hottest(n, ended);
     below = n;
   }
 }
 
 void RadixTree::expose_to_eviction(NodeId n) {
-  nodes_[n].list = LruLists::kLive;
+  nodes_[n].list = static_cast<std::uint16_t>(spaces_.top(nodes_[n].space).lists + LruLists::kLive);
   if (hazard_) {
     HazardState::Use& use = hazard_->uses[n];
     use.touched = hazard_->hazard.now();
     nodes_[n].list += use.of;
   }
-  if (listed(nodes_[n])) lru_.push_hottest(n, nodes_[n].list);
+  if (listed(nodes_[n])) push_hottest(n, nodes_[n].list);
+}
+
+void RadixTree::push_hottest(NodeId n, std::uint16_t list) {
+  lru_.push_hottest(n, list);
+  if (stamps_) (*stamps_)[n] = ++now_;
 }
 
 // --- eviction --------------------------------------------------------------------------------------------------------
 
-NodeId RadixTree::victim() const {
+NodeId RadixTree::victim(SpaceId space, From from) const {
+  if (!spaces_.quotas().empty()) return coldest_allowed(space, from);
   if (const NodeId ended = lru_.coldest(LruLists::kEnded); ended != kNone) return ended;
   return hazard_ ? least_likely() : lru_.coldest(LruLists::kLive);
 }
 
-RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
+RadixTree::Evicted RadixTree::evict(std::int64_t count, SpaceId space, From from, PageId watch) {
   Evicted out{0, false};
-  for (NodeId victim; out.pages < count && (victim = this->victim()) != kNone;) {
+  for (NodeId victim; out.pages < count && (victim = this->victim(space, from)) != kNone;) {
     Node& node = nodes_[victim];
     const NodeId parent = node.parent;
     if (node.holds > 0) {
@@ -361,7 +428,8 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
       lru_.remove(victim);
       node.detached = true;
     } else {
-      const auto trim = static_cast<std::int32_t>(std::min<std::int64_t>(node.num_pages, count - out.pages));
+      const auto trim = static_cast<std::int32_t>(
+          std::min({node.num_pages + std::int64_t{0}, count - out.pages, most_from(node, space)}));
       const bool whole = node.last_len == page_size(), recorded = journal_ && whole;
       for (std::int32_t i = 0; i < trim; ++i) {
         const PageId page = node.last;
@@ -372,12 +440,13 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
         if (what_if_ && whole) what_if_->evicted(page);
         pages_.give_back(page);
       }
-      evictable_ -= trim;
+      count_evictable(node, -trim);
+      spaces_.gave_back(node.space, trim);
       num_evicted_ += trim;
       out.pages += trim;
       if (trim < node.num_pages) {
         node.num_pages -= trim;
-        return out;
+        continue;
       }
       index_.remove(victim);
       lru_.remove(victim);
@@ -392,15 +461,31 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, PageId watch) {
   return out;
 }
 
-std::int32_t RadixTree::clear(NodeId root) {
-  std::vector<NodeId> all{root};
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    for (const NodeId child : index_.list(all[i])) all.push_back(child);
+// The nodes of a namespace and of those below it, parents before children; of a top one with its root, which comes first.
+std::vector<NodeId> RadixTree::cleared_by(SpaceId space) {
+  std::vector<NodeId> all, open{root(space)};
+  while (!open.empty()) {
+    const NodeId n = open.back();
+    open.pop_back();
+    for (const NodeId child : index_.list(n)) open.push_back(child);
+    if (spaces_.within(nodes_[n].space, space)) all.push_back(n);
   }
+  return all;
+}
+
+std::int32_t RadixTree::clear(SpaceId space) {
+  const NodeId root = this->root(space);
+  const std::vector<NodeId> all = cleared_by(space);
   if (journal_) {
     for (auto n = all.rbegin(); n != all.rend(); ++n) record_removed(nodes_[*n]);  // children first
   }
   if (what_if_) what_if_->forget();  // no pool would have kept it
+  for (const NodeId n : all) {
+    const NodeId parent = nodes_[n].parent;
+    if (parent == kNone || spaces_.within(nodes_[parent].space, space)) continue;
+    index_.remove(n);
+    if (hazard_ && listed(nodes_[parent])) list_bared(parent);
+  }
   std::int32_t freed = 0;
   for (const NodeId n : all) {
     Node& node = nodes_[n];
@@ -411,14 +496,15 @@ std::int32_t RadixTree::clear(NodeId root) {
       node.detached = true;
       continue;
     }
-    evictable_ -= node.num_pages;
+    count_evictable(node, -node.num_pages);
     freed += free_pages(n);
     free_node(n);
   }
-  const auto it = root_names_.find(root);
-  roots_.erase(it->second);
-  root_names_.erase(it);
-  nodes_[root].detached = true;
+  if (nodes_[root].space == space) {
+    nodes_[root].detached = true;
+    spaces_.set_root(space, kNone);
+    --num_roots_;
+  }
   drop_root_if_bare(root);
   return freed;
 }
@@ -426,10 +512,11 @@ std::int32_t RadixTree::clear(NodeId root) {
 // --- the journal -----------------------------------------------------------------------------------------------------
 
 // A run of full pages under `parent`, after the page `before` (kNone under a root).
-void RadixTree::record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count) {
-  const NodeId root = nodes_[parent].root ? parent : kNone;  // below, a page is of its parent's namespace
+void RadixTree::record_run(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count) {
+  // Where nothing else is said a page is of its parent's namespace.
+  const SpaceId first = nodes_[parent].root || nodes_[parent].space != space ? space : kNone;
   for (std::int32_t i = 0; i < count; ++i) {
-    journal_->stored(run[i], i > 0 ? run[i - 1] : before, i > 0 ? kNone : root, tokens(run[i]));
+    journal_->stored(run[i], i > 0 ? run[i - 1] : before, i > 0 ? kNone : first, tokens(run[i]));
   }
 }
 
@@ -457,9 +544,9 @@ JournalBatch RadixTree::dump() const {
 
 void RadixTree::record_all(Journal& journal) const {
   std::vector<NodeId> open;
-  for (const auto& [name, root] : roots_) {
-    journal.name(root, name);
-    open.push_back(root);
+  for (const auto& [name, space] : spaces_.names()) {
+    if (spaces_[space].pages > 0 || spaces_[space].leases > 0) journal.name(space, name);
+    if (spaces_[space].root != kNone) open.push_back(spaces_[space].root);
   }
   while (!open.empty()) {
     const NodeId n = open.back();
@@ -467,18 +554,24 @@ void RadixTree::record_all(Journal& journal) const {
     for (const NodeId child : index_.list(n)) open.push_back(child);
     const Node& node = nodes_[n];
     if (node.root || node.last_len < page_size()) continue;
-    const NodeId root = nodes_[node.parent].root ? node.parent : kNone;
-    PageId before = nodes_[node.parent].last, page = node.first;
+    const Node& parent = nodes_[node.parent];
+    const SpaceId first = parent.root || parent.space != node.space ? node.space : kNone;
+    PageId before = parent.last, page = node.first;
     for (std::int32_t i = 0; i < node.num_pages; ++i, before = page, page = pages_.next(page)) {
-      journal.stored(page, before, before == kNone ? root : kNone, tokens(page));
+      journal.stored(page, before, i == 0 ? first : kNone, tokens(page));
     }
   }
 }
 
 // --- what if ---------------------------------------------------------------------------------------------------------
 
-void RadixTree::remember_prefixes(NodeId parent, PageId before, const PageId* run, std::int32_t count) {
-  std::uint64_t prefix = nodes_[parent].root ? prefix_of(root_names_.at(parent)->first) : what_if_->prefix(before);
+std::uint64_t RadixTree::prefix_under(NodeId parent, SpaceId space, std::uint64_t before) const {
+  if (nodes_[parent].root) return prefix_of(spaces_.name(space));
+  return nodes_[parent].space == space ? before : mixed(before ^ prefix_of(spaces_.name(space)));
+}
+
+void RadixTree::remember_prefixes(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count) {
+  std::uint64_t prefix = prefix_under(parent, space, before == kNone ? 0 : what_if_->prefix(before));
   for (std::int32_t i = 0; i < count; ++i) {
     prefix = prefix_of(prefix, tokens(run[i]), page_size());
     what_if_->stored(run[i], prefix);
@@ -489,7 +582,9 @@ WhatIf& RadixTree::start_what_if() {
   if (what_if_) return *what_if_;
   what_if_ = std::make_unique<WhatIf>(num_pages(), page_size());
   std::vector<NodeId> open;
-  for (const auto& [name, root] : roots_) open.push_back(root);
+  for (const auto& [name, space] : spaces_.names()) {
+    if (spaces_[space].root != kNone) open.push_back(spaces_[space].root);
+  }
   while (!open.empty()) {
     const NodeId n = open.back();
     open.pop_back();
@@ -498,17 +593,16 @@ WhatIf& RadixTree::start_what_if() {
     PageId before = nodes_[nodes_[n].parent].last, page = nodes_[n].first;
     NodeId above = nodes_[n].parent;
     for (std::int32_t i = 0; i < nodes_[n].num_pages; ++i, above = n, before = page, page = pages_.next(page)) {
-      remember_prefixes(above, before, &page, 1);
+      remember_prefixes(above, nodes_[n].space, before, &page, 1);
     }
   }
   return *what_if_;
 }
 
-void RadixTree::count_what_if(std::string_view name, const PageId* pages, std::int32_t matched, const Token* tokens,
-                              std::int64_t n, std::int64_t hit) {
-  what_if_->request(n, hit);
-  std::uint64_t prefix = matched > 0 ? what_if_->prefix(pages[matched - 1]) : prefix_of(name);
-  for (std::int64_t i = matched; i < (n - 1) / page_size(); ++i) {
+void RadixTree::count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens, std::int64_t n) {
+  what_if_->request(n, m.tokens(page_size()));
+  std::uint64_t prefix = prefix_under(m.node, space, m.pages > 0 ? what_if_->prefix(pages[m.pages - 1]) : 0);
+  for (std::int64_t i = m.pages; i < (n - 1) / page_size(); ++i) {
     prefix = prefix_of(prefix, tokens + i * page_size(), page_size());
     if (!what_if_->missed(prefix)) return;
   }

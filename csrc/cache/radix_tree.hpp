@@ -6,15 +6,22 @@
 //   protected  in a node with a lock or a hold
 //   evictable  in any other node
 //
+// A hierarchical cache has one tree for a top namespace and all below it. A node is of one namespace, and so is each path
+// from the root on: pages of "a", then of "a/b", then of "a/b/c". A request sees the nodes of its own namespace and of
+// those above; what it publishes is its own.
+//
+//   root ── [a: p0 p1] ──┬── [a: p2]
+//                        ├── [a/b: p3 p4] ── [a/b: p5]     "a/c" finds p0 p1 p2, "a/b" all but p6
+//                        └── [a/c: p6]
+//
 // Memory is taken at construction only: a node other than a root holds at least one page, and a root that is kept has
 // a child or a lease (which has a private page), so 2 * num_pages + 1 nodes always suffice.
 #pragma once
 
-#include <map>
+#include <array>
 #include <memory>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "cache/child_index.hpp"
@@ -22,6 +29,7 @@
 #include "cache/lru.hpp"
 #include "cache/node.hpp"
 #include "cache/pages.hpp"
+#include "cache/spaces.hpp"
 #include "cache/what_if.hpp"
 
 namespace radixkv {
@@ -29,7 +37,8 @@ namespace radixkv {
 // One node of a snapshot.
 struct SnapshotNode {
   std::int32_t parent;  // index into the snapshot; -1: the root of a namespace
-  std::string name;     // namespace of a root
+  std::string name;     // of its namespace
+  bool first;           // its parent is of another namespace
   std::vector<Token> tokens;
   std::vector<PageId> pages;
   std::int32_t locks, pins;
@@ -37,17 +46,25 @@ struct SnapshotNode {
 
 // Where the longest cached prefix ends.
 struct Match {
-  NodeId node;              // the last node entered (the root if none)
+  NodeId node;              // the last node entered (the root if none; kNone: there is no tree)
   std::int32_t node_pages;  // its leading pages that match
   std::int32_t pages;       // full pages matched, from the root
   NodeId source = kNone;    // the node whose page `source_page` holds the next `partial` tokens, if any
   PageId source_page = kNone;
   std::int32_t partial = 0;
+
+  std::int64_t tokens(std::int32_t page_size) const { return static_cast<std::int64_t>(pages) * page_size + partial; }
+};
+
+// Pages that a namespace can get.
+struct Room {
+  std::int64_t free, evictable;
+  std::int64_t all() const { return free + evictable; }
 };
 
 class RadixTree {
  public:
-  RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard);
+  RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard, bool hierarchical);
   RadixTree(const RadixTree&) = delete;
 
   // --- pages --------------------------------------------------------------------------------------------------------
@@ -56,30 +73,46 @@ class RadixTree {
   std::int32_t num_free() const { return pages_.num_free(); }
   Token* tokens(PageId page) { return pages_.tokens(page); }
   const Token* tokens(PageId page) const { return pages_.tokens(page); }
-  // Takes `need` pages into `out`, evicting what is missing; there must be as many free and evictable ones. True where
+  // Takes `need` pages into `out` for a namespace, evicting what is missing; it must have room() for as many. True where
   // the page `watch` was evicted on the way: it is out[0] then.
-  bool take(PageId* out, std::int32_t need, PageId watch);
-  void give_back(PageId page) { pages_.give_back(page); }
+  bool take(SpaceId space, PageId* out, std::int32_t need, PageId watch);
+  void give_back(SpaceId space, PageId page) {
+    pages_.give_back(page);
+    spaces_.gave_back(space, 1);
+  }
 
-  // --- roots, one per namespace -------------------------------------------------------------------------------------
-  NodeId find_root(std::string_view name) const;  // kNone if nothing is cached or leased there
-  NodeId make_root(std::string_view name);        // finds or makes it. O(log namespaces)
-  const std::map<std::string, NodeId, std::less<>>& roots() const { return roots_; }
+  // --- namespaces, and a root for each top one ----------------------------------------------------------------------
+  const Spaces& spaces() const { return spaces_; }
+  Spaces& spaces() { return spaces_; }
+  // Finds or makes a namespace for a request, and its tree's root. O(log namespaces)
+  SpaceId make_space(std::string_view name);
+  NodeId make_root(SpaceId space);
+  NodeId root(SpaceId space) const { return space == kNone ? kNone : spaces_.top(space).root; }
+  std::int64_t num_roots() const { return num_roots_; }
+
+  // --- quotas: quotas.cpp -------------------------------------------------------------------------------------------
+  // For a top namespace with all below it: the pages that no other may evict, and the most that it may have.
+  void set_quota(SpaceId top, std::int64_t floor, std::int64_t ceiling);  // (0, kNoCeiling): none
+  Room room(SpaceId space, std::int64_t lost) const;  // without `lost` evictable pages of its own. O(quotas)
 
   // --- matching: pure; changes neither recency nor nodes ------------------------------------------------------------
-  // Longest cached prefix of the n tokens. Page ids of the full pages go to `out` unless it is null. O(tokens matched).
-  Match match(NodeId root, const Token* tokens, std::int64_t n, PageId* out) const;
+  // Longest cached prefix of the n tokens that this namespace sees. Page ids of the full pages go to `out` unless it is
+  // null. O(tokens matched), in each namespace that has them.
+  Match match(SpaceId space, const Token* tokens, std::int64_t n, PageId* out) const;
   // Evictable pages that locking this match would protect. O(nodes on the path that are not locked).
   std::int64_t evictable_on_path(const Match& m) const;
   // Pages that pinning this match, its partly matched page included, would pin in addition.
   std::int64_t unpinned_on_path(const Match& m) const;
-  // The child of `n` that shares the most leading tokens with the first `count` ones of `page`.
+  // Of the children of `n` that this namespace sees, the one that shares the most leading tokens with the first `count`
+  // ones of `page`; and the one of its own that does. Of equal ones that of the upper namespace.
   struct Child {
     NodeId node;          // kNone: it has none
     std::int32_t shared;  // tokens
     bool whole;           // they are all that the child's first page holds
   };
-  Child child(NodeId n, PageId page, std::int32_t count) const;
+  Child seen_child(NodeId n, SpaceId space, PageId page, std::int32_t count) const;
+  Child own_child(NodeId n, SpaceId space, PageId page, std::int32_t count) const;
+  bool belongs_to(NodeId n, SpaceId space) const { return nodes_[n].space == space; }
   PageId first_page(NodeId n) const { return nodes_[n].first; }
   bool detached(NodeId n) const { return nodes_[n].detached; }
   bool pinned(NodeId n) const { return nodes_[n].pins > 0; }
@@ -88,10 +121,11 @@ class RadixTree {
   NodeId end_of(const Match& m);           // the node that ends where the match's full pages do; splits. O(pages)
   NodeId upper(NodeId n, std::int32_t k);  // the node of its first k pages; splits. O(k)
   NodeId isolate(NodeId n) { return upper(n, 1); }
-  // Of a run of private pages, frees the leading ones that hold the same tokens as n's, and puts n's in their place.
-  std::int32_t replace_duplicates(NodeId n, PageId* run, std::int32_t count);
-  NodeId add(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len);  // a new child, not yet locked
-  bool can_append(NodeId n) const;  // nobody but one lease would notice if n grew at its end
+  // Of a run of private pages of this namespace, frees the leading ones that hold the same tokens as n's, and puts n's in their place.
+  std::int32_t replace_duplicates(NodeId n, SpaceId space, PageId* run, std::int32_t count);
+  // A new child, not yet locked.
+  NodeId add(NodeId parent, SpaceId space, const PageId* run, std::int32_t n, std::int32_t last_len);
+  bool can_append(NodeId n, SpaceId space) const;  // nobody but one lease would notice if n grew at its end
   void append(NodeId n, const PageId* run, std::int32_t count);
   void remove_open(NodeId open);       // an open page that a fuller page replaces; a holder keeps it alive
   bool only_lease(NodeId open) const;  // whether one lease's lock is all that there is on it: no pin, no hold
@@ -108,24 +142,27 @@ class RadixTree {
   void hold(NodeId n);
   void drop_hold(NodeId n);
   // The session whose last request ends here is over: what nobody else began with is the first to be evicted, the end
-  // of the path before the rest. O(nodes of that part).
-  void end_session(NodeId end);
+  // of the path before the rest. What is of a namespace above stays. O(nodes of that part).
+  void end_session(NodeId end, SpaceId space);
   // A request ended that found `cached` of its `total` tokens; `end` is the last node of its path, which is still
   // locked. With the "hazard" policy O(nodes of the path), else nothing.
   void used(NodeId end, std::int64_t since, std::int64_t cached, std::int64_t total);
+  bool hazard() const { return hazard_ != nullptr; }
   std::int64_t pages_taken() const { return hazard_ ? hazard_->hazard.now() : 0; }
 
   // --- eviction -----------------------------------------------------------------------------------------------------
   // Frees up to `count` pages from the cold end, trimming leaves page by page; `watch` is a page whose eviction the
-  // caller wants to know of. O(1) a page.
+  // caller wants to know of. O(1) a page, O(quotas) a node. For a namespace nothing that a floor shields from it is
+  // evicted; kNone: for the host, who may evict anything.
   struct Evicted {
     std::int32_t pages;
     bool watched;
   };
-  Evicted evict(std::int64_t count, PageId watch = kNone);
-  // Takes everything out of this tree. Locked and held nodes live on, detached, until their holders let go. Returns
-  // the number of pages freed.
-  std::int32_t clear(NodeId root);
+  enum class From { everybody, itself };
+  Evicted evict(std::int64_t count, SpaceId space = kNone, From from = From::everybody, PageId watch = kNone);
+  // Takes everything of this namespace, and of those below it, out of the tree. Locked and held nodes live on, detached,
+  // until their holders let go. Returns the number of pages freed.
+  std::int32_t clear(SpaceId space);
 
   std::int64_t num_protected() const { return protected_; }
   std::int64_t num_evictable() const { return evictable_; }
@@ -145,25 +182,42 @@ class RadixTree {
   // From now on it is counted what larger pools would have hit.
   WhatIf& start_what_if();
   WhatIf* what_if() { return what_if_.get(); }  // null: nobody has asked for it
-  // A request acquired n tokens in this namespace, `hit` of which were cached, on these pages.
-  void count_what_if(std::string_view name, const PageId* pages, std::int32_t matched, const Token* tokens,
-                     std::int64_t n, std::int64_t hit);
+  // A request acquired n tokens in this namespace, and found those of the match, on these pages.
+  void count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens, std::int64_t n);
   // What is there now, as the records that would make it. O(cached tokens).
   JournalBatch dump() const;
 
  private:
   friend class Audit;  // recomputes all of it
 
-  NodeId new_node(NodeId parent);
-  NodeId add_one(NodeId parent, const PageId* run, std::int32_t n, std::int32_t last_len, std::int32_t uses);
+  NodeId new_node(NodeId parent, SpaceId space);
+  NodeId add_one(NodeId parent, SpaceId space, const PageId* run, std::int32_t n, std::int32_t last_len,
+                 std::int32_t uses);
   void free_node(NodeId n);
   void drop_root_if_bare(NodeId root);
   NodeId split(NodeId n, std::int32_t k);  // its first k pages become a new parent of the rest; returns that. O(k)
   std::int32_t free_pages(NodeId n);
+  // The spaces that a request of this one sees, from the top down.
+  using Chain = std::array<SpaceId, Spaces::kMostLevels>;
+  int chain_of(SpaceId space, Chain& chain) const;
+  struct Turn {  // a place on the path where nodes of a lower namespace begin
+    Match at;
+    int level;
+  };
+  Match walk(Match m, const Chain& chain, int level, int levels, const Token* tokens, std::int64_t n, PageId* out,
+             std::vector<Turn>* turns) const;
+  void list_path(const Match& m, PageId* out) const;
+  std::vector<NodeId> cleared_by(SpaceId space);
   void record_all(Journal& journal) const;
-  void record_run(NodeId parent, PageId before, const PageId* run, std::int32_t count);
+  void record_run(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count);
   void record_removed(const Node& n);
-  void remember_prefixes(NodeId parent, PageId before, const PageId* run, std::int32_t count);
+  // The number of what comes before a page of this namespace; `before` is that of the page before, if there is one.
+  std::uint64_t prefix_under(NodeId parent, SpaceId space, std::uint64_t before) const;
+  void remember_prefixes(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count);
+  void count_evictable(const Node& n, std::int64_t pages) {
+    evictable_ += pages;
+    spaces_.exposed(n.space, pages);
+  }
   void protect(const Node& n);
   void expose(const Node& n);
   void note_branch(NodeId parent);
@@ -172,29 +226,36 @@ class RadixTree {
     return n.locks == 0 && !n.root && !n.detached && (!hazard_ || n.children == kNone);
   }
   void expose_to_eviction(NodeId n);  // onto the hot end of its list
-  NodeId victim() const;              // the leaf to be evicted next; kNone: there is none
+  void push_hottest(NodeId n, std::uint16_t list);
+  NodeId victim(SpaceId space, From from) const;  // the leaf to be evicted next; kNone: there is none
+
+  // Quotas: quotas.cpp.
+  bool may_evict(SpaceId space, From from, SpaceId quota) const;
+  std::int64_t most_from(const Node& n, SpaceId space) const;
+  NodeId coldest_allowed(SpaceId space, From from) const;
+  void move_lists(SpaceId top, int from, int to);
+  void begin_stamps();
 
   // The "hazard" policy: hazard_order.cpp.
   NodeId least_likely() const;
   void list_bared(NodeId n);
-  std::int32_t same_past(NodeId parent, const PageId* run, std::int32_t count, std::int32_t* uses);
+  std::int32_t same_past(NodeId parent, SpaceId space, const PageId* run, std::int32_t count, std::int32_t* uses);
   void remember(NodeId n, PageId page);
   void take_census();
-  std::uint64_t key_of(NodeId parent) const;
-
-  using Roots = std::map<std::string, NodeId, std::less<>>;
 
   Pages pages_;
+  Spaces spaces_;
   LazyArray<Node> nodes_;
   ChildIndex index_;
   LruLists lru_{nodes_};
   std::unique_ptr<HazardState> hazard_;  // null: plain LRU
-  Roots roots_;
-  std::unordered_map<NodeId, Roots::iterator> root_names_;  // where each root's name stands
+  std::unique_ptr<LazyArray<std::int64_t>>
+      stamps_;  // when a node came onto its list, to compare lists; null: no quotas
+  std::int64_t now_ = 0;
   std::unique_ptr<Journal> journal_;
   std::unique_ptr<WhatIf> what_if_;
   NodeId fresh_ = 0, free_ = kNone;
-  std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0, num_evicted_ = 0;
+  std::int64_t protected_ = 0, evictable_ = 0, pinned_ = 0, num_nodes_ = 0, num_roots_ = 0, num_evicted_ = 0;
 };
 
 }  // namespace radixkv

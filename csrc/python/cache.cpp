@@ -51,8 +51,26 @@ Raises:
     NotCached: not all of the tokens are cached.
     PoolExhausted: pins would hold more than num_pages - max(1, num_pages // 8) pages.)";
 
+constexpr const char* kQuotaDoc =
+    R"(Say how many pages a namespace keeps whatever the others do, and how many it may have. Without both: no quota.
+
+Its pages are those that it has published and those that its leases have taken; in a hierarchical cache those of all
+namespaces below it as well, which have no quotas of their own.
+
+Args:
+    floor: while it has no more pages than this, no other namespace's request evicts any of them. Pages that it has not
+        taken yet are not kept free. evict() is the host's and heeds no floor.
+    ceiling: a request that would have more evicts its namespace's own coldest pages first. None: as many as there are.
+
+Raises:
+    InvalidArgument: floors of more pages than the pool has, a floor above the ceiling, a namespace below another, more
+        than 1000 quotas, or the policy is "hazard".
+
+What is evicted first is the least recently used of what may be, and within a namespace the least recently used, always.
+Cost: O(pages of the tree) now; each node evicted later costs a look at each namespace that has a quota.)";
+
 constexpr const char* kClearDoc =
-    R"(Forget all prefixes, or those of one namespace; returns the number of pages freed at once.
+    R"(Forget all prefixes, or those of one namespace and of those below it; returns the number of pages freed at once.
 
 For weights that change under a running cache: nothing cached so far is found again. Leases and pins stay valid and keep
 their pages until they let go; what such a lease writes later is not published.)";
@@ -70,6 +88,7 @@ nb::list snapshot(PyCache& c) {
       d["pages"] = to_numpy(node.pages);
       nb::cast<nb::list>(made[node.parent]["children"]).append(d);
     }
+    if (node.parent >= 0 && node.first) d["namespace"] = node.name;
     d["locks"] = node.locks;
     d["pins"] = node.pins;
     d["children"] = nb::list();
@@ -84,9 +103,36 @@ nb::dict stats(PyCache& c) {
   d["num_pages"] = s.num_pages, d["page_size"] = s.page_size;
   d["free"] = s.free, d["private"] = s.private_, d["protected"] = s.protected_, d["evictable"] = s.evictable;
   d["num_nodes"] = s.num_nodes, d["num_leases"] = s.num_leases, d["num_pins"] = s.num_pins, d["pinned"] = s.pinned;
-  d["requests"] = s.requests, d["input_tokens"] = s.input_tokens, d["hit_tokens"] = s.hit_tokens;
+  d["requests"] = s.requests, d["forks"] = s.forks, d["input_tokens"] = s.input_tokens, d["hit_tokens"] = s.hit_tokens;
   d["evicted_pages"] = s.evicted_pages, d["committed_tokens"] = s.committed_tokens;
   return d;
+}
+
+// (name or None for those that are forgotten, requests, input tokens, hit tokens, pages, leases, floor, ceiling or None)
+nb::list namespaces(PyCache& c) {
+  nb::list out;
+  for (const NamespaceStats& s : c.work(kLongWork, [&] { return c.cache->namespaces(); })) {
+    const nb::object name = s.forgotten ? nb::none() : nb::object(nb::str(s.name.data(), s.name.size()));
+    const nb::object ceiling = s.ceiling == Space::kNoCeiling ? nb::none() : nb::object(nb::int_(s.ceiling));
+    out.append(nb::make_tuple(name, s.counts.requests, s.counts.input_tokens, s.counts.hit_tokens, s.pages, s.leases,
+                              s.floor, ceiling));
+  }
+  return out;
+}
+
+std::int64_t most_pages(PyCache& c, nb::handle name) {
+  const std::string_view space = namespace_from(name);
+  return c.work(0, [&] { return c.cache->most_pages(space); });
+}
+
+void set_quota(PyCache& c, nb::handle name, nb::handle floor, nb::handle ceiling) {
+  const std::string_view space = namespace_from(name);
+  const std::int64_t least = int_from(floor, "floor");
+  const std::int64_t most = ceiling.is_none() ? Space::kNoCeiling : int_from(ceiling, "ceiling");
+  if (least < 0) invalid("floor must be at least 0 pages; got " + str(least));
+  if (most < 1) invalid("ceiling must be at least 1 page, or None for none; got " + str(most));
+  if (least > most) invalid("floor " + str(least) + " is above ceiling " + str(most));
+  c.work(kLongWork, [&] { c.cache->set_quota(space, least, most); });
 }
 
 nb::tuple what_if(PyCache& c) {
@@ -193,11 +239,13 @@ void bind_cache(nb::module_& m) {
   nb::class_<PyCache>(m, "Cache", "The native half of radixkv.PrefixCache.")
       .def(
           "__init__",
-          [](PyCache* self, nb::handle num_pages, nb::handle page_size, nb::handle policy) {
+          [](PyCache* self, nb::handle num_pages, nb::handle page_size, nb::handle policy, bool hierarchical) {
             const bool hazard = is_hazard(policy);
-            new (self) PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"), hazard);
+            new (self)
+                PyCache(int_from(num_pages, "num_pages"), int_from(page_size, "page_size"), hazard, hierarchical);
           },
-          "num_pages"_a.none(), "page_size"_a.none() = 16, "policy"_a.none() = "lru")
+          "num_pages"_a.none(), "page_size"_a.none() = 16, "policy"_a.none() = "lru", nb::kw_only(),
+          "hierarchical"_a = false)
       .def_prop_ro(
           "num_pages", [](const PyCache& c) { return c.cache->num_pages(); }, "Pages of the pool.")
       .def_prop_ro(
@@ -213,7 +261,11 @@ void bind_cache(nb::module_& m) {
       .def("evict", &evict, "num_pages"_a.none(),
            "Take back up to num_pages evictable pages now, coldest first; returns how many. O(1) a page.")
       .def("clear", &clear, "namespace"_a = nb::none(), kClearDoc)
+      .def("set_quota", &set_quota, "namespace"_a.none(), nb::kw_only(), "floor"_a.none() = 0, "ceiling"_a = nb::none(),
+           kQuotaDoc)
+      .def("_most_pages", &most_pages, "namespace"_a.none())
       .def("_stats", &stats)
+      .def("_namespaces", &namespaces)
       .def("_what_if", &what_if)
       .def("_refuse_pages", [](PyCache& c, std::int64_t n) { c.cache->refuse_pages(n); })
       .def("snapshot", &snapshot,

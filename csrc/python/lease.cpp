@@ -169,8 +169,10 @@ void bind_lease(nb::module_& m) {
           "num_written", [](const PyLease& l) { return l.lease->num_written(); }, "Tokens whose K and V are written.")
       .def_prop_ro(
           "num_prompt", [](const PyLease& l) { return l.lease->num_prompt(); }, "Tokens given to acquire().")
-      .def_prop_ro("namespace", [](const PyLease& l) { return l.lease->name(); })
-      .def_prop_ro("released", [](const PyLease& l) { return l.lease->released(); })
+      .def_prop_ro(
+          "namespace", [](const PyLease& l) { return l.lease->name(); }, "The namespace that it was acquired in.")
+      .def_prop_ro(
+          "released", [](const PyLease& l) { return l.lease->released(); }, "Whether it has ended.")
       .def_prop_ro(
           "num_dropped", [](const PyLease& l) { return l.lease->num_dropped(); },
           "Tokens, from the first on, whose pages it dropped; a multiple of page_size.")

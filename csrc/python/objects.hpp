@@ -24,8 +24,8 @@ inline constexpr std::int64_t kLongWork = 4096;
 
 class PyCache {
  public:
-  PyCache(std::int64_t num_pages, std::int64_t page_size, bool hazard)
-      : cache(std::make_shared<Cache>(num_pages, page_size, hazard)) {}
+  PyCache(std::int64_t num_pages, std::int64_t page_size, bool hazard, bool hierarchical)
+      : cache(std::make_shared<Cache>(num_pages, page_size, hazard, hierarchical)) {}
 
   // Runs native work over `tokens` tokens. A long call gives up the GIL; and so does every call while one that did is
   // under way, as it may have to wait for the mutex. With none under way the mutex is free: only its holders give up

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
-from radixkv.errors import InvalidArgument
+from radixkv.errors import InvalidArgument, TraceError
 from radixkv.journal_log import read_log
 from radixkv.traces.formats import open_trace, read_trace
 from radixkv.traces.request import MOONCAKE_BLOCK, TraceRequest
@@ -113,6 +113,8 @@ def requests_of(args: argparse.Namespace, progress: ProgressLine | None = None) 
         progress.total = args.requests or 1000
         yield from generate(args.trace, args.requests or 1000, args.seed)
         return
+    if args.trace.isalpha() and not os.path.exists(args.trace):
+        raise TraceError(f"{args.trace} is neither a file nor a workload: these are {', '.join(WORKLOADS)}")
     with ExitStack() as stack:
         source: str | BinaryIO = args.trace
         if os.path.isfile(args.trace):

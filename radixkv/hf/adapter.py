@@ -254,6 +254,7 @@ def engine_for(
     page_size: int = 16,
     dtype: torch.dtype | None = None,
     kv_format: str | LayerFormat | KvPlan | Sequence[str | LayerFormat | None] | None = None,
+    hierarchical: bool = False,
     tiers: TierOptions | None = None,
 ) -> Engine:
     """An engine with the layers, dtype and device of `model`; layers may differ in heads and dimensions.
@@ -261,8 +262,8 @@ def engine_for(
     `num_pages` or `capacity` ("4GiB", a number of bytes, or a share of the free memory) sizes the pool, as for
     `Engine`. The geometry is observed, not guessed from the configuration: see `probe`, whose errors this raises.
     `dtype` is a check, not a conversion: the model computes K and V in it, and another dtype raises InvalidArgument.
-    `kv_format` says what they are stored as, as for `Engine`. `tiers` that name no weights get the model's
-    `weights_digest`.
+    `kv_format` says what they are stored as, and `hierarchical` what namespaces find, as for `Engine`. `tiers` that
+    name no weights get the model's `weights_digest`.
     The model's own attention stays in place; `forward` and `Generator` switch it. Warns of a model in 16 bits on a CPU
     that multiplies these slowly, unless `optimize` has rewritten it.
     """
@@ -280,6 +281,7 @@ def engine_for(
         num_pages=num_pages,
         capacity=capacity,
         kv_format=kv_format,
+        hierarchical=hierarchical,
         tiers=tiers,
     )
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 from radixkv.errors import InvalidArgument, LeaseError, PoolExhausted
 from radixkv.hf.generator import EngineBusy, Generator
@@ -106,6 +106,12 @@ class AsyncGenerator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "an AsyncGenerator cannot be pickled or copied: it owns a thread and one pool. Make one in each process, "
+            "and submit there"
+        )
 
     def __repr__(self) -> str:
         return f"Async{self._generator!r}"

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -343,6 +343,12 @@ class Generator:
             raise InvalidArgument(f"request is {request!r}: give a Request that submit() returned")
         if request.owner is not self._scheduler:
             raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a Generator cannot be pickled or copied: it belongs to one thread and one pool. Make one in each "
+            "process, and submit() there"
+        )
 
     def __repr__(self) -> str:
         name, running, waiting = type(self.model).__name__, len(self.running), len(self.waiting)

@@ -206,6 +206,14 @@ class Metrics:
         for labels, count in sorted(self._tokens.items()):
             tokens.add_metric(list(labels), count)
         yield tokens
+        pages = gauge("radixkv_group_pages", "Pages that namespaces of a group have.", labels=["group"])
+        held: Counter[str] = Counter()
+        for namespace, use in self._cache.namespaces().items():
+            if namespace is not None and use.pages > 0:
+                held[self._label(namespace)] += use.pages
+        for group, count in sorted(held.items()):
+            pages.add_metric([group], count)
+        yield pages
         waiting = sum(request.stats.preemptions for request in self._watched)
         yield counter(
             "radixkv_preemptions", "Times that a request gave its pages back.", value=self._preempted + waiting

@@ -22,17 +22,18 @@ class NamespaceStats:
 
 
 def by_namespace(snapshot: Snapshot) -> dict[str, NamespaceStats]:
-    """The figures of each namespace that has anything cached or leased, in alphabetical order. O(nodes)."""
-    found = {}
-    for root in snapshot:
-        tokens = pages = protected = pinned = 0
-        nodes = list(root["children"])
-        while nodes:
-            node = nodes.pop()
-            nodes += node["children"]
-            tokens += len(node["tokens"])
-            pages += len(node["pages"])
-            protected += len(node["pages"]) * (node["locks"] > 0)
-            pinned += len(node["pages"]) * (node["pins"] > 0)
-        found[root["namespace"]] = NamespaceStats(tokens, pages, protected, pinned)
-    return found
+    """The figures of each namespace that has anything cached or leased, in alphabetical order. O(nodes).
+
+    In a hierarchical cache a namespace has what it published itself.
+    """
+    found: dict[str, list[int]] = {}
+    nodes = [(root["namespace"], root) for root in snapshot]
+    while nodes:
+        namespace, node = nodes.pop()
+        nodes += [(child.get("namespace", namespace), child) for child in node["children"]]
+        counts = found.setdefault(namespace, [0, 0, 0, 0])
+        pages = len(node.get("pages", ()))
+        for i, more in enumerate((len(node.get("tokens", ())), pages, pages * (node["locks"] > 0))):
+            counts[i] += more
+        counts[3] += pages * (node["pins"] > 0)
+    return {namespace: NamespaceStats(*found[namespace]) for namespace in sorted(found)}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -66,6 +66,12 @@ class Scheduler:
     Raises:
         InvalidArgument: limits that cannot work.
     """
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a Scheduler cannot be pickled or copied: its requests hold leases on one pool. Make one in each "
+            "process, and submit() there"
+        )
 
     def __init__(
         self,

@@ -46,14 +46,17 @@ class Space:
         self._engine, self._cache, self._window_left, self._running = engine, engine.cache, window_left, running
 
     def room_for(self, request: Request, max_rows: int) -> Room:
-        """What `request` may take of the pool; PoolExhausted if the whole pool could not hold it."""
+        """What `request` may take of the pool; PoolExhausted if all that its namespace may have could not hold it."""
+        most = self._cache._most_pages(request.namespace)
         unit = self._engine.drop_unit if self._window_left >= 0 else 1
-        pool = PoolShape(self._cache.num_pages, self._cache.page_size, self._window_left, unit)
+        pool = PoolShape(most, self._cache.page_size, self._window_left, unit)
         try:
             return room_for(pool, max_rows, len(request.prompt), request.max_new_tokens)
         except PoolExhausted as error:
             stats = self._cache.stats()
             error.free, error.evictable = stats.free, stats.evictable
+            if most < stats.num_pages:
+                error.args = (f"{error}. By quotas these are all that namespace {request.namespace!r} may have",)
             raise
 
     def cached(self, request: Request) -> int:
@@ -83,7 +86,7 @@ class Space:
         size, room, lease = self._cache.page_size, request.room, request.lease
         if lease is None and request.stats.preemptions and self.would_recompute(request):
             return room.needed(request.num_tokens, size)  # preempted again, it would have computed for nothing again
-        if room.pages > self._cache.num_pages:
+        if room.pages > room.private:
             return 0  # it lives on what it drops behind its window
         pages = min(-(-(request.num_tokens + HEADROOM) // size), room.pages)
         held = -(-lease.num_tokens // size) - lease.num_dropped // size if lease is not None else 0

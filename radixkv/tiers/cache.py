@@ -18,8 +18,8 @@ class TieredCache(PrefixCache):
 
     __slots__ = ("_below",)
 
-    def __init__(self, num_pages: int, page_size: int = 16, policy: str = "lru") -> None:
-        super().__init__(num_pages, page_size, policy)
+    def __init__(self, num_pages: int, page_size: int = 16, policy: str = "lru", *, hierarchical: bool = False) -> None:
+        super().__init__(num_pages, page_size, policy, hierarchical=hierarchical)
         self._below: weakref.ref[Tiers] | None = None
 
     def put_above(self, tiers: Tiers) -> None:

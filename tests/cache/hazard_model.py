@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tests.cache.model import Model, ModelLease, Page
+from tests.cache.model import Misuse, Model, ModelLease, Name, Page
 
 CLASSES, BINS, PERIOD, DECAY, PRIOR, GHOSTS = 48, 48, 256, 0.95, 100.0, 8
 ENDED = -1
@@ -86,7 +86,7 @@ class HazardModel(Model):
         self.of: dict[Page, Use] = {}
         self.started: dict[int, int] = {}  # id of a lease -> the clock when it began
         self.leaves: list[list[Page]] = [[] for _ in range(CLASSES)]  # coldest first
-        self.ghosts: list[tuple[tuple[str, tuple[int, ...]], Use] | None] = [None] * (GHOSTS * num_pages)
+        self.ghosts: list[tuple[Name, Use] | None] = [None] * (GHOSTS * num_pages)
         self.next_ghost = 0
 
     # --- the lists ------------------------------------------------------------------------------------------------
@@ -122,13 +122,13 @@ class HazardModel(Model):
         ranked = [(tell.index[of][tell.bin(touched)], touched, of) for of, touched in heads]
         return self.leaves[min(ranked)[2]][0] if ranked else None
 
-    def evict(self, count: int) -> list[Page]:
+    def evict(self, count: int, namespace: str | None = None, itself: bool = False) -> list[Page]:
         taken: list[Page] = []
         while len(taken) < count and (page := self.victim()) is not None:
             above = self.path_to(page)[:-1]
             if not page.holds:
                 taken.append(page)
-                if len(page.name[1]) % self.page_size == 0:
+                if len(page.own) % self.page_size == 0:
                     self.remember(page)
             self.unpublish(page)
             if above and self.is_leaf(above[-1]):
@@ -141,7 +141,10 @@ class HazardModel(Model):
         older = sum(1 for other in order if use.list != ENDED and self.of[other].touched < use.touched)
         order.insert(older, page)
 
-    def end_session(self, end: Page) -> None:
+    def set_quota(self, namespace: str, floor: int, ceiling: int) -> None:
+        raise Misuse  # only least recently used pages have quotas
+
+    def end_session(self, end: Page, namespace: str) -> None:
         kept = 0
         for page in reversed(self.path_to(end)):
             if page.locks or page.branched or len(self.below(page)) > kept:
@@ -154,8 +157,8 @@ class HazardModel(Model):
 
     # --- what the estimate is told -----------------------------------------------------------------------------------
 
-    def take(self, need: int, lost: int = 0) -> list[Page]:
-        evicted = super().take(need, lost)
+    def take(self, namespace: str, need: int) -> list[Page]:
+        evicted = super().take(namespace, need)
         self.estimate.taken += need
         return evicted
 
@@ -171,9 +174,9 @@ class HazardModel(Model):
         self.started[id(child)] = now
         return child
 
-    def publish(self, name: tuple[str, tuple[int, ...]]) -> Page:
+    def publish(self, name: Name) -> Page:
         before, tell = 0, self.estimate
-        if len(name[1]) % self.page_size == 0:
+        if len(name[-1][1]) % self.page_size == 0:
             for place, ghost in enumerate(self.ghosts):
                 if ghost is not None and ghost[0] == name:
                     before = ghost[1].uses

@@ -12,6 +12,7 @@ class Shadow:
         self.journal, self.cursor = journal, cursor
         self.roots: dict[int, str] = {}
         self.pages: dict[int, tuple[str, tuple[int, ...]]] = {}  # page: its namespace, the tokens up to its end
+        self.parents: dict[int, int] = {}
 
     def apply(self, batch):
         for i, (op, page, parent, root) in enumerate(zip(batch.op, batch.page, batch.parent, batch.root, strict=True)):
@@ -19,14 +20,16 @@ class Shadow:
                 self.roots[root] = batch.names[i]
             elif op == STORED:
                 assert page not in self.pages, "stored twice"
-                assert (parent < 0) == (root >= 0)
-                namespace, before = self.pages[parent] if parent >= 0 else (self.roots[root], ())
+                namespace, before = self.pages[parent] if parent >= 0 else ("", ())
+                assert root >= 0 or parent >= 0
+                assert root < 0 or parent < 0 or self.roots[root].startswith(namespace + "/")
+                namespace = self.roots[root] if root >= 0 else namespace
                 self.pages[page] = namespace, (*before, *batch.tokens[i].tolist())
+                self.parents[page] = int(parent)
             else:
                 assert op == REMOVED
-                assert not [p for p in self.pages.values() if p[1][: -len(batch.tokens[i])] == self.pages[page][1]
-                            and p[0] == self.pages[page][0]], "removed before its children"  # fmt: skip
-                del self.pages[page]
+                assert page not in self.parents.values(), "removed before its children"
+                del self.pages[page], self.parents[page]
 
     def catch_up(self, limit=4096):
         while True:

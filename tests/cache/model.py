@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
+
+Name: TypeAlias = "tuple[tuple[str, tuple[int, ...]], ...]"
+"""Of a page: the namespace and the tokens of each page from the start of the sequence to this one."""
+
+NO_CEILING = 2**63 - 1
 
 
 class Exhausted(Exception):
@@ -15,13 +21,19 @@ class Misuse(Exception):
 
 @dataclass(eq=False)
 class Page:
-    """A published page, named by its namespace and the tokens from the start of the sequence to its own end."""
-
-    name: tuple[str, tuple[int, ...]]
+    name: Name
     locks: int = 0
     holds: int = 0
     pins: int = 0
     branched: bool = False  # two pages followed it, or one below it, at the same time, once
+
+    @property
+    def namespace(self) -> str:
+        return self.name[-1][0]
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        return self.name[-1][1]
 
 
 @dataclass(eq=False)
@@ -39,20 +51,26 @@ class ModelLease:
     dropped: int = 0  # of them, from the first on: no longer in its view
 
     @property
+    def end(self) -> Name:
+        return self.path[-1].name if self.path else ()
+
+    @property
     def private(self) -> int:
         return self.pages - max(len(self.path), self.dropped) - (self.tail is not None)
 
 
 class Model:
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
+    def __init__(self, num_pages: int, page_size: int, hierarchical: bool = False) -> None:
+        self.num_pages, self.page_size, self.hierarchical = num_pages, page_size, hierarchical
         self.free = num_pages
-        self.tree: dict[tuple[str, tuple[int, ...]], Page] = {}
+        self.tree: dict[Name, Page] = {}
         self.order: list[Page] = []  # unlocked published pages, coldest first
         self.ended: list[Page] = []  # those of ended sessions, which leave before them
         self.detached: list[Page] = []  # out of the tree, but held or locked
         self.leases: list[ModelLease] = []
         self.pins: list[list[Page]] = []
+        self.quotas: dict[str, tuple[int, int]] = {}  # top namespace: floor, ceiling
+        self.counts: dict[str, list[int]] = {}  # namespace: requests, input tokens, hit tokens
 
     # --- pages by state -------------------------------------------------------------------------------------------
 
@@ -72,45 +90,89 @@ class Model:
 
     # --- looking up -----------------------------------------------------------------------------------------------
 
-    def nearest(self, namespace: str, prefix: list[int], rest: list[int]) -> tuple[Page | None, int]:
-        """Of the pages that follow `prefix`, the one that shares the most leading tokens with `rest`.
+    def chain(self, namespace: str) -> list[str]:
+        """The namespaces that a request of this one sees, the top one first."""
+        if not self.hierarchical:
+            return [namespace]
+        parts = namespace.split("/")
+        return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+    def nearest(self, above: Name, namespace: str, rest: list[int]) -> tuple[Page | None, int]:
+        """Of a namespace's pages that follow `above`, the one that shares the most leading tokens with `rest`.
 
         Ties go by the bits of `rest` (0 past its end) wherever the candidates differ: a rule without history.
         """
-        at = len(prefix)
-        pages = [
-            p
-            for (ns, t), p in self.tree.items()
-            if ns == namespace and at < len(t) <= at + self.page_size and list(t[:at]) == prefix
-        ]
+        pages = [p for name, p in self.tree.items() if name[:-1] == above and p.namespace == namespace]
 
         def bit(tokens: list[int] | tuple[int, ...], i: int) -> int:
             return tokens[i // 32] >> (31 - i % 32) & 1 if i // 32 < len(tokens) else 0
 
         i = 0
         while len(pages) > 1:
-            if len({bit(p.name[1][at:], i) for p in pages}) > 1:
-                pages = [p for p in pages if bit(p.name[1][at:], i) == bit(rest, i)]
+            if len({bit(p.own, i) for p in pages}) > 1:
+                pages = [p for p in pages if bit(p.own, i) == bit(rest, i)]
             i += 1
         if not pages:
             return None, 0
-        own = pages[0].name[1][at:]
+        own = pages[0].own
         shared = 0
         while shared < min(len(own), len(rest)) and own[shared] == rest[shared]:
             shared += 1
         return pages[0], shared
 
+    def nearest_seen(self, above: Name, namespace: str, rest: list[int]) -> tuple[Page | None, int]:
+        """The same in all namespaces that this one sees; of equal ones that of the upper."""
+        found = [self.nearest(above, one, rest) for one in self.chain(namespace)]
+        return max(found, key=lambda f: f[1])
+
     def match(self, namespace: str, tokens: list[int]) -> tuple[list[Page], Page | None, int]:
-        """(full pages, page that holds the next tokens, how many of them)"""
-        path: list[Page] = []
-        size = self.page_size
-        while (key := (namespace, tuple(tokens[: (len(path) + 1) * size]))) in self.tree and len(key[1]) % size == 0:
-            if len(key[1]) != (len(path) + 1) * size:
-                break
-            path.append(self.tree[key])
-        at = len(path) * size
-        source, shared = self.nearest(namespace, tokens[:at], tokens[at:])
-        return path, source if shared else None, shared
+        """(full pages, page that holds the next tokens, how many of them), of the longest path that it sees."""
+        chain, size = self.chain(namespace), self.page_size
+
+        def ends(above: Name, level: int) -> list[tuple[Name, Page | None, int]]:
+            """Where its paths end that go on in chain[level] or below; those that stay longest above come first."""
+            rest = tokens[len(above) * size :]
+            name = (*above, (chain[level], tuple(rest[:size])))
+            if len(rest) >= size and name in self.tree:
+                found = ends(name, level)
+            else:
+                found = [(above, *self.nearest(above, chain[level], rest))]
+            for lower in range(level + 1, len(chain)):
+                found += ends(above, lower)
+            return found
+
+        above, source, shared = max(ends((), 0), key=lambda end: len(end[0]) * size + end[2])
+        return [self.tree[above[: i + 1]] for i in range(len(above))], source if shared else None, shared
+
+    # --- quotas: of top namespaces, with all below them ------------------------------------------------------------
+
+    def top(self, namespace: str) -> str:
+        return self.chain(namespace)[0]
+
+    def pages_of(self, top: str) -> list[Page]:
+        return [p for p in [*self.tree.values(), *self.detached] if self.top(p.namespace) == top]
+
+    def used(self, top: str) -> int:
+        return len(self.pages_of(top)) + sum(x.private for x in self.leases if self.top(x.namespace) == top)
+
+    def evictable(self, top: str) -> int:
+        return sum(1 for p in self.pages_of(top) if not p.locks and not p.holds)
+
+    def set_quota(self, namespace: str, floor: int, ceiling: int) -> None:
+        quotas = {**self.quotas, namespace: (floor, ceiling)}
+        if self.top(namespace) != namespace or sum(q[0] for q in quotas.values()) > self.num_pages:
+            raise Misuse
+        self.quotas = quotas
+
+    def room(self, namespace: str, lost: int = 0) -> int:
+        """Pages that it can get, if `lost` of its evictable ones are about to be used."""
+        own = self.top(namespace)
+        room = self.free - lost
+        for top in {self.top(p.namespace) for p in self.tree.values()} | {self.top(p.namespace) for p in self.detached}:
+            floor = self.quotas.get(top, (0, 0))[0] if top != own else 0
+            room += min(self.evictable(top), max(0, self.used(top) - floor))
+        ceiling = self.quotas.get(own, (0, NO_CEILING))[1]
+        return max(0, min(room, ceiling - self.used(own) + self.evictable(own) - lost))
 
     # --- locks, holds, eviction -----------------------------------------------------------------------------------
 
@@ -142,19 +204,32 @@ class Model:
         self.detached.append(page)
         self.bury(page)
 
-    def evict(self, count: int) -> list[Page]:
+    def evict(self, count: int, namespace: str | None = None, itself: bool = False) -> list[Page]:
+        """For a namespace's request only what it may, or its own only; the host may take anything."""
+
+        def allowed(page: Page) -> bool:
+            top = self.top(page.namespace)
+            if namespace is None or top == self.top(namespace):
+                return True
+            return not itself and self.used(top) > self.quotas.get(top, (0, 0))[0]
+
         taken: list[Page] = []
-        while len(taken) < count and (self.ended or self.order):
-            page = (self.ended or self.order)[0]
+        while len(taken) < count:
+            page = next((p for p in [*self.ended, *self.order] if allowed(p)), None)
+            if page is None:
+                break
             if not page.holds:
                 taken.append(page)
             self.unpublish(page)
         return taken
 
-    def take(self, need: int, lost: int = 0) -> list[Page]:
-        if need > self.free + self.states()["evictable"] - lost:
+    def take(self, namespace: str, need: int) -> list[Page]:
+        if need > self.room(namespace):
             raise Exhausted
-        evicted = self.evict(need - self.free)
+        own = self.top(namespace)
+        surplus = self.used(own) + need - self.quotas.get(own, (0, NO_CEILING))[1]
+        evicted = self.evict(surplus, namespace, itself=True)
+        evicted += self.evict(need - self.free, namespace)
         self.free -= need
         return evicted
 
@@ -166,16 +241,19 @@ class Model:
         path, source, partial = self.match(namespace, tokens[:-1])
         lost = sum(1 for p in path if not p.locks and not p.holds)
         need = self.count_for(len(tokens)) - len(path)
-        if need > self.free + self.states()["evictable"] - lost:
+        if need > self.room(namespace, lost):
             raise Exhausted
         lease = ModelLease(namespace, list(tokens), path, pages=self.count_for(len(tokens)))
         self.lock(path)
-        evicted = self.take(need)
+        evicted = self.take(namespace, need)
         if source is not None and source not in evicted:
             lease.source = source
             source.holds += 1
         lease.written = lease.cached = lease.copied = len(path) * self.page_size + partial
         self.leases.append(lease)
+        counts = self.counts.setdefault(namespace, [0, 0, 0])
+        for i, more in enumerate((1, len(tokens), lease.cached)):
+            counts[i] += more
         return lease
 
     def extend(self, lease: ModelLease, tokens: list[int]) -> None:
@@ -185,11 +263,11 @@ class Model:
         if total - max(0, lease.dropped - len(lease.path)) > self.num_pages:
             raise Exhausted
         tail, need = lease.tail, total - lease.pages
-        no_page_for_a_copy = need == self.free + self.states()["evictable"]
+        no_page_for_a_copy = need == self.room(lease.namespace)
         if tail is not None and no_page_for_a_copy and tail.locks == 1 and not tail.pins and not tail.holds:
             lease.tail = None
             self.tree.pop(tail.name) if tail not in self.detached else self.detached.remove(tail)
-        self.take(need + (lease.tail is not None))
+        self.take(lease.namespace, need + (lease.tail is not None))
         lease.pages = total
         if lease.tail is not None:  # a published page never changes: go on in a copy
             lease.source = lease.tail
@@ -230,30 +308,30 @@ class Model:
             return None
         size = self.page_size
         while len(lease.path) < lease.written // size:
-            name = (lease.namespace, tuple(lease.tokens[: (len(lease.path) + 1) * size]))
-            if name in self.tree:  # published by another request first: the duplicate is freed
+            tokens = lease.tokens[len(lease.path) * size : (len(lease.path) + 1) * size]
+            page, shared = self.nearest_seen(lease.end, lease.namespace, tokens)
+            if page is not None and shared == size:  # published by another request first: the duplicate is freed
                 self.free += 1
-                self.lock([self.tree[name]])
-                lease.path.append(self.tree[name])
+                self.lock([page])
+                lease.path.append(page)
             else:
-                lease.path.append(self.publish(name))
+                lease.path.append(self.publish((*lease.end, (lease.namespace, tuple(tokens)))))
         if lease.written % size and (closing or lease.written == len(lease.tokens)):
-            at = len(lease.path) * size
-            page, shared = self.nearest(lease.namespace, lease.tokens[:at], lease.tokens[at : lease.written])
-            if shared < lease.written - at:
-                lease.tail = self.publish((lease.namespace, tuple(lease.tokens[: lease.written])))
+            tokens = lease.tokens[len(lease.path) * size : lease.written]
+            page, shared = self.nearest_seen(lease.end, lease.namespace, tokens)
+            if shared < len(tokens):
+                lease.tail = self.publish((*lease.end, (lease.namespace, tuple(tokens))))
             elif closing:
                 assert page is not None
                 self.lock([page])
                 self.unlock([page])
-                return page if len(page.name[1]) == lease.written else None
+                return page if len(page.own) == len(tokens) else None
         return None
 
-    def publish(self, name: tuple[str, tuple[int, ...]]) -> Page:
+    def publish(self, name: Name) -> Page:
         page = Page(name)
-        start = (len(name[1]) - 1) // self.page_size * self.page_size
-        for end in range(start + 1, len(name[1])):  # an open page with fewer of the same tokens is replaced
-            shorter = self.tree.get((name[0], name[1][:end]))
+        for end in range(1, len(page.own)):  # an open page with fewer of the same tokens is replaced
+            shorter = self.tree.get((*name[:-1], (page.namespace, page.own[:end])))
             if shorter is not None:
                 for pinned in self.pins:
                     if pinned[-1] is shorter:  # the pin moves on
@@ -271,17 +349,10 @@ class Model:
         return page
 
     def path_to(self, page: Page) -> list[Page]:
-        namespace, tokens = page.name
-        ends = [*range(self.page_size, len(tokens), self.page_size), len(tokens)]
-        return [self.tree[namespace, tokens[:end]] for end in ends]
+        return [self.tree[page.name[: i + 1]] for i in range(len(page.name))]
 
     def below(self, page: Page) -> list[Page]:
-        (namespace, tokens), end = page.name, len(page.name[1])
-        return [
-            p
-            for (ns, t), p in self.tree.items()
-            if ns == namespace and end < len(t) <= end + self.page_size and t[:end] == tokens
-        ]
+        return [p for name, p in self.tree.items() if name[:-1] == page.name]
 
     def release(self, lease: ModelLease, commit: bool, cold: bool = False) -> None:
         found = self.commit(lease, closing=True) if commit else None
@@ -293,16 +364,16 @@ class Model:
         self.leases.remove(lease)
         end = found or (path[-1] if path else None)
         if cold and end is not None and self.tree.get(end.name) is end:
-            self.end_session(end)
+            self.end_session(end, lease.namespace)
 
     def ending(self, lease: ModelLease) -> None:
         """For a policy that learns from what has ended."""
 
-    def end_session(self, end: Page) -> None:
+    def end_session(self, end: Page, namespace: str) -> None:
         """The pages that no other request ever branched off leave first, the last of them before the others."""
         kept = 0
         for page in reversed(self.path_to(end)):
-            if page.locks or page.branched or len(self.below(page)) > kept:
+            if page.namespace != namespace or page.locks or page.branched or len(self.below(page)) > kept:
                 return
             self.unlist(page)
             self.ended.append(page)
@@ -314,7 +385,7 @@ class Model:
         if lease.dropped > len(lease.path):
             raise Misuse
         rest = lease.written % self.page_size
-        if (rest > 0) > self.free + self.states()["evictable"]:
+        if (rest > 0) > self.room(lease.namespace):
             raise Exhausted
         self.commit(lease)
         child = ModelLease(lease.namespace, list(lease.tokens), list(lease.path), pages=lease.pages)
@@ -322,10 +393,10 @@ class Model:
         child.dropped = lease.dropped
         self.lock(child.path)
         if rest:
-            at = len(lease.path) * self.page_size
-            source = lease.tail or self.nearest(lease.namespace, lease.tokens[:at], lease.tokens[at:])[0]
+            tokens = lease.tokens[len(lease.path) * self.page_size :]
+            source = lease.tail or self.nearest_seen(lease.end, lease.namespace, tokens)[0]
             assert source is not None
-            if source not in self.take(1):
+            if source not in self.take(lease.namespace, 1):
                 child.source = source
                 source.holds += 1
         self.leases.append(child)
@@ -355,6 +426,6 @@ class Model:
 
     def clear(self, namespace: str) -> None:
         for lease in self.leases:
-            lease.cleared |= lease.namespace == namespace
-        for page in [p for (ns, _), p in self.tree.items() if ns == namespace]:
+            lease.cleared |= namespace in self.chain(lease.namespace)
+        for page in [p for p in self.tree.values() if namespace in self.chain(p.namespace)]:
             self.unpublish(page)

@@ -80,3 +80,30 @@ def test_refuse_the_nth_request_for_pages(page_size, policy):
 def test_a_pool_too_small_by_any_number_of_pages(num_pages, policy):
     cache = radixkv.PrefixCache(num_pages, 2, policy)
     run(cache, script(2), -1)
+
+
+def with_quotas(num_pages, page_size):
+    cache = radixkv.PrefixCache(num_pages, page_size, hierarchical=True)
+    cache.set_quota("0", floor=num_pages // 4, ceiling=max(1, num_pages // 2))
+    cache.set_quota("1", floor=num_pages // 3)
+    return cache
+
+
+def below(steps):
+    """The same in namespaces of two levels."""
+    return [(kind, tokens, f"{name}/{i % 3}" if i % 4 else name) for i, (kind, tokens, name) in enumerate(steps)]
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_refuse_the_nth_request_for_pages_under_quotas(page_size):
+    steps = below(script(page_size))
+    assert run(with_quotas(400, page_size), steps, -1) == 0
+    n = 0
+    while run(with_quotas(400, page_size), steps, n) == 1:
+        n += 1
+    assert n > 15
+
+
+@pytest.mark.parametrize("num_pages", range(1, 24))
+def test_quotas_too_small_by_any_number_of_pages(num_pages):
+    run(with_quotas(num_pages, 2), below(script(2)), -1)

@@ -56,3 +56,28 @@ def test_an_engine_neither():
     engine = radixkv.Engine(num_layers=1, num_qo_heads=1, num_kv_heads=1, head_dim=16, num_pages=2, dtype=torch.float32)
     with pytest.raises(TypeError, match="an Engine cannot be pickled or copied"):
         copy.copy(engine)
+
+
+def test_a_scheduler_neither():
+    from radixkv.scheduling import Scheduler
+    from tests.scheduling.helpers import Host
+
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="a Scheduler cannot be pickled or copied: its requests hold leases"):
+            copied(Scheduler(Host(4)))
+
+
+def test_a_notebook_shows_a_cache():
+    cache = radixkv.PrefixCache(600, 1)
+    with cache.acquire([1, 2, 3], "<b>") as lease:
+        lease.advance()
+    assert cache._repr_svg_().startswith("<svg")
+    shown = cache._repr_html_()
+    assert "PrefixCache(600 pages of 1" in shown
+    assert "<svg" in shown
+    assert "<b>" not in shown
+    for i in range(250):
+        with cache.acquire([i, 10]) as lease:
+            lease.advance()
+    assert cache._repr_svg_() is None
+    assert "nodes: see radixkv.observe.tree_html" in cache._repr_html_()

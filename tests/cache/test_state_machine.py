@@ -15,9 +15,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 import radixkv
 from tests.cache.hazard_model import HazardModel
 from tests.cache.journal_shadow import Shadow
-from tests.cache.model import Exhausted, Misuse, Model, ModelLease
+from tests.cache.model import NO_CEILING, Exhausted, Misuse, Model, ModelLease, Name
 
-NAMESPACES = ("", "b")
 TOKENS = st.integers(0, 2)
 
 
@@ -29,13 +28,16 @@ class Machine(RuleBasedStateMachine):
         num_pages=st.integers(4, 20),
         page_size=st.integers(1, 4),
         journal=st.booleans(),
-        policy=st.sampled_from(["lru", "hazard"]),
+        policy=st.sampled_from(["lru", "hierarchical", "hazard"]),
     )
     def start(self, num_pages: int, page_size: int, journal: bool, policy: str) -> None:
-        self.cache = radixkv.PrefixCache(num_pages, page_size, policy)
+        hierarchical = policy == "hierarchical"
+        evicts = "hazard" if policy == "hazard" else "lru"
+        self.cache = radixkv.PrefixCache(num_pages, page_size, evicts, hierarchical=hierarchical)
         self.shadow = Shadow(self.cache.journal()) if journal else None
-        self.model = (HazardModel if policy == "hazard" else Model)(num_pages, page_size)
-        self.seen: list[tuple[str, list[int]]] = [("", [0]), ("b", [0])]
+        self.model = HazardModel(num_pages, page_size) if policy == "hazard" else Model(num_pages, page_size, hierarchical)
+        self.namespaces = ("b", "b/x", "b/x/y", "b/z") if hierarchical else ("", "b")
+        self.seen: list[tuple[str, list[int]]] = [(self.namespaces[0], [0]), (self.namespaces[1], [0])]
         self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds
         self.live: list[tuple[radixkv.Lease, ModelLease]] = []
         self.live_pins: list[tuple[radixkv.Pin, list[object]]] = []
@@ -45,7 +47,7 @@ class Machine(RuleBasedStateMachine):
 
     def tokens_like_before(self, data: st.DataObject) -> tuple[str, list[int]]:
         namespace, old = data.draw(st.sampled_from(self.seen))
-        namespace = data.draw(st.sampled_from([namespace, *NAMESPACES]))
+        namespace = data.draw(st.sampled_from([namespace, *self.namespaces]))
         keep = data.draw(st.integers(0, len(old)))
         new = data.draw(st.lists(TOKENS, min_size=0 if keep else 1, max_size=12))
         return namespace, old[:keep] + new
@@ -79,7 +81,9 @@ class Machine(RuleBasedStateMachine):
         copied = {(target, i): self.slots[source, i] for source, target, n in lease.copies for i in range(n)}
         for at in range(lease.num_dropped, lease.num_written):
             where = self.slot(lease, at)
-            assert copied.get(where, self.slots.get(where)) == (model.namespace, tuple(model.tokens[: at + 1]))
+            namespace, tokens = copied.get(where) or self.slots[where]
+            assert namespace in self.model.chain(model.namespace)
+            assert tokens == tuple(model.tokens[: at + 1])
 
     def write(self, lease: radixkv.Lease, model: ModelLease, n: int) -> None:
         for source, target, count in lease.copies:
@@ -88,16 +92,17 @@ class Machine(RuleBasedStateMachine):
         for at in range(lease.num_written, lease.num_written + n):
             self.slots[self.slot(lease, at)] = (model.namespace, tuple(model.tokens[: at + 1]))
 
-    def published(self) -> set[tuple[str, tuple[int, ...]]]:
+    def published(self) -> set[Name]:
         """The pages of the tree, each as the model names it."""
-        found = set()
+        found, size = set(), self.cache.page_size
         open_nodes = [(root["namespace"], (), child) for root in self.cache.snapshot() for child in root["children"]]
         while open_nodes:
-            namespace, prefix, node = open_nodes.pop()
-            tokens = (*prefix, *node["tokens"].tolist())
-            ends = range(len(prefix) + self.cache.page_size, len(tokens), self.cache.page_size)
-            found |= {(namespace, tokens[:end]) for end in (*ends, len(tokens))}
-            open_nodes += [(namespace, tokens, child) for child in node["children"]]
+            namespace, name, node = open_nodes.pop()
+            namespace, tokens = node.get("namespace", namespace), node["tokens"].tolist()
+            for at in range(0, len(tokens), size):
+                name = (*name, (namespace, tuple(tokens[at : at + size])))
+                found.add(name)
+            open_nodes += [(namespace, name, child) for child in node["children"]]
         return found
 
     def may_change(self, pair, change) -> bool:
@@ -260,8 +265,19 @@ class Machine(RuleBasedStateMachine):
     def evict(self, n):
         assert self.cache.evict(n) == len(self.model.evict(n))
 
-    @rule(namespace=st.sampled_from(NAMESPACES))
-    def clear(self, namespace):
+    @rule(data=st.data(), floor=st.integers(0, 12), ceiling=st.integers(1, 20) | st.none())
+    def set_quota(self, data, floor, ceiling):
+        namespace = data.draw(st.sampled_from(self.namespaces))
+        floor = min(floor, ceiling or floor)
+        self.both(
+            lambda: self.cache.set_quota(namespace, floor=floor, ceiling=ceiling),
+            lambda: self.model.set_quota(namespace, floor, ceiling or NO_CEILING),
+            radixkv.InvalidArgument,
+        )
+
+    @rule(data=st.data())
+    def clear(self, data):
+        namespace = data.draw(st.sampled_from(self.namespaces))
         free = self.model.free
         freed = self.cache.clear(namespace)
         self.model.clear(namespace)
@@ -287,8 +303,15 @@ class Machine(RuleBasedStateMachine):
         assert self.published() == set(self.model.tree)
         if self.shadow is not None:
             self.shadow.catch_up()
-            full = {name for name in self.model.tree if len(name[1]) % self.cache.page_size == 0}
-            assert set(self.shadow.pages.values()) == full
+            full = [name for name in self.model.tree if len(name[-1][1]) == self.cache.page_size]
+            as_recorded = [(name[-1][0], tuple(t for _, page in name for t in page)) for name in full]
+            assert sorted(self.shadow.pages.values()) == sorted(as_recorded)
+        for namespace, one in self.cache.namespaces().items():
+            if namespace is not None:
+                assert [one.requests, one.input_tokens, one.hit_tokens] == self.model.counts.get(namespace, [0, 0, 0])
+                if namespace in self.model.quotas:
+                    floor, ceiling = self.model.quotas[namespace]
+                    assert (one.floor, one.ceiling) == (floor, None if ceiling == NO_CEILING else ceiling)
         for lease, model in self.live:
             assert list(lease.tokens) == model.tokens
             assert (lease.num_written, lease.num_cached) == (model.written, model.cached)

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from radixkv import cli
 from radixkv.cli.common import count
 
 
@@ -35,3 +36,9 @@ def test_no_counts(text):
 def test_too_few(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is less than 1"):
         count(text)
+
+
+@pytest.mark.parametrize("command", [["curve"], ["replay", "--capacity-tokens", "1000"]])
+def test_a_workload_that_is_misspelt_is_told_the_others(command, capsys):
+    assert cli.main([command[0], "agnt", *command[1:]]) == 1
+    assert capsys.readouterr().err == "radixkv: agnt is neither a file nor a workload: these are agent, chat, fewshot\n"

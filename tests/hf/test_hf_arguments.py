@@ -1,14 +1,17 @@
 """What Generator and submit are given is checked when it is given, with the numbers; nothing is half submitted."""
 
+import asyncio
 import contextlib
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
 from radixkv import Engine, InvalidArgument, InvalidTokens, LeaseError
-from radixkv.hf import Generator, engine_for
+from radixkv.hf import AsyncGenerator, Generator, engine_for
 from tests.hf.helpers import VOCABULARY, stock_tokens, tiny
 
 GEOMETRY = {"num_layers": 3, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_pages": 8}
@@ -224,3 +227,17 @@ def test_every_running_request_needs_a_token_a_step(model):
 def test_max_length_beyond_the_model_is_refused(model):
     with pytest.raises(InvalidArgument, match="max_length is 513: the model was built for 512"):
         Generator(model, engine_for(model, num_pages=4), max_length=513)
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_generators_are_neither_pickled_nor_copied(copied):
+    model = tiny()
+    with pytest.raises(TypeError, match="a Generator cannot be pickled or copied: it belongs to one thread"):
+        copied(Generator(model, engine_for(model, num_pages=8)))
+
+    async def of_asyncio():
+        async with AsyncGenerator(model, engine_for(model, num_pages=8)) as generator:
+            with pytest.raises(TypeError, match="an AsyncGenerator cannot be pickled or copied: it owns a thread"):
+                copied(generator)
+
+    asyncio.run(of_asyncio())

@@ -40,3 +40,14 @@ def test_they_add_up_to_the_figures_of_the_cache():
     assert sum(one.pages for one in found) <= stats.protected + stats.evictable  # and what was taken out of the tree
     assert sum(one.pages - one.protected for one in found) == stats.evictable
     assert list(by_namespace(cache.snapshot())) == sorted(by_namespace(cache.snapshot()))
+
+
+def test_in_a_hierarchical_cache_each_has_its_own():
+    cache = radixkv.PrefixCache(num_pages=32, page_size=4, hierarchical=True)
+    serve(cache, range(8), "a")
+    serve(cache, [*range(8), 70, 71], "a/b")
+    serve(cache, range(4), "a/b")
+    assert by_namespace(cache.snapshot()) == {
+        "a": NamespaceStats(tokens=8, pages=2, protected=0, pinned=0),
+        "a/b": NamespaceStats(tokens=2, pages=1, protected=0, pinned=0),
+    }

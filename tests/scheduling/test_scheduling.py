@@ -588,3 +588,29 @@ def test_what_a_request_that_ends_its_session_alone_used_goes_first():
 def test_cold_is_true_or_false():
     with pytest.raises(InvalidArgument, match="cold is 'yes': give True"):
         Request([1], cold="yes")
+
+
+def test_a_request_that_its_quota_could_never_hold_is_refused_at_submission():
+    host = Host(num_pages=20)
+    host.cache.set_quota("small", ceiling=4)
+    host.cache.set_quota("kept", floor=15)
+    scheduler = Scheduler(host)
+    too_long = Request([1] * 80, max_new_tokens=1, namespace="small")
+    with pytest.raises(PoolExhausted, match="need 5 pages; the pool has 4.*all that namespace 'small' may have"):
+        scheduler.submit(too_long)
+    with pytest.raises(PoolExhausted, match="the pool has 5"):
+        scheduler.submit(Request([1] * 90, max_new_tokens=1))
+
+
+def test_requests_of_a_namespace_at_its_ceiling_wait_for_each_other_and_all_end():
+    host = Host(num_pages=40)
+    host.cache.set_quota("small", ceiling=6)
+    scheduler = Scheduler(host)
+    requests = submitted(
+        scheduler, *(Request([i] * 30, max_new_tokens=40, namespace=("small", "other")[i % 2]) for i in range(8))
+    )
+    while batch := scheduler.next():
+        scheduler.accept(run_step(batch))
+        assert host.cache.namespaces()["small"].pages <= 6
+    assert_answered(requests)
+    assert host.drains()
