@@ -270,7 +270,9 @@ class Lease:
     def adopt(self) -> None:
         """From now on the lease belongs to the calling thread."""
 
-    def _of(self, cache: Cache) -> bool: ...
+    def _of(self, cache: Cache) -> bool:
+        """Whether this cache acquired it."""
+
     def __enter__(self) -> Lease: ...
     def __exit__(
         self, type: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -458,7 +460,8 @@ class LayerKV:
 
     def __init__(self, *, num_qo_heads: int, num_kv_heads: int, k: LayerCache, v: LayerCache) -> None: ...
     @staticmethod
-    def latent(*, num_qo_heads: int, k: LayerCache, v_dim: int) -> LayerKV: ...
+    def latent(*, num_qo_heads: int, k: LayerCache, v_dim: int) -> LayerKV:
+        """A layer with one head of keys, whose first v_dim numbers are the values."""
 
 class AttentionPlan:
     """Attention over a page table: plan once a step, append and run once a layer."""

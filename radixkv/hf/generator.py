@@ -198,8 +198,7 @@ class Generator:
         defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
         placed = place_pictures(self.model, array, content, self._features) if len(content) else Placed(array)
-        tokens = placed.tokens
-        refuse_placeholders(tokens, self._placeholders)
+        refuse_placeholders(placed.tokens, self._placeholders)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(
             temperature=_given(temperature, defaults.temperature),
@@ -231,7 +230,7 @@ class Generator:
         }
         requests = [
             Request(
-                tokens,
+                placed.tokens,
                 sampler=Sampler(replace(sampling, seed=sampling.seed + i), array, new_tokens, scorers),
                 said=Text(self.tokenizer, array, strings) if self.tokenizer is not None else None,
                 **options,

@@ -18,7 +18,7 @@ from torch import nn
 
 from radixkv.errors import InvalidArgument
 from radixkv.hf.adapter import attach, engine_attention, running
-from radixkv.hf.config import original_lengths, text_config
+from radixkv.hf.config import telling_positions
 from radixkv.hf.linear import PackedLinear
 from radixkv.hf.optimize_layers import Layer, Rotary, signed
 
@@ -71,7 +71,7 @@ def optimize(model: PreTrainedModel) -> None:
     if isinstance(decoder.rotary_emb, Rotary):
         raise InvalidArgument(f"{name} is optimized already")
     with engine_attention(model), torch.inference_mode():
-        options, positions = _attention_options(model), _telling_positions(model)
+        options, positions = _attention_options(model), torch.tensor([telling_positions(model)])
         for index, layer in enumerate(decoder.layers):
             _check_layer(layer, f"layer {index} of {name}")
         pairs = _turns_pairs(decoder, positions, options[0], f"layer 0 of {name}")
@@ -113,25 +113,6 @@ def _attention_options(model: PreTrainedModel) -> dict[int, dict[str, Any]]:
     with running(echo):
         model(input_ids=zero, position_ids=zero, use_cache=False)
     return echo.options
-
-
-def _telling_positions(model: PreTrainedModel) -> torch.Tensor:
-    """Positions `[1, n]` at which a layer that looks at them would show it.
-
-    Layers that do change at the length of the first training, at multiples of it, or slowly; so: around that length and
-    twice that length, around every power of two, and the last.
-    """
-    config = text_config(model)
-    last = getattr(config, "max_position_embeddings", None)
-    if last is None:
-        raise InvalidArgument(
-            f"{type(model).__name__} does not say how many positions it has (max_position_embeddings), so optimize() "
-            "cannot compare its layers at all of them"
-        )
-    edges = {2**power for power in range(int(last).bit_length())} | {int(last)}
-    for original in original_lengths(config):
-        edges |= {original, 2 * original}
-    return torch.tensor([sorted({position for edge in edges for position in (edge - 1, edge)} - {int(last)})])
 
 
 def _expect(module: nn.Module, builds: Iterable[set[str]], where: str) -> None:

@@ -80,8 +80,8 @@ def class_of(uses: int, end: bool, cached: int, total: int, inner: bool) -> int:
 class HazardModel(Model):
     """Leaves only are listed; a page becomes one when the last page after it is evicted."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        super().__init__(num_pages, page_size)
+    def __init__(self, num_pages: int, page_size: int, hierarchical: bool = False) -> None:
+        super().__init__(num_pages, page_size, hierarchical)
         self.estimate = Estimate(num_pages)
         self.of: dict[Page, Use] = {}
         self.started: dict[int, int] = {}  # id of a lease -> the clock when it began

@@ -35,7 +35,9 @@ class Machine(RuleBasedStateMachine):
         evicts = "hazard" if policy == "hazard" else "lru"
         self.cache = radixkv.PrefixCache(num_pages, page_size, evicts, hierarchical=hierarchical)
         self.shadow = Shadow(self.cache.journal()) if journal else None
-        self.model = HazardModel(num_pages, page_size) if policy == "hazard" else Model(num_pages, page_size, hierarchical)
+        self.model = (
+            HazardModel(num_pages, page_size) if policy == "hazard" else Model(num_pages, page_size, hierarchical)
+        )
         self.namespaces = ("b", "b/x", "b/x/y", "b/z") if hierarchical else ("", "b")
         self.seen: list[tuple[str, list[int]]] = [(self.namespaces[0], [0]), (self.namespaces[1], [0])]
         self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # what "K and V" each slot holds

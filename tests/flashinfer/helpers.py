@@ -286,8 +286,9 @@ def run_step(
     x = (embedding[step.input_ids.cpu()] * (1 + positions[:, None] / 64)).to(dtype).to(engine.device)
     for layer, (shape, window) in enumerate(zip(engine.layers, windows, strict=False)):
         weights = torch.randn(3, HEADS * DIM, generator=generator).to(dtype).to(engine.device)
+        columns = torch.arange(2 * x.shape[1], device=engine.device) % x.shape[1]  # repeated where a layer is wider
         q, k, v = (
-            (x * w).repeat(1, 2)[:, : heads * shape.k_dim].contiguous().view(len(x), heads, shape.k_dim)
+            (x * w).index_select(1, columns[: heads * shape.k_dim]).view(len(x), heads, shape.k_dim)
             for w, heads in zip(weights, (shape.num_qo_heads, shape.num_kv_heads, shape.num_kv_heads), strict=True)
         )
         x = x + step.attend(layer, q, k, v, window_left=window).flatten(1)[:, : x.shape[1]]

@@ -17,10 +17,11 @@ import radixkv
 from radixkv.tiers import TierOptions, Tiers
 from radixkv.tiers.cache import TieredCache
 from tests.cache.journal_shadow import Shadow
-from tests.cache.test_state_machine import NAMESPACES, Machine
+from tests.cache.test_state_machine import Machine
 from tests.tiers.pool import IDENTITY
 from tests.tiers.test_tiers import Faulty
 
+NAMESPACES = ("", "b")
 FILLS = {"at once": 0, "after a head": 0}
 """How many fills gained tokens: that the machine tries what it is for."""
 
@@ -53,7 +54,7 @@ class TieredMachine(Machine):
         write=st.sampled_from(["all", "all", "second"]),
     )  # fmt: skip
     def start(self, num_pages, page_size, journal, hub, write):
-        Machine.start(self, num_pages, page_size, False)
+        Machine.start(self, num_pages, page_size, False, "lru")
         self.cache = TieredCache(num_pages, page_size)
         self.shadow = Shadow(self.cache.journal()) if journal else None
         self.table = radixkv._core.PageTable(self.cache)
