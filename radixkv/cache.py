@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -218,6 +218,15 @@ class PrefixCache(_core.Cache):
             f"{s.protected} protected, {s.evictable} evictable)"
         )
 
+    def to_html(self, decode: Callable[[list[int]], str] | None = None) -> str:
+        """The tree as one HTML page that needs nothing else; `decode`, as a tokenizer's, makes text of its tokens.
+
+        Raises InvalidArgument for a tree of more tokens than a page shows, `radixkv.observe.tree_html.MAX_TOKENS`.
+        """
+        from radixkv.observe.tree_html import tree_html
+
+        return tree_html(self.snapshot(), decode)
+
     def _repr_svg_(self) -> str | None:
         """The tree as a picture, in a notebook; none where it is too large to look at."""
         from radixkv.observe.tree_svg import tree_svg
@@ -226,7 +235,7 @@ class PrefixCache(_core.Cache):
 
     def _repr_html_(self) -> str:
         """What `repr` says and the picture, in a notebook."""
-        picture = self._repr_svg_() or f"The tree has {self.stats().num_nodes} nodes: see radixkv.observe.tree_html."
+        picture = self._repr_svg_() or f"The tree has {self.stats().num_nodes} nodes: see to_html()."
         return f"<div><code>{html.escape(repr(self))}</code><br>{picture}</div>"
 
 

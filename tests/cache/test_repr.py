@@ -9,6 +9,7 @@ import threading
 import pytest
 
 import radixkv
+from radixkv.observe import tree_html
 
 
 def test_a_lease():
@@ -72,6 +73,8 @@ def test_a_notebook_shows_a_cache():
     with cache.acquire([1, 2, 3], "<b>") as lease:
         lease.advance()
     assert cache._repr_svg_().startswith("<svg")
+    assert cache.to_html() == tree_html(cache.snapshot())
+    assert cache.to_html(str) == tree_html(cache.snapshot(), str) != cache.to_html()
     shown = cache._repr_html_()
     assert "PrefixCache(600 pages of 1" in shown
     assert "<svg" in shown
@@ -80,4 +83,4 @@ def test_a_notebook_shows_a_cache():
         with cache.acquire([i, 10]) as lease:
             lease.advance()
     assert cache._repr_svg_() is None
-    assert "nodes: see radixkv.observe.tree_html" in cache._repr_html_()
+    assert "nodes: see to_html()" in cache._repr_html_()
