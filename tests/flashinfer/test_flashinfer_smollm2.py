@@ -48,6 +48,7 @@ def logits_along(
     return torch.stack(steps, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.* is in bfloat16, which torch multiplies on this CPU")  # speed is not the question
 @each_target
 def test_greedy_answers(target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Both backends are equally far from float32; where they choose different tokens, bf16 cannot tell them apart."""
