@@ -246,6 +246,9 @@ def interrupted(call, n):
     return False
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*gc_callback"
+)  # Hypothesis's, where a collection comes in between
 def test_a_signal_at_any_moment_leaves_nothing_locked():
     engine = make_engine()
     lease = engine.acquire([1, 2, 3])
