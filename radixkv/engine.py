@@ -165,8 +165,7 @@ class Engine:
         0 if nothing fits. Between steps, in the thread that owns the lease. At least one token is left to compute.
 
         Raises:
-            LeaseError: the lease may not change. InvalidArgument: another engine's fetch or lease, or no
-            tiers.
+            LeaseError: the lease may not change. InvalidArgument: another engine's fetch or lease, or no tiers.
         """
         return self._below.fill(lease, fetched)
 

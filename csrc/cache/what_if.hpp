@@ -4,8 +4,8 @@
 // this one evicted and has not stored again. So a page that is missed would have been hit by every pool that is larger by
 // as many pages as were evicted after it and are still away, and itself. Counted with bits over a ring.
 //
-// Of large pools a sample of the pages is remembered, by their prefix, 2^10 at most; hit rates are then right within about a
-// point. What one page of the sample stands for is counted, not taken for granted: popular pages may be in it or not.
+// Of large pools a sample of the pages is remembered, by their prefix, 2^10 at most; tests hold hit rates to two points of
+// the exact ones. What one page of the sample stands for is counted, not taken for granted: popular pages may be in it or not.
 #pragma once
 
 #include <array>

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from radixkv.journal_story import Story
+    from radixkv.observe import Decode
 
 __all__ = [
     "TRACE_HELP",
@@ -37,6 +38,7 @@ __all__ = [
     "all_requests",
     "binary_output",
     "count",
+    "decoder_of",
     "flush_output",
     "points",
     "print_json",
@@ -154,6 +156,14 @@ def refuse_shared_output(*outputs: str | None) -> None:
     named = [name for name in outputs if name is not None]
     if len(set(named)) < len(named):
         raise InvalidArgument("two outputs cannot share standard output or a file: give one of them another name")
+
+
+def decoder_of(tokenizer: str | None) -> Decode | None:
+    """What makes text of tokens, special ones included, by the tokenizer of this path; None without one."""
+    if tokenizer is None:
+        return None
+    made = tokenizer_of(tokenizer)
+    return lambda ids: str(made.decode(ids, skip_special_tokens=False))
 
 
 def tokenizer_of(path: str) -> Tokenizer:

@@ -10,6 +10,7 @@ from radixkv.cli.common import (
     ProgressLine,
     add_json,
     count,
+    decoder_of,
     print_json,
     printable,
     read_story,
@@ -105,7 +106,7 @@ def _show(args: argparse.Namespace, numbers: dict[str, Any], groups: dict[str, l
 def _explain(args: argparse.Namespace, story: Story) -> None:
     with ProgressLine() as progress:
         if args.request is not None:
-            decode = _decoder(args.tokenizer)
+            decode = decoder_of(args.tokenizer)
             found = story.explain_request(args.request, progress)
         else:
             tokens, decode = _tokens(args.explain, args.tokenizer)
@@ -123,14 +124,7 @@ def _tokens(prompt: str, tokenizer: str | None) -> tuple[list[int], Decode | Non
         if not words or not all(word.isdecimal() for word in words):
             raise InvalidArgument(f"{prompt[:40]!r} are no token ids: give numbers, or --tokenizer for text")
         return [int(word) for word in words], None
-    return tokenizer_of(tokenizer).encode(prompt).ids, _decoder(tokenizer)
-
-
-def _decoder(tokenizer: str | None) -> Decode | None:
-    if tokenizer is None:
-        return None
-    made = tokenizer_of(tokenizer)
-    return lambda ids: str(made.decode(ids))
+    return tokenizer_of(tokenizer).encode(prompt).ids, decoder_of(tokenizer)
 
 
 COMMAND = Command(

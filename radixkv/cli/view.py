@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from radixkv.cli.common import (
     add_page_size,
     add_trace,
     count,
+    decoder_of,
     print_json,
     printable,
     read_story,
@@ -24,7 +25,6 @@ from radixkv.cli.common import (
     say,
     seed,
     text_output,
-    tokenizer_of,
 )
 from radixkv.errors import InvalidArgument
 from radixkv.journal_log import is_log
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         with ProgressLine() as progress:
             progress.show("making the page")
-            page = timeline_html(history, _decoder(args.tokenizer), f"{printable(args.trace)}: {what}")
+            page = timeline_html(history, decoder_of(args.tokenizer), f"{printable(args.trace)}: {what}")
         with text_output(output) as stream:
             stream.write(page)
         if output != "-":
@@ -109,13 +109,6 @@ def _of_trace(args: argparse.Namespace) -> tuple[History, str]:
 
         replay(each(), args.capacity_tokens or _CAPACITY, args.page_size, progress=mark, make_cache=make_cache)
     return made[0], f"{len(made[0].uses) - 1:,} requests, pages of {args.page_size} tokens"
-
-
-def _decoder(path: str | None) -> Callable[[list[int]], str] | None:
-    if path is None:
-        return None
-    tokenizer = tokenizer_of(path)
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _as_object(history: History) -> dict[str, Any]:

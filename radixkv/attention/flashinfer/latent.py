@@ -12,7 +12,7 @@ import torch
 
 from radixkv.attention import Options
 from radixkv.attention.flashinfer.kernels import LATENT_DIMS, preparing
-from radixkv.attention.flashinfer.plans import Kind, Planner, PlanSet, Schedule, Scratch, StepTensors, Wrapper
+from radixkv.attention.flashinfer.plans import Kind, Planner, Schedule, Scratch, StepTensors, Wrapper
 from radixkv.errors import BackendUnavailable, InvalidArgument
 from radixkv.pool import LayerKV
 
@@ -49,16 +49,6 @@ class LatentPlanner(Planner):
                 at.kv_indices, at.kv_indptr, at.kv_last_page_len,
             )  # fmt: skip
 
-    def take(self, plans: PlanSet, decode: bool, schedule: Schedule, options: Options, causal: bool = True) -> Wrapper:
-        """A wrapper of this set that the step does not use yet, planned."""
-        wrappers, number = plans.wrappers.setdefault((self, decode), []), plans.taken[self, decode]
-        if number == len(wrappers):
-            wrappers.append(self._new_latent_wrapper(decode))
-        self.plan(wrappers[number], schedule, options, causal)
-        plans.taken[self, decode] += 1
-        plans.copies_queued()
-        return wrappers[number]
-
     def plan(self, wrapper: Wrapper, schedule: Schedule, options: Options, causal: bool = True) -> None:
         """Plan a wrapper. A row of a decode step sees all keys: told so, the kernels take any number of heads."""
         qo_indptr, kv_indptr, kv_indices, last = schedule[:4]
@@ -79,7 +69,7 @@ class LatentPlanner(Planner):
                 lse_mode="none",
             )  # fmt: skip
 
-    def _new_latent_wrapper(self, decode: bool) -> Wrapper:
+    def _new_wrapper(self, decode: bool) -> Wrapper:
         device, (latent, _) = self._scratch.buffer.device, LATENT_DIMS
         cuda = device.type == "cuda"
         processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else _MANY_PROCESSORS
