@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <limits>
 #include <map>
 #include <string>
@@ -96,7 +95,7 @@ class Spaces {
 
   const bool hierarchical_;
   Names names_;
-  std::deque<Space> spaces_;
+  std::vector<Space> spaces_;
   std::vector<SpaceId> quotas_;
   SpaceId free_ = kNone, coldest_ = kNone, hottest_ = kNone;
   int num_idle_ = 0;
