@@ -120,13 +120,15 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   check_length(n, 0);
   auto lease = std::make_unique<Lease>(shared_from_this(), name);
   lease->pages_.resize(lease->pages_for(n));
-  Match m = find(tokens, n - 1, name, lease->pages_.data());  // one token is left to compute
+  tree_.spaces().check_levels(name);
+  const SpaceId nearest = tree_.spaces().nearest(name);
+  Match m = tree_.match(nearest, tokens, n - 1, lease->pages_.data());  // one token is left to compute
   check_tokens(tokens, n, static_cast<std::int64_t>(m.pages) * page_size());
   const auto need = static_cast<std::int32_t>(lease->pages_.size()) - m.pages;
-  require_pages(tree_.spaces().nearest(name), need, tree_.evictable_on_path(m), m.tokens(page_size()));
+  require_pages(nearest, need, tree_.evictable_on_path(m), m.tokens(page_size()));
   lease->number_ = requests_ + 1;
   tree_.serving(lease->number_);
-  lease->space_ = tree_.make_space(name);
+  lease->space_ = tree_.make_space(name, nearest);
 
   // Nothing below fails.
   lease->cleared_ = tree_.spaces()[lease->space_].cleared;

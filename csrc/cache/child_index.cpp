@@ -32,14 +32,14 @@ ChildIndex::Best ChildIndex::find(NodeId parent, SpaceId space, const Token* tok
 }
 
 // The first bit in which the keys of two siblings differ.
-std::uint32_t ChildIndex::first_difference(NodeId a, NodeId b) const {
+std::int32_t ChildIndex::first_difference(NodeId a, NodeId b) const {
   const auto differ = static_cast<std::uint32_t>(nodes_[a].space ^ nodes_[b].space);
-  if (differ != 0) return std::countl_zero(differ);
+  if (differ != 0) return std::countl_zero(differ) - 32;
   const Token *key = pages_.tokens(nodes_[a].first), *other = pages_.tokens(nodes_[b].first);
   const std::int32_t least = std::min(key_tokens(a), key_tokens(b));
   const std::int32_t shared = pages_.common_prefix(nodes_[b].first, key, least);
   if (shared == least) throw std::logic_error("one sibling is a prefix of another");
-  return (shared + 1) * 32 + std::countl_zero(static_cast<std::uint32_t>(key[shared] ^ other[shared]));
+  return shared * 32 + std::countl_zero(static_cast<std::uint32_t>(key[shared] ^ other[shared]));
 }
 
 void ChildIndex::insert(NodeId child) {
@@ -52,7 +52,7 @@ void ChildIndex::insert(NodeId child) {
   const Token* key = pages_.tokens(nodes_[child].first);
   const std::int32_t n = key_tokens(child);
   const SpaceId space = nodes_[child].space;
-  const std::uint32_t bit = first_difference(child, nearest(parent, space, key, n));
+  const std::int32_t bit = first_difference(child, nearest(parent, space, key, n));
 
   std::int32_t up = kNone, ref = nodes_[parent].children;
   while (is_branch(ref) && branch(ref).bit < bit) {
@@ -134,7 +134,7 @@ void ChildIndex::check(NodeId parent) const {
     const SpaceId space = nodes_[children[i]].space;
     if (find(parent, space, key, n).child != children[i]) throw std::logic_error("a child is not found by its tokens");
     if (i == 0) continue;
-    const std::uint32_t bit = first_difference(children[i - 1], children[i]);
+    const std::int32_t bit = first_difference(children[i - 1], children[i]);
     if (side_of(bit, space, key, n) == 0) throw std::logic_error("siblings disordered");
   }
 }

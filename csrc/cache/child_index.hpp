@@ -42,18 +42,18 @@ class ChildIndex {
   struct Branch {
     std::int32_t side[2];  // references
     std::int32_t up;       // the branch above, or kNone; links the free branches
-    std::uint32_t bit;     // of the key, whose first 32 are the namespace; most significant first
+    std::int32_t bit;      // of the tokens, most significant first; -32 to -1: of the namespace before them
   };
   static bool is_branch(std::int32_t ref) { return ref <= -2; }
   static std::int32_t branch_ref(std::int32_t branch) { return -2 - branch; }
   Branch& branch(std::int32_t ref) { return branches_[-2 - ref]; }
   const Branch& branch(std::int32_t ref) const { return branches_[-2 - ref]; }
-  static int side_of(std::uint32_t bit, SpaceId space, const Token* tokens, std::int64_t n) {
-    const std::uint32_t word = bit / 32;
-    if (word > n) return 0;
-    return static_cast<std::uint32_t>(word == 0 ? space : tokens[word - 1]) >> (31 - bit % 32) & 1;
+  static int side_of(std::int32_t bit, SpaceId space, const Token* tokens, std::int64_t n) {
+    if (bit < 0) return space >> (~bit & 31) & 1;
+    const std::int32_t token = bit >> 5;
+    return token < n ? tokens[token] >> (~bit & 31) & 1 : 0;
   }
-  std::uint32_t first_difference(NodeId a, NodeId b) const;
+  std::int32_t first_difference(NodeId a, NodeId b) const;
   NodeId nearest(NodeId parent, SpaceId space, const Token* tokens, std::int64_t n) const;
 
   void set_up(std::int32_t ref, std::int32_t up);

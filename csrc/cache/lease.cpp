@@ -1,5 +1,6 @@
 #include "cache/lease.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/error.hpp"
@@ -187,7 +188,14 @@ void Lease::note_written(std::int64_t n) {
   num_written_ += n;
 }
 
-// Shared pages leave the view only. Private ones are freed, last first, so that their ids come back in ascending order.
+// Its private pages from here on.
+void Lease::give_back_from(std::size_t first) {
+  if (first == pages_.size()) return;
+  tree_.give_back(space_, pages_.data() + first, static_cast<std::int32_t>(pages_.size() - first));
+  pages_.resize(first);
+}
+
+// Shared pages leave the view only; private ones are freed.
 std::int64_t Lease::drop(std::int64_t num_tokens) {
   change();
   Cache::Guard guard(cache_->mutex_);
@@ -204,9 +212,9 @@ std::int64_t Lease::drop(std::int64_t num_tokens) {
 
   // Nothing below fails.
   const std::int32_t own = std::max(num_shared_, first_page_);
-  for (std::int32_t i = first; i-- > own;) {
-    tree_.give_back(space_, pages_[i]);
-    pages_[i] = kNone;
+  if (first > own) {
+    tree_.give_back(space_, pages_.data() + own, first - own);
+    std::fill(pages_.begin() + own, pages_.begin() + first, kNone);
   }
   first_page_ = first;
   ++version_;
@@ -221,7 +229,6 @@ std::int64_t Lease::least_tokens() const {
   return std::max({std::int64_t{1}, num_cached_, published, copied, first_page_ * page_size});
 }
 
-// Private pages are freed, last first.
 std::int64_t Lease::truncate(std::int64_t num_tokens) {
   change();
   Cache::Guard guard(cache_->mutex_);
@@ -235,10 +242,7 @@ std::int64_t Lease::truncate(std::int64_t num_tokens) {
             "and acquire() the shorter prompt");
   }
   const std::int32_t keep = pages_for(num_tokens), freed = static_cast<std::int32_t>(pages_.size()) - keep;
-  for (std::int32_t i = freed; i > 0; --i) {
-    tree_.give_back(space_, pages_.back());
-    pages_.pop_back();
-  }
+  give_back_from(keep);
   num_tokens_ = num_tokens;
   num_written_ = std::min(num_written_, num_tokens);
   num_prompt_ = std::min(num_prompt_, num_tokens);
@@ -347,10 +351,7 @@ void Lease::let_go(bool commit, bool cold) {
   const bool gone = tree_.detached(end);
   if (Journal* journal = tree_.journal()) record(*journal);
   if (source_ != kNone) tree_.drop_hold(source_);
-  for (std::int64_t i = num_private(); i > 0; --i) {
-    tree_.give_back(space_, pages_.back());
-    pages_.pop_back();
-  }
+  give_back_from(pages_.size() - num_private());
   tree_.used(tail_ != kNone ? tail_ : node_, started_, num_cached_, num_tokens_);
   if (tail_ != kNone) tree_.unlock(tail_);
   tree_.unlock(node_);

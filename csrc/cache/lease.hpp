@@ -86,6 +86,7 @@ class Lease {
   bool cleared() const { return tree_.spaces()[space_].cleared != cleared_; }
   void start(const Match& match, const Token* tokens, std::int64_t n);
   bool take_pages(std::int32_t need, PageId source);
+  void give_back_from(std::size_t first);
   void write_tokens(const Token* tokens, std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);

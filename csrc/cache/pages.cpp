@@ -14,26 +14,12 @@ Pages::Pages(std::int32_t num_pages, std::int32_t page_size)
       next_(num_pages),
       prev_(num_pages) {}
 
-PageId Pages::take() {
-  --num_free_;
-  if (free_ == kNone) return fresh_++;
-  const PageId page = free_;
-  free_ = next_[page];
-  return page;
-}
-
 void Pages::take_this(PageId page, std::int32_t within) {
   PageId* link = &free_;
   for (; within > 0 && *link != page; --within) link = &next_[*link];
   if (*link != page) throw std::logic_error("take_this: page is not among those freed last");
   *link = next_[page];
   --num_free_;
-}
-
-void Pages::give_back(PageId page) {
-  next_[page] = free_;
-  free_ = page;
-  ++num_free_;
 }
 
 // How many pages of the run that starts at `first`, at most `most`, have ascending ids.

@@ -31,10 +31,20 @@ class Pages {
 
   // Takes a free page; there must be one. The page freed last is taken first (its run is likely to be contiguous),
   // then pages that were never used, in ascending order.
-  PageId take();
+  PageId take() {
+    --num_free_;
+    if (free_ == kNone) return fresh_++;
+    const PageId page = free_;
+    free_ = next_[page];
+    return page;
+  }
   // Takes this very page, which must be among the `within` pages freed last. O(within).
   void take_this(PageId page, std::int32_t within);
-  void give_back(PageId page);
+  void give_back(PageId page) {
+    next_[page] = free_;
+    free_ = page;
+    ++num_free_;
+  }
 
   // How many pages of the run that starts at `first` (at most `limit` of them) hold exactly the tokens at `tokens`.
   // Their ids go to `out` unless it is null. O(tokens compared).

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cache/prefix_hash.hpp"
 
@@ -36,10 +37,15 @@ bool RadixTree::take(SpaceId space, PageId* out, std::int32_t need, PageId watch
   return watched;
 }
 
+void RadixTree::give_back(SpaceId space, const PageId* pages, std::int32_t count) {
+  for (std::int32_t i = count; i-- > 0;) pages_.give_back(pages[i]);
+  spaces_.gave_back(space, count);
+}
+
 // --- roots -----------------------------------------------------------------------------------------------------------
 
-SpaceId RadixTree::make_space(std::string_view name) {
-  const SpaceId s = spaces_.make(name);
+SpaceId RadixTree::make_space(std::string_view name, SpaceId nearest) {
+  const SpaceId s = nearest != kNone && spaces_.name(nearest) == name ? nearest : spaces_.make(name);
   if (journal_ && spaces_[s].pages == 0 && spaces_[s].leases == 0) journal_->name(s, name);
   return s;
 }
@@ -76,9 +82,9 @@ int RadixTree::chain_of(SpaceId space, Chain& chain) const {
 Match RadixTree::match(SpaceId space, const Token* tokens, std::int64_t n, PageId* out) const {
   const Match start{root(space), 0, 0};
   if (start.node == kNone) return start;
-  Chain chain;
+  Chain chain{space};
+  if (spaces_[space].parent == kNone) return walk(start, chain, 0, 1, tokens, n, out, nullptr);
   const int levels = chain_of(space, chain);
-  if (levels == 1) return walk(start, chain, 0, 1, tokens, n, out, nullptr);
   // Every path that it sees, those that stay longest in the upper namespaces first: of equally long ones they are shared
   // by more.
   std::vector<Turn> turns{{start, 0}};
@@ -216,7 +222,7 @@ std::int32_t RadixTree::replace_duplicates(NodeId n, SpaceId space, PageId* run,
   std::int32_t k = 0;
   for (PageId page = nodes_[n].first; k < most; ++k, page = pages_.next(page)) {
     if (std::memcmp(tokens(page), tokens(run[k]), bytes) != 0) break;
-    give_back(space, run[k]);
+    give_back(space, &run[k], 1);
     run[k] = page;
   }
   return k;
@@ -418,32 +424,27 @@ NodeId RadixTree::victim(SpaceId space, From from) const {
 
 RadixTree::Evicted RadixTree::evict(std::int64_t count, SpaceId space, From from, PageId watch) {
   Evicted out{0, false};
+  const bool quotas = !spaces_.quotas().empty();
+  // What was evicted is counted once for each run of victims of a namespace; with quotas at once, for the next choice.
+  SpaceId counted = kNone;
+  std::int32_t uncounted = 0;
   for (NodeId victim; out.pages < count && (victim = this->victim(space, from)) != kNone;) {
     Node& node = nodes_[victim];
     const NodeId parent = node.parent;
     if (node.holds > 0) {
-      if (journal_) record_removed(node);
-      if (what_if_ && node.last_len == page_size()) what_if_->evicted(node.last);
-      index_.remove(victim);
-      lru_.remove(victim);
-      node.detached = true;
+      leave_to_holders(victim);
     } else {
-      const auto trim = static_cast<std::int32_t>(
-          std::min({node.num_pages + std::int64_t{0}, count - out.pages, most_from(node, space)}));
-      const bool whole = node.last_len == page_size(), recorded = journal_ && whole;
-      for (std::int32_t i = 0; i < trim; ++i) {
-        const PageId page = node.last;
-        node.last = pages_.prev(page);
-        out.watched |= page == watch;
-        if (recorded) journal_->removed(page);
-        if (hazard_ && whole) remember(victim, page);
-        if (what_if_ && whole) what_if_->evicted(page);
-        pages_.give_back(page);
-      }
-      count_evictable(node, -trim);
-      spaces_.gave_back(node.space, trim);
-      num_evicted_ += trim;
+      const std::int64_t most = quotas ? most_from(node, space) : node.num_pages;
+      const auto trim = static_cast<std::int32_t>(std::min(most, count - out.pages));
+      out.watched |= free_end(victim, trim, watch);
       out.pages += trim;
+      if (node.space != counted) {
+        count_evicted(counted, uncounted);
+        counted = node.space;
+        uncounted = 0;
+      }
+      uncounted += trim;
+      if (quotas) count_evicted(counted, std::exchange(uncounted, 0));
       if (trim < node.num_pages) {
         node.num_pages -= trim;
         continue;
@@ -458,7 +459,51 @@ RadixTree::Evicted RadixTree::evict(std::int64_t count, SpaceId space, From from
       list_bared(parent);
     }
   }
+  count_evicted(counted, uncounted);
   return out;
+}
+
+void RadixTree::leave_to_holders(NodeId n) {
+  Node& node = nodes_[n];
+  if (journal_) record_removed(node);
+  if (what_if_ && node.last_len == page_size()) what_if_->evicted(node.last);
+  index_.remove(n);
+  lru_.remove(n);
+  node.detached = true;
+}
+
+// Frees the last pages of a node, which still counts them. True where `watch` is among them.
+bool RadixTree::free_end(NodeId n, std::int32_t count, PageId watch) {
+  if (journal_ || hazard_ || what_if_) note_evicted(n, count);
+  PageId page = nodes_[n].last;
+  bool watched = false;
+  for (std::int32_t i = 0; i < count; ++i) {
+    const PageId before = pages_.prev(page);
+    watched |= page == watch;
+    pages_.give_back(page);
+    page = before;
+  }
+  nodes_[n].last = page;
+  return watched;
+}
+
+// Who follows what is evicted; open pages are not followed.
+void RadixTree::note_evicted(NodeId n, std::int32_t count) {
+  if (nodes_[n].last_len < page_size()) return;
+  PageId page = nodes_[n].last;
+  for (std::int32_t i = 0; i < count; ++i, page = pages_.prev(page)) {
+    if (journal_) journal_->removed(page);
+    if (hazard_) remember(n, page);
+    if (what_if_) what_if_->evicted(page);
+  }
+}
+
+void RadixTree::count_evicted(SpaceId space, std::int32_t pages) {
+  if (pages == 0) return;
+  num_evicted_ += pages;
+  evictable_ -= pages;
+  spaces_.exposed(space, -pages);
+  spaces_.gave_back(space, pages);
 }
 
 // The nodes of a namespace and of those below it, parents before children; of a top one with its root, which comes first.

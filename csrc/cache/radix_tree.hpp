@@ -76,16 +76,14 @@ class RadixTree {
   // Takes `need` pages into `out` for a namespace, evicting what is missing; it must have room() for as many. True where
   // the page `watch` was evicted on the way: it is out[0] then.
   bool take(SpaceId space, PageId* out, std::int32_t need, PageId watch);
-  void give_back(SpaceId space, PageId page) {
-    pages_.give_back(page);
-    spaces_.gave_back(space, 1);
-  }
+  // Frees private pages, last first, so that they are handed out again in this order.
+  void give_back(SpaceId space, const PageId* pages, std::int32_t count);
 
   // --- namespaces, and a root for each top one ----------------------------------------------------------------------
   const Spaces& spaces() const { return spaces_; }
   Spaces& spaces() { return spaces_; }
-  // Finds or makes a namespace for a request, and its tree's root. O(log namespaces)
-  SpaceId make_space(std::string_view name);
+  // Makes a namespace for a request unless `nearest`, the one of Spaces::nearest(), is it; and its tree's root.
+  SpaceId make_space(std::string_view name, SpaceId nearest);
   NodeId make_root(SpaceId space);
   NodeId root(SpaceId space) const { return space == kNone ? kNone : spaces_.top(space).root; }
   std::int64_t num_roots() const { return num_roots_; }
@@ -228,6 +226,10 @@ class RadixTree {
   void expose_to_eviction(NodeId n);  // onto the hot end of its list
   void push_hottest(NodeId n, std::uint16_t list);
   NodeId victim(SpaceId space, From from) const;  // the leaf to be evicted next; kNone: there is none
+  void leave_to_holders(NodeId n);                // out of the tree; its page lives on
+  bool free_end(NodeId n, std::int32_t count, PageId watch);
+  void note_evicted(NodeId n, std::int32_t count);
+  void count_evicted(SpaceId space, std::int32_t pages);
 
   // Quotas: quotas.cpp.
   bool may_evict(SpaceId space, From from, SpaceId quota) const;

@@ -65,20 +65,6 @@ bool Spaces::within(SpaceId s, SpaceId above) const {
 
 // --- what keeps a namespace, and what is forgotten -------------------------------------------------------------------
 
-void Spaces::gave_back(SpaceId s, std::int64_t pages) {
-  top_of(s).used -= pages;
-  if ((spaces_[s].pages -= pages) == 0) settle(s);
-}
-
-void Spaces::lease_began(SpaceId s) {
-  wake(s);
-  ++spaces_[s].leases;
-}
-
-void Spaces::lease_ended(SpaceId s) {
-  if (--spaces_[s].leases == 0) settle(s);
-}
-
 void Spaces::set_root(SpaceId s, NodeId root) {
   if (root != kNone) wake(s);
   spaces_[s].root = root;
@@ -92,9 +78,8 @@ void Spaces::requested(SpaceId s, std::int64_t input, std::int64_t hit) {
   counts.hit_tokens += hit;
 }
 
-void Spaces::wake(SpaceId s) {
+void Spaces::leave_idle(SpaceId s) {
   Space& space = spaces_[s];
-  if (!space.is_idle) return;
   space.is_idle = false;
   --num_idle_;
   (space.colder == kNone ? coldest_ : spaces_[space.colder].hotter) = space.hotter;

@@ -67,10 +67,18 @@ class Spaces {
 
   // What changes counts. A namespace that nothing keeps becomes idle.
   void took(SpaceId s, std::int64_t pages) { spaces_[s].pages += pages, top_of(s).used += pages; }
-  void gave_back(SpaceId s, std::int64_t pages);
+  void gave_back(SpaceId s, std::int64_t pages) {
+    top_of(s).used -= pages;
+    if ((spaces_[s].pages -= pages) == 0) settle(s);
+  }
   void exposed(SpaceId s, std::int64_t pages) { top_of(s).evictable += pages; }
-  void lease_began(SpaceId s);
-  void lease_ended(SpaceId s);
+  void lease_began(SpaceId s) {
+    wake(s);
+    ++spaces_[s].leases;
+  }
+  void lease_ended(SpaceId s) {
+    if (--spaces_[s].leases == 0) settle(s);
+  }
   void set_root(SpaceId s, NodeId root);
   void requested(SpaceId s, std::int64_t input, std::int64_t hit);
   SpaceCounts forgotten() const { return forgotten_; }  // of those whose names are not known any more
@@ -90,7 +98,10 @@ class Spaces {
   std::string_view parent_of(std::string_view name) const;  // data() is null where it is a top one
   Space& top_of(SpaceId s) { return spaces_[spaces_[s].top]; }
   void settle(SpaceId s);
-  void wake(SpaceId s);
+  void wake(SpaceId s) {
+    if (spaces_[s].is_idle) leave_idle(s);
+  }
+  void leave_idle(SpaceId s);
   void forget(SpaceId s);
 
   const bool hierarchical_;
