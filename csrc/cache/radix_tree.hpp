@@ -206,12 +206,6 @@ class RadixTree {
              std::vector<Turn>* turns) const;
   void list_path(const Match& m, PageId* out) const;
   std::vector<NodeId> cleared_by(SpaceId space);
-  void record_all(Journal& journal) const;
-  void record_run(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count);
-  void record_removed(const Node& n);
-  // The number of what comes before a page of this namespace; `before` is that of the page before, if there is one.
-  std::uint64_t prefix_under(NodeId parent, SpaceId space, std::uint64_t before) const;
-  void remember_prefixes(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count);
   void count_evictable(const Node& n, std::int64_t pages) {
     evictable_ += pages;
     spaces_.exposed(n.space, pages);
@@ -228,8 +222,16 @@ class RadixTree {
   NodeId victim(SpaceId space, From from) const;  // the leaf to be evicted next; kNone: there is none
   void leave_to_holders(NodeId n);                // out of the tree; its page lives on
   bool free_end(NodeId n, std::int32_t count, PageId watch);
-  void note_evicted(NodeId n, std::int32_t count);
   void count_evicted(SpaceId space, std::int32_t pages);
+
+  // Who follows it, the journal and the what-if: followers.cpp.
+  void record_all(Journal& journal) const;
+  void record_run(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count);
+  void record_removed(const Node& n);
+  void note_evicted(NodeId n, std::int32_t count);
+  // The number of what comes before a page of this namespace; `before` is that of the page before, if there is one.
+  std::uint64_t prefix_under(NodeId parent, SpaceId space, std::uint64_t before) const;
+  void remember_prefixes(NodeId parent, SpaceId space, PageId before, const PageId* run, std::int32_t count);
 
   // Quotas: quotas.cpp.
   bool may_evict(SpaceId space, From from, SpaceId quota) const;
