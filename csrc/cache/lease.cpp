@@ -128,10 +128,13 @@ void Lease::copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool
 void Lease::write_tokens(const Token* tokens, std::int64_t n) {
   const std::int64_t page_size = tree_.page_size();
   for (std::int64_t done = 0; done < n;) {
-    const std::int64_t at = num_tokens_ + done;
-    const std::int64_t offset = at % page_size;
-    const std::int64_t part = std::min<std::int64_t>(page_size - offset, n - done);
-    std::memcpy(tree_.tokens(pages_[at / page_size]) + offset, tokens + done, part * sizeof(Token));
+    const std::int64_t at = num_tokens_ + done, offset = at % page_size;
+    const auto first = static_cast<std::size_t>(at / page_size);
+    // Pages with ascending ids lie side by side.
+    std::int64_t stretch = page_size - offset;
+    for (std::size_t k = first + 1; stretch < n - done && pages_[k] == pages_[k - 1] + 1; ++k) stretch += page_size;
+    const std::int64_t part = std::min(stretch, n - done);
+    std::memcpy(tree_.tokens(pages_[first]) + offset, tokens + done, part * sizeof(Token));
     done += part;
   }
   num_tokens_ += n;
