@@ -107,6 +107,8 @@ MUTANTS = [
     Mutant("at its ceiling a namespace evicts others", "cache/radix_tree.cpp",
            "own.used + need - own.ceiling, space, From::itself, watch",
            "own.used + need - own.ceiling, space, From::everybody, watch", NAMESPACES),
+    Mutant("a page to copy from is sought among as many as are needed", "cache/radix_tree.cpp",
+           "take_this(watch, evicted.pages)", "take_this(watch, need)", NAMESPACES),
     Mutant("across lists the hottest goes first", "cache/quotas.cpp", "(*stamps_)[n] < (*stamps_)[best]",
            "(*stamps_)[n] > (*stamps_)[best]", NAMESPACES),
     Mutant("a list that moves loses its order", "cache/quotas.cpp",

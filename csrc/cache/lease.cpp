@@ -381,7 +381,12 @@ std::unique_ptr<Lease> Lease::fork() {
   child->pages_.reserve(pages_.size());
   child->dropped_ = dropped_;
   cache_->require_pages(space_, num_tokens_ % tree_.page_size() > 0 ? 1 : 0, 0);
-  share_with(*child);
+  try {
+    share_with(*child);
+  } catch (...) {  // as in Cache::acquire
+    (void)child.release();
+    throw;
+  }
   return child;
 }
 

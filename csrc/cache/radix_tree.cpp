@@ -17,22 +17,24 @@ RadixTree::RadixTree(std::int32_t num_pages, std::int32_t page_size, bool hazard
 // --- pages -----------------------------------------------------------------------------------------------------------
 
 bool RadixTree::take(SpaceId space, PageId* out, std::int32_t need, PageId watch) {
-  bool watched = false;
+  Evicted evicted{0, false};
+  const auto evict_more = [&](std::int64_t count, From from) {
+    const Evicted more = evict(count, space, from, watch);
+    evicted = {evicted.pages + more.pages, evicted.watched || more.watched};
+  };
   if (const Space& own = spaces_.top(space); own.used > own.ceiling - need) {  // its own go first
-    watched = evict(own.used + need - own.ceiling, space, From::itself, watch).watched;
+    evict_more(own.used + need - own.ceiling, From::itself);
   }
-  if (const std::int32_t missing = need - num_free(); missing > 0) {
-    watched |= evict(missing, space, From::everybody, watch).watched;
-  }
+  if (const std::int32_t missing = need - num_free(); missing > 0) evict_more(missing, From::everybody);
   std::int32_t taken = 0;
-  if (watched) {
-    pages_.take_this(watch, need);
+  if (evicted.watched) {
+    pages_.take_this(watch, evicted.pages);
     out[taken++] = watch;
   }
   for (; taken < need; ++taken) out[taken] = pages_.take();
   spaces_.took(space, need);
   if (hazard_) hazard_->hazard.took(need);
-  return watched;
+  return evicted.watched;
 }
 
 void RadixTree::give_back(SpaceId space, const PageId* pages, std::int32_t count) {

@@ -239,6 +239,18 @@ def test_at_its_ceiling_a_namespace_evicts_its_own_first():
     assert cache.stats().free == 5
 
 
+def test_a_ceiling_that_came_down_evicts_the_page_that_a_request_copies_from():
+    cache = radixkv.PrefixCache(8, 4)
+    for first in (1, 2, 3):
+        serve(cache, [first] * 4, "a")
+    cache.set_quota("a", ceiling=1)
+    lease = cache.acquire([1, 1, 5], "a")  # all three go, the one with [1, 1] first
+    cache.check()
+    assert (lease.num_cached, list(lease.copies), cache.stats().free) == (2, [], 7)
+    lease.release()
+    cache.check()
+
+
 def test_above_its_ceiling_a_request_is_refused_with_numbers():
     cache = radixkv.PrefixCache(10, 4)
     cache.set_quota("small", ceiling=3)
