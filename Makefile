@@ -104,9 +104,10 @@ docs: .venv-docs/.made  ## the pages and an API reference as HTML, every link fo
 stubs: build  ## copy the native module's docstrings into radixkv/_core.pyi
 	PYTHONPATH=. $(PY) .ci/stub_docs.py
 
-test-deep: build  ## the state machines with many more examples (RADIXKV_EXAMPLES=20000), 200 kill -9 (RADIXKV_KILLS=200)
+test-deep: build  ## the state machines with many more examples (RADIXKV_EXAMPLES=20000), 200 kill -9 (RADIXKV_KILLS=200), stored rows (RADIXKV_ROWS=1000000), operations on pages (RADIXKV_OPERATIONS=10000)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/cache/test_state_machine.py
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} RADIXKV_KILLS=$${RADIXKV_KILLS:-200} $(PY) -m pytest tests/tiers/test_tiered_state_machine.py tests/tiers/test_kill.py
+	RADIXKV_ROWS=$${RADIXKV_ROWS:-1000000} RADIXKV_OPERATIONS=$${RADIXKV_OPERATIONS:-10000} $(PY) -m pytest -s tests/attention/test_quantized_rows.py tests/engine/test_page_bytes.py
 
 zoo: build  ## every family of transformers, tiny and random, against stock generate (five minutes; docs/models.md)
 	$(PY) -m tests.zoo
