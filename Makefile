@@ -116,7 +116,7 @@ mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must 
 	$(PY) -m tests.mutants
 
 # Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
-CORE_TESTS := tests/cache/test_state_machine.py tests/cache/test_cache.py tests/cache/test_refusals.py tests/engine/test_step.py tests/cache/test_hostile.py tests/cache/test_threads.py tests/engine/test_engine.py tests/engine/test_drop.py tests/cache/test_journal.py tests/attention
+CORE_TESTS := tests/cache/test_state_machine.py tests/cache/test_cache.py tests/cache/test_refusals.py tests/engine/test_step.py tests/cache/test_hostile.py tests/cache/test_threads.py tests/engine/test_engine.py tests/engine/test_page_bytes.py tests/engine/test_drop.py tests/cache/test_journal.py tests/attention
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan
