@@ -104,9 +104,10 @@ docs: .venv-docs/.made  ## the pages and an API reference as HTML, every link fo
 stubs: build  ## copy the native module's docstrings into radixkv/_core.pyi
 	PYTHONPATH=. $(PY) .ci/stub_docs.py
 
-test-deep: build  ## the state machines with many more examples (RADIXKV_EXAMPLES=20000), 200 kill -9 (RADIXKV_KILLS=200)
+test-deep: build  ## the state machines with many more examples (RADIXKV_EXAMPLES=20000), 200 kill -9 (RADIXKV_KILLS=200), stored rows (RADIXKV_ROWS=1000000), operations on pages (RADIXKV_OPERATIONS=10000)
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} $(PY) -m pytest tests/cache/test_state_machine.py
 	RADIXKV_EXAMPLES=$${RADIXKV_EXAMPLES:-20000} RADIXKV_KILLS=$${RADIXKV_KILLS:-200} $(PY) -m pytest tests/tiers/test_tiered_state_machine.py tests/tiers/test_kill.py
+	RADIXKV_ROWS=$${RADIXKV_ROWS:-1000000} RADIXKV_OPERATIONS=$${RADIXKV_OPERATIONS:-10000} $(PY) -m pytest -s tests/attention/test_quantized_rows.py tests/engine/test_page_bytes.py
 
 zoo: build  ## every family of transformers, tiny and random, against stock generate (five minutes; docs/models.md)
 	$(PY) -m tests.zoo
@@ -115,7 +116,7 @@ mutants: build  ## seed one-line bugs into csrc/, one at a time: the suite must 
 	$(PY) -m tests.mutants
 
 # Sanitizer builds live in a copy of the package, so that the ordinary build stays as it is.
-CORE_TESTS := tests/cache/test_state_machine.py tests/cache/test_cache.py tests/cache/test_refusals.py tests/engine/test_step.py tests/cache/test_hostile.py tests/cache/test_threads.py tests/engine/test_engine.py tests/engine/test_drop.py tests/cache/test_journal.py tests/attention
+CORE_TESTS := tests/cache/test_state_machine.py tests/cache/test_cache.py tests/cache/test_refusals.py tests/engine/test_step.py tests/cache/test_hostile.py tests/cache/test_threads.py tests/engine/test_engine.py tests/engine/test_page_bytes.py tests/engine/test_drop.py tests/cache/test_journal.py tests/attention
 
 build/asan/.built: .venv/.deps $(SOURCES)
 	@mkdir -p build/asan

@@ -58,7 +58,7 @@ void parts(int kv_heads, int group, int head_dim, double clock) {
   const std::int32_t* const lists[] = {indices.data()};
   const auto cache = [&] {
     auto* const data = reinterpret_cast<char*>(aligned<std::uint16_t>(pages * kPage * row));
-    return Cache{data, DType::bf16, head_dim, 1.0f, 2 * kPage * row, 2 * row, 2 * head_dim};
+    return Cache{data, DType::bf16, head_dim, 1.0f, false, 2 * kPage * row, 2 * row, 2 * head_dim};
   };
   const LayerKV layer{heads, kv_heads, cache(), cache()};
   auto *q = aligned<std::uint16_t>(heads * head_dim), *out = aligned<std::uint16_t>(heads * head_dim);

@@ -211,6 +211,18 @@ class Pool:
         self.backend.run(0, q, out, options, sinks)
         return list(out.split([r.rows for r in requests]))
 
+    def store(self, rows: torch.Tensor) -> list[tuple[RowFormat, torch.Tensor, torch.Tensor | None]]:
+        """Append rows [n, kv, dim] as K and as V; for each, its format, bytes [n, kv, ...] and scales [n, kv]."""
+        table = self.load([Request(Tokens(rows, rows, rows), len(rows), len(rows))], np.random.default_rng(0))
+        self.backend.plan(table)
+        self.backend.append(0, rows, rows)
+        page, slot = table.slots // self.page_size, table.slots % self.page_size
+        k, v = self.layer.format.k, self.layer.format.v
+        return [
+            (stored, cache.view(torch.uint8)[page, slot], None if scales is None else scales[page, slot])
+            for stored, cache, scales in ((k, self.k, self.layer.k_scales), (v, self.v, self.layer.v_scales))
+        ]
+
 
 def layer_of(
     heads: Heads,

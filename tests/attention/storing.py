@@ -64,8 +64,8 @@ def _int8(y: torch.Tensor, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def _int4(y: torch.Tensor, most: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     y, dim = y / most[..., None], y.shape[-1]
-    deviation = (tree_sum(y * y) / dim).sqrt()
-    index = ((y / deviation[..., None] * DEVIATION)[..., None] > MIDPOINTS).sum(-1)
+    deviation = (tree_sum(y * y) / dim).double().sqrt().float()  # torch's sqrt in fp32 is not always the nearest
+    index = torch.bucketize(y / deviation[..., None] * DEVIATION, MIDPOINTS)
     level = CODEBOOK[index]
     scales = most * (tree_sum(y * level) / (level * level).sum(-1))
     return (index[..., : dim // 2] | index[..., dim // 2 :] << 4).to(torch.uint8), scales.to(torch.bfloat16)

@@ -114,42 +114,6 @@ def test_a_hit_never_changes_the_answer(dtype, storage):
     assert hits > 500
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=lambda s: str(s.get("kv_format", ""))[:12])
-def test_the_bytes_of_a_page_follow_from_its_prefix(storage):
-    """Whoever wrote it, however often it was evicted, copied from or forked: a published page never changes."""
-    engine = make_engine(num_pages=40, page_size=4, **storage)
-    rng = np.random.default_rng(3)
-    base, known, compared = random_tokens(rng, 60), {}, 0
-
-    def pages_of(lease, num_tokens):
-        pages = lease.pages[: num_tokens // 4]
-        data = np.empty((len(pages), engine.pool.page_bytes), np.uint8)
-        engine.pool.read_pages(pages, data)
-        tokens = lease.tokens.tolist()
-        return {tuple(tokens[: 4 * (i + 1)]): row.tobytes() for i, row in enumerate(data)}
-
-    for _ in range(400):
-        lease = engine.acquire(base[: rng.integers(0, 60)] + random_tokens(rng, int(rng.integers(1, 12))))
-        found = pages_of(lease, lease.num_cached)
-        assert found == {prefix: known[prefix] for prefix in found}
-        compared += len(found)
-        leases = [lease]
-        with engine.step(leases) as step:
-            forward(step)
-        if rng.random() < 0.3:
-            leases.append(lease.fork())
-            for one in leases:
-                one.extend(random_tokens(rng, 5))
-            with engine.step(leases) as step:
-                forward(step)
-        for one in leases:
-            written = pages_of(one, one.num_written)
-            assert all(known.setdefault(prefix, data) == data for prefix, data in written.items())
-            one.release()
-    assert compared > 1000
-    assert engine.cache.stats().evicted_pages > 500
-
-
 def test_8_bits_halve_the_pool_and_stay_near_the_oracle():
     engine, plain = (make_engine(dtype=torch.bfloat16, **options) for options in (FP8_STORAGE, {}))
     assert engine.pool.nbytes * 2 == plain.pool.nbytes == 64 * plain.pool.page_bytes

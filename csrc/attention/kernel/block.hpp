@@ -6,71 +6,15 @@
 // a time; softmax; acc += P V. Products are of fp32, of pairs of bf16, or of codes of 8 bits with integers of 16; rows
 // that are stored otherwise are widened in scratch memory first. Few query vectors read rows as they lie; for many, keys
 // become columns and values one array.
-//
-// Products of integers: a query vector is rounded to 16 bits with a scale of its own, and so are the weights of a tile,
-// p times each value's scale, in units of the largest of them / 32767. Sums are exact; what depends on the tile is the
-// unit, and tiles lie at absolute positions.
 #pragma once
 
 #include "attention/attention.hpp"
-#include "attention/kernel/state.hpp"
+#include "attention/kernel/scratch.hpp"
 
 namespace radixkv::attention::RADIXKV_ISA {
 
-constexpr int kTileVectors = kTileKeys / kLanes;
 // Up to so many query vectors read keys that were widened as rows: making columns of them costs more.
 constexpr int kRowsOfWidened = 4 * kBlockRows;
-
-// Scratch memory of one thread, in floats and all 64-byte aligned.
-struct Scratch {
-  float* q;          // [heads, k_dim / kStep / 4, R / heads, 4]
-  float* scores;     // [R, kTileKeys]; then the probabilities, kTileKeys / kStep of them
-  float* keys;       // of kLanes keys: see KeyColumns
-  float* values;     // [kTileKeys / kStep, padded_dim]
-  float* single;     // [padded_dim]: of one step
-  float* rows;       // [kLanes, max(k_dim, v_dim)]: rows of K, or of V, as products take them
-  float* zeros;      // [kMaxHeadDim]
-  float* q_offsets;  // [R]: of every score of a vector, where keys have a centre that shows
-  // Of products of integers:
-  float* codes;      // [kTileKeys, padded_dim / 4]: values unpacked to bytes
-  float* q_scales;   // [R]
-  float* units;      // [R]: of the tile's weights
-  float* scales[2];  // [kTileKeys]: of the tile's keys and of its values
-  RowState chunk;
-};
-
-constexpr std::int64_t aligned_floats(std::int64_t n) { return (n + 15) / 16 * 16; }
-
-static std::size_t scratch_bytes(std::int64_t rows, std::int64_t k_dim, std::int64_t v_dim) {
-  const std::int64_t floats = aligned_floats(rows * k_dim) + rows * kTileKeys + k_dim * kLanes +
-                              (kTileKeys + 1) * padded_dim(v_dim) + aligned_floats(kLanes * max_int64(k_dim, v_dim)) +
-                              kMaxHeadDim + kTileKeys * padded_dim(v_dim) / 4 + 3 * aligned_floats(rows) +
-                              2 * kTileKeys + state_floats(rows, v_dim);
-  return static_cast<std::size_t>(floats) * sizeof(float);
-}
-
-RADIXKV_INLINE Scratch scratch_at(void* memory, std::int64_t heads, std::int64_t vectors, std::int64_t k_dim,
-                                  std::int64_t v_dim) {
-  Scratch s;
-  const std::int64_t rows = heads * vectors;
-  float* at = static_cast<float*>(memory);
-  s.q = at, at += aligned_floats(rows * k_dim);
-  s.scores = at, at += rows * kTileKeys;
-  s.keys = at, at += k_dim * kLanes;
-  s.values = at, at += kTileKeys * padded_dim(v_dim);
-  s.single = at, at += padded_dim(v_dim);
-  s.rows = at, at += aligned_floats(kLanes * max_int64(k_dim, v_dim));
-  s.zeros = at, at += kMaxHeadDim;
-  s.codes = at, at += kTileKeys * padded_dim(v_dim) / 4;
-  s.q_scales = at, at += aligned_floats(rows);
-  s.q_offsets = at, at += aligned_floats(rows);
-  s.units = at, at += aligned_floats(rows);
-  s.scales[0] = at, at += kTileKeys;
-  s.scales[1] = at, at += kTileKeys;
-  const std::int64_t padded = padded_dim(v_dim);
-  s.chunk = RowState{at + rows * padded, at + rows * padded + rows, at, vectors};
-  return s;
-}
 
 // One block over its tiles.
 template <class Format>
@@ -93,7 +37,6 @@ struct BlockKernel {
   ValueRows<Format> values{};       // if so
   const char* widened[kLanes];      // the rows of s.rows
   const char* unpacked[kTileKeys];  // those of s.codes
-  bool poisoned = false;            // a value of the tile has no finite scale
 
   BlockKernel(const Batch& batch, const Block& block, void* scratch) : batch(batch), block(block), tiles(batch, block) {
     k_dim = batch.layer.k.dim;
@@ -142,7 +85,7 @@ struct BlockKernel {
           widen(batch.dtype, from, vector, k_dim);
           if (offsets_show()) s.q_offsets[h * vectors_of_q + i] = offset_of(vector, block.head_begin + h);
           if (batch.layer.k.rotated) rotate(vector, k_dim);
-          if constexpr (kIntegers) s.q_scales[h * vectors_of_q + i] = round_query(vector);
+          if constexpr (kIntegers) s.q_scales[h * vectors_of_q + i] = round_query(vector, k_dim);
         }
         float* to = s.q + (static_cast<std::int64_t>(h) * fours * vectors_of_q + i) * 4;
         for (int d = 0; d < fours; ++d, to += 4 * vectors_of_q) __builtin_memcpy(to, vector + 4 * d, 16);
@@ -159,31 +102,6 @@ struct BlockKernel {
     return sum / batch.layer.k.product_scale();
   }
 
-  // A query vector to 16 bits, in place; returns its scale.
-  float round_query(float* vector) const {
-    const float most = largest(vector, k_dim);
-    const bool usable = most > 1e-30f && most < __builtin_inff();
-    const float scale = usable ? most / 32767.0f : most <= 1e-30f ? 0.0f : __builtin_nanf("");
-    for (int d = 0; d < k_dim; d += kLanes) {
-      const F x = load_f32(vector + d, min_int(k_dim - d, kLanes));
-      store_i16(vector + d / 2, usable ? div(x, set1(scale)) : zero());
-    }
-    return scale;
-  }
-
-  // The scales of the tile's keys and values in the head at hand.
-  void gather_scales() {
-    const Addresses& here = tiles.here();
-    const std::int64_t offset = head * kScaleBytes;
-    const StoredRows keys{here.keys, 0, here.key_scales, offset}, values{here.values, 0, here.value_scales, offset};
-    poisoned = false;
-    for (int i = 0; i < here.count; ++i) {
-      s.scales[0][i] = keys.scale(i);
-      s.scales[1][i] = values.scale(i);
-      poisoned |= s.scales[1][i] != s.scales[1][i];
-    }
-  }
-
   // Bytes from the block's first head to the one at hand.
   std::int64_t key_offset() const { return head * batch.layer.k.head_stride; }
   std::int64_t value_offset() const { return head * batch.layer.v.head_stride; }
@@ -193,11 +111,13 @@ struct BlockKernel {
 
   // kLanes keys from `first` on, as products take them: where they lie, or widened.
   KeyRows<Format> key_rows(int first) {
-    const Addresses& here = tiles.here();
-    if (is_product(batch.layer.k)) return {here.keys + first, key_offset()};
-    const StoredRows stored{here.keys + first, key_offset(), here.key_scales + first, head * kScaleBytes};
-    widen_rows<Format>(batch.layer.k, stored, kLanes, s.rows, row_stride());
+    if (is_product(batch.layer.k)) return {tiles.here().keys + first, key_offset()};
+    widen_rows<Format>(batch.layer.k, stored_keys(first), kLanes, s.rows, row_stride());
     return {widened, 0};
+  }
+  StoredRows stored_keys(int first) const {
+    const Addresses& here = tiles.here();
+    return {here.keys + first, key_offset(), here.key_scales + first, head * kScaleBytes};
   }
 
   // The same as columns, for score_block. What a load widens need not become a row first.
@@ -365,44 +285,11 @@ struct BlockKernel {
     return total;
   }
 
-  // Weights p times the values' scales to 16 bits, in units of each row's largest: of kRows query vectors and keys
-  // [lo, hi) of the tile, in place. A weight below 1e-30 is none.
-  template <int kRows>
-  void round_weights(int i, const int* lo, const int* hi) {
-    F w[kRows][kTileVectors], each[4];
-    float most[kLanes];
-    for (int r = 0; r < kRows; ++r) {
-      const float* const p = s.scores + (i + r) * kTileKeys;
-      for (int v = 0; v < kTileVectors; ++v) {
-        w[r][v] = mul(load(p + v * kLanes), load(s.scales[1] + v * kLanes));
-        if (lo[r] > 0 || hi[r] < kTileKeys) w[r][v] = select(w[r][v], lo[r] - v * kLanes, hi[r] - v * kLanes, zero());
-      }
-      each[r] = w[r][0];
-      for (int v = 1; v < kTileVectors; ++v) each[r] = max(each[r], w[r][v]);
-    }
-    for (int r = kRows; r < 4; ++r) each[r] = each[0];
-    store(most, reduce<Max>(each));
-    for (int r = 0; r < kRows; ++r) {
-      const float top = most[r] > 1e-30f ? most[r] : 1e-30f;
-      s.units[i + r] = poisoned && is_poisoned(lo[r], hi[r]) ? __builtin_nanf("") : top / 32767.0f;
-      const F scale = set1(32767.0f / top);
-      float* const codes = s.scores + (i + r) * kTileKeys;
-      for (int v = 0; v < kTileVectors; ++v) store_i16(codes + v * kLanes / 2, mul(w[r][v], scale));
-      tiles.tick();
-    }
-  }
-  bool is_poisoned(int lo, int hi) const {
-    for (int key = lo; key < hi; ++key) {
-      if (s.scales[1][key] != s.scales[1][key]) return true;
-    }
-    return false;
-  }
-
   // The score of kLanes keys from vector v on, of query vector i of the head.
   RADIXKV_INLINE F raw_score(const BlockKernel& kernel, int i, int v) {
     const F score = load(kernel.s.scores + i * kTileKeys + v * kLanes);
     if constexpr (kIntegers) {
-      const F scale = mul(load(kernel.s.scales[0] + v * kLanes), set1(kernel.s.q_scales[kernel.base() + i]));
+      const F scale = mul(load(kernel.s.scales.keys + v * kLanes), set1(kernel.s.q_scales[kernel.base() + i]));
       return mul(to_float(score), scale);
     }
     return score;
@@ -506,7 +393,10 @@ struct BlockKernel {
       for (int j = 0; j < n; j += 4) {
         with_constant<4>(min_int(n - j, 4), [&](auto rows_) __attribute__((always_inline)) {
           softmax<rows_.value>(i + j, lo + j, hi + j);
-          if constexpr (kIntegers) round_weights<rows_.value>(i + j, lo + j, hi + j);
+          if constexpr (kIntegers) {
+            round_weights<rows_.value>(s.scores + (i + j) * kTileKeys, s.scales, lo + j, hi + j, s.units + i + j,
+                                       ticking());
+          }
         });
       }
       if constexpr (kIntegers) {
@@ -558,7 +448,7 @@ struct BlockKernel {
           each_range([&](int from, int to) { score(columns, from, to, first); });
         }
       }
-      if constexpr (kIntegers) gather_scales();
+      if constexpr (kIntegers) s.scales.gather(stored_keys(0), stored_values(0), count);
       if (values_in_place) {
         values = value_rows();
       } else {
