@@ -38,8 +38,9 @@ class EngineCache(Cache):  # type: ignore[misc]
     cache learns the generated tokens from a hook on the model's forward, which leaving the block removes.
 
     One sequence: batches, beams, padding and cropping (assisted generation) are refused. Making one costs a forward
-    pass of one token, which shows what the model stores in a cache. Raises InvalidArgument where that is not K and V
-    of every layer in the engine's shape, and for a model that is switched to the engine's own attention; InvalidTokens
+    pass of one token, which shows what the model stores in a cache. Raises InvalidArgument where that is not K and V of
+    every layer in the engine's shape (models with latent attention cache latents, an engine that was made after
+    `radixkv.hf.latent` stores them), and for a model that is switched to the engine's own attention; InvalidTokens
     for a prompt with placeholders of images; and later PoolExhausted where the sequence outgrows the pool.
     """
 
