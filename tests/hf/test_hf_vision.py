@@ -219,6 +219,7 @@ def served(model, engine, cases, **options):
     return [request.tokens for request in requests], [request.stats.cached_tokens for request in requests]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in the processors of GLM
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
 def test_eight_requests_over_two_pictures(name, monkeypatch):
     """Cold and warm, in steps that end inside a picture; a third picture; and two in one prompt."""
