@@ -8,7 +8,7 @@ import torch
 
 from radixkv import InvalidArgument
 from radixkv.formats import FORMATS
-from radixkv.hf import EngineCache, Generator, engine_for, forward, latent, optimize
+from radixkv.hf import EngineCache, Generator, absorbed, engine_for, forward, latent, optimize
 from radixkv.hf.absorbed import head_values, latent_queries
 from radixkv.shape import LayerShape
 from tests.hf.helpers import assert_drains, build, random_prompts, stock_tokens, tiny, transformers
@@ -172,6 +172,30 @@ def test_absorbed_products_are_the_expanded_ones():
     weights = torch.rand(5, 4, 7).double()
     means = torch.einsum("qhk,kd->qhd", weights, c[0, 0])
     torch.testing.assert_close(head_values(module, means), torch.einsum("qhk,hkd->qhd", weights, v[0]))
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 3, 4])
+def test_where_16_bits_multiply_slowly_products_are_widened(heads_at_once, monkeypatch):
+    """Some heads at a time; as exact as bfloat16 is."""
+    module = deepseek().model.layers[0].self_attn.to(torch.bfloat16)
+    q, means = torch.randn(5, 4, 24).bfloat16(), torch.randn(5, 4, 32).bfloat16()
+    expected = [f(module.double(), x.double()) for f, x in ((latent_queries, q), (head_values, means))]
+    module.to(torch.bfloat16)
+    plain, seen = torch.bmm, []
+
+    def bmm(one, other):
+        seen.append((one.dtype, other.dtype, len(other)))
+        return plain(one, other)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    monkeypatch.setattr(absorbed, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(absorbed, "WIDENED_BYTES", heads_at_once * 24 * 32 * 4)
+    for f, x, exact in ((latent_queries, q, expected[0]), (head_values, means, expected[1])):
+        found = f(module, x)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
+    assert all(one == other == torch.float32 for one, other, _ in seen)
+    assert sum(heads for *_, heads in seen) == 8
 
 
 # ---- refusals ----
