@@ -123,10 +123,9 @@ def _divided(
     Whatever a processor makes of pictures (themselves, their tiles, their patches), they lie one after the other, and
     each stands for as many placeholders as the next: so a run has the share of them that it has of all placeholders.
     """
-    if len(inputs.get("input_ids", ["one"])) != 1:
-        raise InvalidArgument(
-            f"content is what the processor made of {len(inputs['input_ids'])} prompts: call the processor for each"
-        )
+    ids = inputs.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) != 1:
+        raise InvalidArgument(f"content is what the processor made of {len(ids)} prompts: call the processor for each")
     takes = inspect.signature(model.get_image_features).parameters
     given = {name: value for name, value in inputs.items() if name in takes}
     _check_tensors(given)
