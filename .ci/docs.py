@@ -19,7 +19,8 @@ OUT = ROOT / "build" / "docs"
 SOURCE, SITE = OUT / "source", OUT / "site"
 
 GUIDES = (
-    "concepts", "embedding", "trees", "scheduling", "serving", "models", "capacity", "formats", "tiers", "monitoring",
+    "concepts", "embedding", "vision", "trees", "scheduling", "serving", "models", "capacity", "formats", "tiers",
+    "monitoring",
 )  # fmt: skip
 MORE = ("seeing", "policies", "design", "testing", "benchmarks", "api")
 REFERENCE = {

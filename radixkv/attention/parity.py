@@ -31,6 +31,8 @@ Make = Callable[..., Attention]
 _GROUPS = (1, 2, 4, 7, 8)
 _PAGE_SIZES = (1, 16, 64)
 _KV_HEADS = 2
+_LATENT_HEADS = (1, 4, 16, 128)
+_LATENT_DIMS = (576, 512)  # of DeepSeek's keys, and of them that are the value
 _SCALES = (0.5, 0.0625)  # of 8-bit K and V
 _EXTRA_TOKENS = 150  # cached tokens of a request, at most
 _NEW_ROWS = {"decode": (1,), "mixed": (1, 1, 2, 9, 40), "extend": (2, 5, 16, 40), "cascade": (1, 1, 1, 3, 16)}
@@ -56,6 +58,8 @@ class Case:
     fp8: bool = False
     """K and V stored in 8 bits."""
     head_dim: int = 64
+    latent: bool = False
+    """One row a token for all heads, the first numbers of which are the value (MLA)."""
 
     @property
     def name(self) -> str:
@@ -97,7 +101,10 @@ def cases(dtypes: Sequence[torch.dtype]) -> list[Case]:
         ("8-bit, window", {"fp8": True, "window_left": 33}),
         ("8-bit, head_dim 128", {"fp8": True, "head_dim": 128}),
     ]
-    return [Case(kind, words, dtype, **chosen) for dtype in dtypes for words, chosen in options for kind in _NEW_ROWS]
+    found = [Case(kind, words, dtype, **chosen) for dtype in dtypes for words, chosen in options for kind in _NEW_ROWS]
+    ragged = [kind for kind in _NEW_ROWS if kind != "cascade"]  # which FlashInfer has not for latent rows
+    scale = 192**-0.5  # of the heads that these rows are of
+    return found + [Case(kind, "latent", dtype, scale, latent=True) for dtype in dtypes for kind in ragged]
 
 
 def run_case(case: Case, batches: int, make: Make, device: torch.device, seed: int) -> Result:
@@ -116,23 +123,25 @@ def run_case(case: Case, batches: int, make: Make, device: torch.device, seed: i
 
 def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Generator) -> float:
     """The largest error of one random batch."""
-    page_size, group = int(rng.choice(_PAGE_SIZES)), int(rng.choice(_GROUPS))
+    page_size, shape = int(rng.choice(_PAGE_SIZES)), _shape(case, rng)
     prefixes = _family_prefixes(page_size) if case.kind == "cascade" else [[]] * int(rng.integers(1, 9))
     table, slots, num_pages = _random_table(prefixes, _NEW_ROWS[case.kind], page_size, rng)
     [stored] = layer_formats(fp8(*_SCALES) if case.fp8 else None, str(case.dtype).removeprefix("torch."), 1)
-    pool = KVPool([LayerShape(group * _KV_HEADS, _KV_HEADS, case.head_dim)], [stored], num_pages, page_size, device)
+    pool = KVPool([shape], [stored], num_pages, page_size, device)
     options = {"cascade": _SHARE_ALL} if case.kind == "cascade" else {}
     backend = make(pool.layers, dtype=case.dtype, **options)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
 
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, case.head_dim, generator=generator).to(case.dtype)
+    def randn(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, shape.k_dim, generator=generator).to(case.dtype)
 
-    q, kv = randn(len(table.slots), group * _KV_HEADS), randn(2, num_pages, page_size, _KV_HEADS)
+    q = randn(len(table.slots), shape.num_qo_heads)
+    keys, values = randn(2, num_pages * page_size, shape.num_kv_heads)
+    if case.latent:
+        values = keys[..., : shape.v_dim]
     if case.fp8:  # values that 8 bits hold exactly
-        kv = torch.stack([quantize(x, s).to(case.dtype) * s for x, s in zip(kv, _SCALES, strict=True)])
-    out = _attend(case, backend, pool.layers[0], table, slots, q, kv)
-    keys, values = kv.flatten(1, 2)
+        keys, values = (quantize(x, s).to(case.dtype) * s for x, s in zip((keys, values), _SCALES, strict=True))
+    out = _attend(case, backend, pool.layers[0], table, slots, q, (keys, values))
     worst = 0.0
     for b, mine in enumerate(slots):
         rows = slice(int(table.qo_indptr[b]), int(table.qo_indptr[b + 1]))
@@ -142,6 +151,12 @@ def _batch_error(case: Case, make: Make, device: torch.device, rng: np.random.Ge
     return worst
 
 
+def _shape(case: Case, rng: np.random.Generator) -> LayerShape:
+    if case.latent:
+        return LayerShape(int(rng.choice(_LATENT_HEADS)), 1, *_LATENT_DIMS, latent=True)
+    return LayerShape(int(rng.choice(_GROUPS)) * _KV_HEADS, _KV_HEADS, case.head_dim)
+
+
 def _attend(
     case: Case,
     backend: Attention,
@@ -149,21 +164,20 @@ def _attend(
     table: PageTable,
     slots: list[np.ndarray],
     q: torch.Tensor,
-    kv: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """The backend's rows, float64 on the CPU, over caches kv [2, page, slot, head, dim] of which the new rows' slots
-    and those that no request has hold NaN."""
+    """The backend's rows, float64 on the CPU, over caches kv, [slot, head, dim] each, of which the new rows' slots and
+    those that no request has hold NaN."""
     new, used = torch.from_numpy(table.slots.astype(np.int64)), torch.from_numpy(np.concatenate(slots))
-    caches = torch.full_like(kv, torch.nan)
-    caches.flatten(1, 2)[:, used] = kv.flatten(1, 2)[:, used]
-    caches.flatten(1, 2)[:, new] = torch.nan
-    if case.fp8:
-        caches = torch.stack([quantize(x, s) for x, s in zip(caches, _SCALES, strict=True)])
     device = layer.k.device
-    for place, values in zip((layer.k, layer.v), caches, strict=True):
-        place.copy_(values)
-    k, v = kv.flatten(1, 2)[:, new].to(device)
-    out = torch.full(tuple(q.shape), torch.nan, dtype=case.dtype, device=device)
+    for place, rows, scale in zip((layer.k, layer.v), kv, _SCALES, strict=True):
+        cache = torch.full_like(rows, torch.nan)
+        cache[used] = rows[used]
+        cache[new] = torch.nan
+        place.copy_((quantize(cache, scale) if case.fp8 else cache).view(place.shape))
+    k, v = (rows[new].to(device) for rows in kv)
+    v = k[..., : v.shape[2]] if case.latent else v
+    out = torch.full((*q.shape[:2], v.shape[2]), torch.nan, dtype=case.dtype, device=device)
     backend.plan(table)
     if case.kind == "cascade":
         assert backend.cascade.shared, "a cascade was to be tested, but no segment is used"
@@ -225,10 +239,10 @@ def _random_table(
 
 def _dense(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Rows q at the end of the sequence k, v, from a matrix of scores in float64."""
-    group, rows, length = q.shape[1] // k.shape[1], len(q), len(k)
-    keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    scale = q.shape[2] ** -0.5 if case.sm_scale is None else case.sm_scale
-    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
+    (rows, num_qo_heads, dim), length = q.shape, len(k)
+    scale = dim**-0.5 if case.sm_scale is None else case.sm_scale
+    groups = q.double().view(rows, k.shape[1], -1, dim)
+    scores = torch.einsum("qhgd,khd->hgqk", groups, k.double()).flatten(0, 1) * scale
     if case.logits_soft_cap > 0:
         scores = case.logits_soft_cap * torch.tanh(scores / case.logits_soft_cap)
     position = torch.arange(length - rows, length)[:, None]
@@ -240,6 +254,9 @@ def _dense(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tor
         hidden |= key < position // case.attention_chunk * case.attention_chunk
     scores.masked_fill_(hidden, -torch.inf)
     if case.sinks:
-        beside = _sinks(q.shape[1]).double()[:, None, None].expand(-1, rows, 1)
-        return torch.einsum("hqk,khd->qhd", torch.cat([scores, beside], -1).softmax(-1)[..., :-1], values)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        beside = _sinks(num_qo_heads).double()[:, None, None].expand(-1, rows, 1)
+        weights = torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = weights.view(k.shape[1], -1, rows, length)
+    return torch.einsum("hgqk,khd->qhgd", weights, v.double()).flatten(1, 2)

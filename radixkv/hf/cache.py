@@ -38,8 +38,9 @@ class EngineCache(Cache):  # type: ignore[misc]
     cache learns the generated tokens from a hook on the model's forward, which leaving the block removes.
 
     One sequence: batches, beams, padding and cropping (assisted generation) are refused. Making one costs a forward
-    pass of one token, which shows what the model stores in a cache. Raises InvalidArgument where that is not K and V
-    of every layer in the engine's shape, and for a model that is switched to the engine's own attention; InvalidTokens
+    pass of one token, which shows what the model stores in a cache. Raises InvalidArgument where that is not K and V of
+    every layer in the engine's shape (models with latent attention cache latents, an engine that was made after
+    `radixkv.hf.latent` stores them), and for a model that is switched to the engine's own attention; InvalidTokens
     for a prompt with placeholders of images; and later PoolExhausted where the sequence outgrows the pool.
     """
 
@@ -131,16 +132,22 @@ class EngineCache(Cache):  # type: ignore[misc]
 
     def _update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new K and V, `[1, num_kv_heads, rows, head_dim]`, and return those of the whole sequence."""
+        kv = self.engine.pool.layers[layer]
+        if kv.shape.latent:  # transformers caches a latent and a rotated part: one row here
+            rows = self._stored(kv.k, torch.cat([keys, values], -1))
+            found_keys, found_values = rows[..., : kv.shape.v_dim], rows[..., kv.shape.v_dim :]
+        else:
+            found_keys, found_values = self._stored(kv.k, keys), self._stored(kv.v, values)
+        if layer == len(self.layers) - 1:
+            self.lease.advance(len(self._rows))
+        return found_keys, found_values
+
+    def _stored(self, pool: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Write new rows, `[1, heads, rows, dim]`, and return those of the whole sequence."""
         pages, offsets = self._slots // self.engine.page_size, self._slots % self.engine.page_size
         new = len(self._rows)
-        gathered = []
-        kv = self.engine.pool.layers[layer]
-        for pool, rows in ((kv.k, keys), (kv.v, values)):
-            pool[pages[-new:], offsets[-new:]] = rows[0].transpose(0, 1)
-            gathered.append(pool[pages, offsets].transpose(0, 1).unsqueeze(0))
-        if layer == len(self.layers) - 1:
-            self.lease.advance(new)
-        return gathered[0], gathered[1]
+        pool[pages[-new:], offsets[-new:]] = rows[0].transpose(0, 1)
+        return pool[pages, offsets].transpose(0, 1).unsqueeze(0)
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -234,10 +241,12 @@ def _check_stored(engine: Engine, model: PreTrainedModel) -> None:
                 f"{len(engine.layers)}, not once: layers that share K and V, or keep state of another kind, need "
                 "transformers' own cache"
             )
-        if layer.stored[0] != (shape.num_kv_heads, shape.k_dim, shape.v_dim, engine.dtype):
+        dims = (shape.v_dim, shape.k_dim - shape.v_dim) if shape.latent else (shape.k_dim, shape.v_dim)
+        if layer.stored[0] != (shape.num_kv_heads, *dims, engine.dtype):
             heads, key_dim, value_dim, dtype = layer.stored[0]
+            latents = any(hasattr(module, "expand_kv") for module in model.modules())
             raise InvalidArgument(
                 f"layer {index} of {name} stores {heads} heads with keys of {key_dim} and values of {value_dim} "
-                f"dimensions in {dtype}; the engine holds {shape.num_kv_heads} heads of {shape.k_dim} and "
-                f"{shape.v_dim} in {engine.dtype}"
+                f"dimensions in {dtype}; the engine holds {shape.num_kv_heads} heads of {dims[0]} and {dims[1]} in "
+                f"{engine.dtype}{'; these are latents: call radixkv.hf.latent(model) before engine_for' * latents}"
             )

@@ -187,5 +187,6 @@ def refuse_placeholders(tokens: np.ndarray, placeholders: frozenset[int]) -> Non
     if where.size:
         raise InvalidTokens(
             f"token {int(tokens[where[0]])} at position {int(where[0])} stands for an image, a video or sound, "
-            f"{where.size} of {len(tokens)} tokens do: only text can run on the engine, remove them from the prompt"
+            f"{where.size} of {len(tokens)} tokens do: give pictures to Generator.submit(content=...), or remove them "
+            "from the prompt"
         )

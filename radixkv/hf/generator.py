@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
@@ -23,7 +23,7 @@ from radixkv.hf.arguments import check_callback, check_engine, check_model, leng
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
 from radixkv.hf.draft import Draft, Drafter, check_draft
-from radixkv.hf.pictures import Features, Placed, adding, inputs_of, place_pictures
+from radixkv.hf.pictures import Content, Features, Placed, adding, inputs_of, place_pictures
 from radixkv.hf.processors import Processor, check_processors
 from radixkv.hf.request import Event, OnDone, OnLogits, OnToken, Request, Row, Tokens
 from radixkv.hf.sampling import Draw, Sampler, Sampling, log_probability, sample
@@ -155,7 +155,7 @@ class Generator:
         processors: Iterable[Processor] = (),
         logprobs: int | None = None,
         n: int = 1,
-        content: Sequence[Mapping[str, torch.Tensor]] = (),
+        content: Content = (),
         namespace: str = "",
         priority: int = 0,
         deadline: float | None = None,
@@ -175,9 +175,10 @@ class Generator:
         `n` > 1 computes the prompt once and forks it: the result is the first of n requests, all in `.siblings`. The
         i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of them in turn.
 
-        `content` has what the runs of placeholders in the prompt stand for, in order: for each run what the model's
-        processor made of that picture, or of that tile of one, as `{"pixel_values": tensor}`. The vision tower runs
-        once for each, and not at all where its tokens are cached. `radixkv.hf.pictures.FAMILIES` take it.
+        `content` is what the model's processor made of the prompt and its pictures: `inputs = processor(images=...,
+        text=..., return_tensors="pt")`, then `submit(inputs["input_ids"][0], content=inputs)`. Or a list with a mapping
+        for each run of placeholders, of what the vision part takes for it, as `{"pixel_values": tensor}`. It runs once
+        for each, and not at all where the tokens are cached. `radixkv.hf.pictures.FAMILIES` take it.
 
         `priority` goes by the generator's `policy`. `deadline` seconds after this call the request ends with what it
         has, with status "deadline". `cold` says that its session ends with it: the pages that it alone used are then

@@ -18,10 +18,12 @@ from radixkv.errors import InvalidArgument
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PackedLinear", "multiplies", "warn_of_slow_products"]
+__all__ = ["WIDENED_BYTES", "PackedLinear", "multiplies", "warn_of_slow_products"]
 
-_WIDENED_BYTES = 1 << 22  # of a weight at once, in float32
 _WORTH_A_WARNING = 1 << 24  # parameters of a model that are multiplied with
+
+WIDENED_BYTES = 1 << 22
+"""Of a weight at once, in float32, where torch multiplies its dtype slowly."""
 
 
 class PackedLinear(nn.Module):
@@ -54,7 +56,7 @@ class PackedLinear(nn.Module):
 
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
         wide, out = rows.float(), rows.new_empty(len(rows), self.out_features)
-        block = max(_WIDENED_BYTES // (4 * self.in_features), 1)
+        block = max(WIDENED_BYTES // (4 * self.in_features), 1)
         for begin in range(0, self.out_features, block):
             product = wide @ self._weight[begin : begin + block].float().T
             if self.bias is not None:

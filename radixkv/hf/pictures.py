@@ -7,6 +7,7 @@ the first layers, too (Qwen3-VL), at positions of their own or by time, height a
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from radixkv.hf.request import Request
     from radixkv.step import Step
 
-__all__ = ["FAMILIES", "Features", "Inputs", "Placed", "Span", "adding", "inputs_of", "place_pictures"]
+__all__ = ["FAMILIES", "Content", "Features", "Inputs", "Placed", "Span", "adding", "inputs_of", "place_pictures"]
 
 FAMILIES = frozenset(
     [
@@ -33,6 +34,9 @@ FAMILIES = frozenset(
     ]
 )
 """Model types whose answers with pictures are equal to those of stock `generate`: the tests try each."""
+
+Content = Mapping[str, Any] | Sequence[Mapping[str, torch.Tensor]]
+"""What the model's processor made of a prompt; or for each run of placeholders what the vision part takes for it."""
 
 _NOT_CAUSAL = frozenset({"gemma3", "paligemma"})
 
@@ -51,7 +55,8 @@ class Features:
         The first is in place of their embeddings, the others are added to what the first layers give.
         """
         if not self._layers:
-            found = model.get_image_features(**self._inputs, return_dict=True)
+            inputs = {name: x.to(model.device) for name, x in self._inputs.items()}
+            found = model.get_image_features(**inputs, return_dict=True)
             given = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
             self._layers = [x.flatten(0, -2) if isinstance(x, torch.Tensor) else torch.cat(list(x)) for x in given]
         if len(self._layers[0]) != count:
@@ -82,20 +87,23 @@ class Placed(NamedTuple):
 def place_pictures(
     model: PreTrainedModel,
     prompt: np.ndarray,
-    pictures: Sequence[Mapping[str, torch.Tensor]],
+    content: Content,
     known: MutableMapping[bytes, Features],
 ) -> Placed:
-    """Place `pictures` where the runs of placeholders are.
+    """Place pictures where the runs of placeholders are.
 
     `known` has the features that other requests are about to compute, by digest.
     """
     _check_family(model)
     runs = _runs(prompt == model.config.image_token_id)
+    pictures = _divided(model, content, runs) if isinstance(content, Mapping) else content
     if len(runs) != len(pictures):
         raise InvalidTokens(
             f"the prompt has {len(runs)} runs of token {model.config.image_token_id}, and content has {len(pictures)} "
             "pictures: give one for each run"
         )
+    if not pictures:
+        return Placed(prompt)
     tokens, spans = prompt.copy(), []
     for (start, end), inputs in zip(runs, pictures, strict=True):
         digest = _digest(inputs)
@@ -105,6 +113,58 @@ def place_pictures(
         tokens[start:end] = content_tokens(digest, end - start)
         spans.append(Span(start, end - start, features))
     return Placed(tokens, tuple(spans), _positions(model, prompt, pictures))
+
+
+def _divided(
+    model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[tuple[int, int]]
+) -> list[dict[str, torch.Tensor]]:
+    """What a processor made of one prompt, as a mapping for each run of placeholders.
+
+    Whatever a processor makes of pictures (themselves, their tiles, their patches), they lie one after the other, and
+    each stands for as many placeholders as the next: so a run has the share of them that it has of all placeholders.
+    """
+    ids = inputs.get("input_ids")
+    if isinstance(ids, torch.Tensor) and ids.ndim == 2 and len(ids) != 1:
+        raise InvalidArgument(f"content is what the processor made of {len(ids)} prompts: call the processor for each")
+    takes = inspect.signature(model.get_image_features).parameters
+    given = {name: value for name, value in inputs.items() if name in takes}
+    _check_tensors(given)
+    if "pixel_values" not in given or not runs:
+        return [given] if given else []
+    dim = 1 if given["pixel_values"].ndim == 5 else 0  # Idefics 3 has one for prompts before that of tiles
+    ends = _shares(given["pixel_values"].shape[dim], [end - start for start, end in runs])
+    grids = given.pop("image_grid_thw", None)
+    divided = [
+        {name: x.narrow(dim, start, end - start) for name, x in given.items()}
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    if grids is not None:
+        for parts, sizes in zip(divided, _divided_grids(grids.view(-1, 3), ends), strict=True):
+            parts["image_grid_thw"] = sizes
+    return divided
+
+
+def _divided_grids(grids: torch.Tensor, ends: Sequence[int]) -> list[torch.Tensor]:
+    """The sizes `[pictures, 3]` of those that are within each of the shares of patches which end there."""
+    patches = grids.prod(1).cumsum(0).tolist()
+    if not {*ends} <= {*patches}:
+        raise InvalidTokens(
+            f"the runs of placeholders end after {list(ends)} patches, pictures of image_grid_thw {grids.tolist()} "
+            f"after {patches}: use the input_ids of the model's own processor"
+        )
+    cuts = [patches.index(end) + 1 for end in ends]
+    return [grids[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
+
+
+def _shares(count: int, lengths: Sequence[int]) -> list[int]:
+    """Where the shares of runs of these lengths end, of `count` items."""
+    ends = np.cumsum(lengths) * count
+    if np.any(ends % sum(lengths)):
+        raise InvalidTokens(
+            f"pixel_values has {count} pictures, tiles or patches, which runs of {list(lengths)} placeholders do not "
+            "divide evenly: use the input_ids of the model's own processor, or give a mapping for each run"
+        )
+    return [int(end) for end in ends // sum(lengths)]
 
 
 def _check_family(model: PreTrainedModel) -> None:
@@ -221,13 +281,22 @@ def _runs(marked: np.ndarray) -> list[tuple[int, int]]:
     return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
+def _check_tensors(inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+        raise InvalidArgument(
+            "content is what the model's processor made of the prompt, or a list with a mapping for each run of "
+            f"placeholders, [{{'pixel_values': tensor}}]; got a list with {type(inputs).__name__}"
+        )
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise InvalidArgument(
+                f"{name!r} in content is a {type(value).__name__}: call the processor with return_tensors='pt'"
+            )
+
+
 def _digest(inputs: Any) -> bytes:
     """Of all that the vision tower is given."""
-    if not isinstance(inputs, Mapping) or not all(isinstance(x, torch.Tensor) for x in inputs.values()):
-        raise InvalidArgument(
-            "content is a list with a mapping for each picture, of what the processor made of it: "
-            f"[{{'pixel_values': tensor}}]; got {type(inputs).__name__}"
-        )
+    _check_tensors(inputs)
     digest = hashlib.sha256()
     for name in sorted(inputs):
         value = inputs[name].detach().cpu().contiguous()

@@ -34,16 +34,17 @@ def one_torch_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, key heads and their size; of a latent layer also that of a value, which is a part of its key."""
+    """Query heads, key heads and their size; that of a value, if it differs; if it is a part of its key, `latent`."""
 
     qo: int = 6
     kv: int = 2
     dim: int = 64
     latent: int = 0
+    value: int = 0
 
     @property
     def shape(self) -> LayerShape:
-        return LayerShape(self.qo, self.kv, self.dim, self.latent, latent=self.latent > 0)
+        return LayerShape(self.qo, self.kv, self.dim, self.latent or self.value, latent=self.latent > 0)
 
 
 PLAIN = Options()
@@ -66,11 +67,11 @@ class Request(NamedTuple):
 
 
 def random_sequence(generator: torch.Generator, length: int, heads: Heads, dtype: torch.dtype) -> Tokens:
-    def randn(n: int) -> torch.Tensor:
-        return torch.randn(length, n, heads.dim, generator=generator).to(dtype)
+    def randn(n: int, dim: int = heads.dim) -> torch.Tensor:
+        return torch.randn(length, n, dim, generator=generator).to(dtype)
 
     q, k = randn(heads.qo), randn(heads.kv)
-    return Tokens(q, k, k[..., : heads.latent] if heads.latent else randn(heads.kv))
+    return Tokens(q, k, k[..., : heads.latent] if heads.latent else randn(heads.kv, heads.shape.v_dim))
 
 
 def dense(request: Request, options: Options = PLAIN, sinks: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,7 +125,7 @@ def takes(kv_format: str | LayerFormat | None, heads: Heads) -> bool:
     """Whether the format has rows of this size."""
     if heads.latent:
         return kv_format is None
-    return heads.dim % 16 == 0 or kv_format not in ("k8v4", "int4")
+    return (heads.dim % 16 == 0 and heads.shape.v_dim % 16 == 0) or kv_format not in ("k8v4", "int4")
 
 
 def garble(layer: LayerKV) -> None:

@@ -72,6 +72,15 @@ def test_every_head_dim(isa: str, dtype: torch.dtype) -> None:
 
 @each_isa
 @each_dtype
+@pytest.mark.parametrize(("dim", "value"), [(192, 128), (128, 192), (96, 64), (40, 24), (64, 8)])
+def test_keys_and_values_of_different_dimensions(isa: str, dtype: torch.dtype, dim: int, value: int) -> None:
+    """The first are those of MLA with K and V of every head."""
+    for heads in (Heads(4, 4, dim, value=value), Heads(6, 2, dim, value=value)):
+        check(Pool(heads, dtype, isa=isa), [(90, 30), (150, 1), (65, 4)], seed=dim)
+
+
+@each_isa
+@each_dtype
 @pytest.mark.parametrize("window", [0, 1, 5, 63, 64, 65, 200, 2**31 - 1])
 def test_sliding_window(isa: str, dtype: torch.dtype, window: int) -> None:
     pool = Pool(dtype=dtype, isa=isa, num_pages=128, num_threads=2)

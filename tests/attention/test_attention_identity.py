@@ -110,7 +110,11 @@ def test_random_splits(
 
 
 @each_isa
-@pytest.mark.parametrize("heads", [Heads(3, 1, 64), Heads(8, 8, 8), Heads(7, 1, 40), Heads(16, 2, 128)], ids=str)
+@pytest.mark.parametrize(
+    "heads",
+    [Heads(3, 1, 64), Heads(8, 8, 8), Heads(7, 1, 40), Heads(16, 2, 128), Heads(4, 4, 192, value=128)],
+    ids=str,
+)
 def test_every_cut_of_a_short_sequence(isa: str, heads: Heads) -> None:
     """Cached part 0, 1, 2, ... for sizes that end inside pages, tiles and vectors."""
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from tests.attention.helpers import one_torch_thread as one_torch_thread
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 EAGER = CascadeCosts(min_tokens=1, launch_tokens=-1.0, merge_tokens=0.0, max_rows=0)
-HEADS = [Heads(4, 2, 16), Heads(3, 3, 8), Heads(7, 1, 24)]
+HEADS = [Heads(4, 2, 16), Heads(3, 3, 8), Heads(7, 1, 24), Heads(4, 4, 48, value=32)]
 OPTIONS = [
     Options(),
     Options(window_left=0),
@@ -42,10 +42,11 @@ class Layer:
         generator = torch.Generator().manual_seed(seed)
         rows = sum(forest.rows)
 
-        def randn(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, heads.dim, generator=generator).to(dtype)
+        def randn(*shape: int, dim: int = heads.dim) -> torch.Tensor:
+            return torch.randn(*shape, dim, generator=generator).to(dtype)
 
-        self.q, self.k_new, self.v_new = randn(rows, heads.qo), randn(rows, heads.kv), randn(rows, heads.kv)
+        v_dim = heads.shape.v_dim
+        self.q, self.k_new, self.v_new = randn(rows, heads.qo), randn(rows, heads.kv), randn(rows, heads.kv, dim=v_dim)
         if heads.latent:
             self.v_new = self.k_new[..., : heads.latent]
         before = self.new_layer()
@@ -53,7 +54,7 @@ class Layer:
         cached = torch.ones(forest.num_pages * forest.page_size, dtype=torch.bool)
         cached[torch.from_numpy(self.table.slots).long()] = False
         pages, slots = cached.view(-1, forest.page_size).nonzero(as_tuple=True)
-        k, v = randn(len(pages), heads.kv), randn(len(pages), heads.kv)
+        k, v = randn(len(pages), heads.kv), randn(len(pages), heads.kv, dim=v_dim)
         put(before, pages, slots, k, k[..., : heads.latent] if heads.latent else v)
         self.before = before
 

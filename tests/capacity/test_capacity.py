@@ -146,6 +146,7 @@ def test_windows():
 
 def test_groups_of_layers_of_different_sizes():
     small, large = read_model("gemma-4-e4b"), read_model("gemma-4-31b")
+    assert (bytes_per_token(small, BF16), bytes_per_token(large, BF16)) == (57_344, 901_120)
     assert small.num_sharing_layers == 18
     assert [(g.num_kv_heads, g.k_dim, g.window, n) for g, n in small.groups()] == [(2, 256, 512, 20), (2, 512, None, 4)]
     assert [(g.num_kv_heads, g.k_dim, g.window, n) for g, n in large.groups()] == [

@@ -27,6 +27,9 @@ OPTIONS = (
 )  # fmt: skip
 
 
+LATENT = {"decode, latent", "mixed, latent", "extend, latent"}
+
+
 def named(*options: str) -> set[str]:
     return {f"{kind}, {option}" if option else kind for kind in KINDS for option in options}
 
@@ -41,12 +44,12 @@ def test_the_native_backend_is_right(capsys: pytest.CaptureFixture[str]) -> None
     assert (status, found["ok"]) == (0, True)
     assert found["attention"] == {"backend": "native", "why": "asked for, so the C++ kernels of this package run"}
     assert {(c["case"], c["dtype"]) for c in found["cases"]} == {
-        (case, dtype) for case in named(*OPTIONS) for dtype in ("float32", "bfloat16", "float16")
+        (case, dtype) for case in named(*OPTIONS) | LATENT for dtype in ("float32", "bfloat16", "float16")
     }
     assert all(c["batches"] == 3 and 0 < c["error"] <= c["allowed"] and c["problem"] is None for c in found["cases"])
     assert main(["doctor", "--device", "cpu", "--batches", "1", "--dtype", "float16"]) == 0
     text = capsys.readouterr().out
-    assert "48 of 48 cases are right" in text
+    assert "51 of 51 cases are right" in text
     assert f"torch {torch.__version__}" in text
 
 
@@ -124,6 +127,25 @@ def test_a_cascade_that_is_not_one_fails(capsys: pytest.CaptureFixture[str], mon
     assert failed(Misreading) == dict.fromkeys(cascades - narrow)
 
 
+def test_latent_rows_that_are_misread_fail() -> None:
+    """A backend that leaves out what is rotated, or takes the wrong part for the value."""
+
+    class Unrotated(NativeAttention):
+        def run(self, layer: int, q: torch.Tensor, *rest: Any) -> None:
+            super().run(layer, torch.cat([q[..., :512], torch.zeros_like(q[..., 512:])], -1), *rest)
+
+    class Shifted(NativeAttention):
+        def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+            k = k.roll(1, -1)
+            super().append(layer, k, k[..., :512])
+
+    cases = [case for case in parity.cases([torch.float32]) if case.latent]
+    assert {case.name for case in cases} == LATENT
+    for case in cases:
+        for make, ok in ((NativeAttention, True), (Unrotated, False), (Shifted, False)):
+            assert parity.run_case(case, 1, make, torch.device("cpu"), seed=1).ok == ok
+
+
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, found = doctor(capsys, "--device", "cuda")
@@ -164,7 +186,7 @@ def test_flashinfer_is_right(target: str, capsys: pytest.CaptureFixture[str], mo
     device = "cpu" if target == "twin" else "cuda"
     status, found = doctor(capsys, "--device", device, "--dtype", "bfloat16", "--dtype", "float16")
     assert status == 0, [c for c in found["cases"] if not c["ok"]]
-    assert {c["case"] for c in found["cases"]} == named(*OPTIONS)
+    assert {c["case"] for c in found["cases"]} == named(*OPTIONS) | LATENT
 
 
 @each_target

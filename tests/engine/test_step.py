@@ -358,3 +358,32 @@ def test_chunks_look_back_no_further_than_dropped_pages_allow():
         for layer in range(3):
             step.attend(layer, q, k, v, attention_chunk=6)
     lease.release()
+
+
+def test_a_step_says_which_of_its_rows_are_of_content():
+    """Of several leases, one of which finds a part of a picture; and none."""
+    engine = make_engine()
+
+    def step_through(step):
+        x = torch.zeros(len(step.input_ids), *embed(torch.tensor([0]), torch.tensor([0]), torch.float32).shape[1:])
+        for layer in range(len(engine.layers)):
+            step.attend(layer, *qkv(x, layer))
+
+    cat, dog = (radixkv.content_tokens(bytes([i]) * 32, 4).tolist() for i in range(2))
+    with engine.acquire([1, 2, *cat, 3]) as lease, engine.step([lease]) as step:
+        assert step.content_rows.tolist() == [2, 3, 4, 5]
+        step_through(step)
+    with (
+        engine.acquire([*dog, 9]) as other,
+        engine.acquire([1, 2, *cat[:3], 8, *dog]) as lease,
+        engine.acquire([5, 6]) as text,
+    ):
+        assert lease.num_cached == 5
+        with engine.step([text, lease, other]) as step:
+            assert step.input_ids.tolist() == [5, 6, 8, *dog, *dog, 9]
+            assert step.content_rows.tolist() == [3, 4, 5, 6, 7, 8, 9, 10]
+            step_through(step)
+        text.extend([7])
+        with engine.step([text]) as step:
+            assert step.content_rows.tolist() == []
+            step_through(step)

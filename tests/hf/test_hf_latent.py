@@ -8,7 +8,7 @@ import torch
 
 from radixkv import InvalidArgument
 from radixkv.formats import FORMATS
-from radixkv.hf import EngineCache, Generator, engine_for, forward, latent, optimize
+from radixkv.hf import EngineCache, Generator, absorbed, engine_for, forward, latent, optimize
 from radixkv.hf.absorbed import head_values, latent_queries
 from radixkv.shape import LayerShape
 from tests.hf.helpers import assert_drains, build, random_prompts, stock_tokens, tiny, transformers
@@ -92,6 +92,36 @@ def test_a_pool_of_latents_is_as_small_as_the_formula_says():
     assert engine.pool.page_bytes == sum(FORMATS["fp32"].page_bytes(16, shape) for shape in engine.layers)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stock_generate_over_the_engines_latents(name):
+    """transformers caches latents as well; the pages are those that the absorbed attention wrote."""
+    model = build(*FAMILIES[name])
+    [prompt] = random_prompts(27)
+    expected = stock_tokens(model, prompt, 8)
+    input_ids = torch.tensor([prompt])
+    expanded = engine_for(model, num_pages=8)
+    message = "layer 0 of .* stores 1 heads .* these are latents: call radixkv.hf.latent.model. before engine_for"
+    with pytest.raises(InvalidArgument, match=message):
+        EngineCache(expanded, model, input_ids)
+    latent(model)
+    engine = engine_for(model, num_pages=64, page_size=4)
+    for cached in (0, 26):
+        with EngineCache(engine, model, input_ids) as past:
+            output = past.generate(max_new_tokens=8, do_sample=False)
+        assert (output[0, 27:].tolist(), past.num_cached) == (expected, cached)
+    longer = prompt + expected + [5, 6]
+    with Generator(model, engine) as generator:
+        request = generator.submit(longer, max_new_tokens=4)
+        generator.run()
+    assert request.stats.cached_tokens == 27 + 7
+    model.set_attn_implementation("eager")
+    assert request.tokens == stock_tokens(model, longer, 4)
+    with EngineCache(engine, model, torch.tensor([longer])) as past:
+        output = past.generate(max_new_tokens=4, do_sample=False)
+    assert (output[0, 37:].tolist(), past.num_cached) == (request.tokens, 36)
+    assert_drains(engine)
+
+
 def test_a_hit_has_the_bits_of_a_miss():
     """Of one row in a step: the model's own products have the same sizes then."""
     model = deepseek()
@@ -142,6 +172,30 @@ def test_absorbed_products_are_the_expanded_ones():
     weights = torch.rand(5, 4, 7).double()
     means = torch.einsum("qhk,kd->qhd", weights, c[0, 0])
     torch.testing.assert_close(head_values(module, means), torch.einsum("qhk,hkd->qhd", weights, v[0]))
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 3, 4])
+def test_where_16_bits_multiply_slowly_products_are_widened(heads_at_once, monkeypatch):
+    """Some heads at a time; as exact as bfloat16 is."""
+    module = deepseek().model.layers[0].self_attn.to(torch.bfloat16)
+    q, means = torch.randn(5, 4, 24).bfloat16(), torch.randn(5, 4, 32).bfloat16()
+    expected = [f(module.double(), x.double()) for f, x in ((latent_queries, q), (head_values, means))]
+    module.to(torch.bfloat16)
+    plain, seen = torch.bmm, []
+
+    def bmm(one, other):
+        seen.append((one.dtype, other.dtype, len(other)))
+        return plain(one, other)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    monkeypatch.setattr(absorbed, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(absorbed, "WIDENED_BYTES", heads_at_once * 24 * 32 * 4)
+    for f, x, exact in ((latent_queries, q, expected[0]), (head_values, means, expected[1])):
+        found = f(module, x)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
+    assert all(one == other == torch.float32 for one, other, _ in seen)
+    assert sum(heads for *_, heads in seen) == 8
 
 
 # ---- refusals ----
@@ -255,9 +309,6 @@ def test_twice_and_with_others():
         latent(model)
     with pytest.raises(InvalidArgument, match="optimize"):
         optimize(model)
-    engine = engine_for(model, num_pages=32)
-    with pytest.raises(InvalidArgument, match="layer 0 of DeepseekV3ForCausalLM stores"):
-        EngineCache(engine, model, torch.tensor([[5, 6, 7]]))
     with pytest.raises(InvalidArgument, match=r"a latent layer is not stored as int8.*fp8\(scale, scale\)"):
         engine_for(model, num_pages=32, kv_format="int8")
     assert isinstance(model.model.layers[0].self_attn.expand_kv, types.MethodType)

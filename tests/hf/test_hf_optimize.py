@@ -292,7 +292,7 @@ def test_vocabulary_is_whole():
 def test_where_there_are_no_products_of_16_bits_weights_are_widened(dtype, monkeypatch):
     """Block by block, in float32: nearer to the product of the weights than torch's own."""
     monkeypatch.setattr(linear, "multiplies", lambda dtype: dtype == torch.float32)
-    monkeypatch.setattr(linear, "_WIDENED_BYTES", 4 * 24 * 5)  # blocks of five outputs, and one of three
+    monkeypatch.setattr(linear, "WIDENED_BYTES", 4 * 24 * 5)  # blocks of five outputs, and one of three
     torch.manual_seed(1)
     layer = torch.nn.Linear(24, 18, dtype=dtype)
     packed = PackedLinear([layer])

@@ -234,8 +234,18 @@ def test_every_family_that_takes_pictures_answers_as_stock(family, monkeypatch):
     [
         ([1, IMAGE, 2], [picture(1), picture(2)], InvalidTokens, "has 1 runs of token 90, and content has 2 pictures"),
         ([1, 2], [picture(1)], InvalidTokens, "has 0 runs"),
-        ([1, IMAGE, 2], [torch.zeros(3)], InvalidArgument, "content is a list with a mapping .* got Tensor"),
-        ([1, IMAGE, 2], [{"pixel_values": [1.0]}], InvalidArgument, "content is a list with a mapping"),
+        (
+            [1, IMAGE, 2],
+            [torch.zeros(3)],
+            InvalidArgument,
+            "or a list with a mapping for each run .* got a list with Tensor",
+        ),
+        (
+            [1, IMAGE, 2],
+            [{"pixel_values": [1.0]}],
+            InvalidArgument,
+            "'pixel_values' in content is a list: .* return_tensors='pt'",
+        ),
         ([1, IMAGE, 2], [], InvalidTokens, "token 90 at position 1 stands for an image"),
     ],
 )

@@ -82,9 +82,10 @@ def mrope(*sections: int) -> dict[str, Any]:
 
 TEXT_MROPE = {"text_config": mrope(2, 3, 3)}
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+COHERE = {**ROTARY, "mrope_section": [3, 3, 2]}
 BOTH_TYPES = {
     "layer_types": ["sliding_attention", "full_attention"],
-    "rope_parameters": {"sliding_attention": ROTARY, "full_attention": ROTARY},
+    "rope_parameters": {"sliding_attention": COHERE, "full_attention": COHERE},
 }
 ALL_HEADS = {"num_key_value_heads": HEADS}
 SHARED = {

@@ -38,6 +38,7 @@ REASONS = {
 
 CACHE_REASONS = {
     "K and V shared by layers": r"stores K and V \d+ times",
+    "after `latent`": r"call radixkv.hf.latent",
     "other shapes in the cache": r"the engine holds \d+ heads",
     "given cache not used": r"does not skip what its cache holds",
     "other state in the cache": r"wants another cache",
@@ -97,7 +98,6 @@ def _compare(
         tokens, preemptions = run(model, engine_for(model, num_pages=11, page_size=4), prompts)
     if tokens != expected or preemptions == 0:
         return Verdict("wrong", f"{preemptions} preemptions, {'' if tokens == expected else 'other tokens than stock'}")
-    model.set_attn_implementation("eager")
     cached = _through_cache(model, engine, prompts[0], expected[0])
     latents = _latent(model, prompts, expected)  # undone by another attention; optimize() is for good
     optimized = _optimized(model, prompts, expected)
@@ -114,6 +114,7 @@ def run(model: transformers.PreTrainedModel, engine: Engine, prompts: list[list[
 
 
 def _through_cache(model: transformers.PreTrainedModel, engine: Engine, prompt: list[int], expected: list[int]) -> str:
+    model.set_attn_implementation("eager")
     engine.cache.clear()
     input_ids = torch.tensor([prompt])
     for state, cached in (("cold", 0), ("warm", len(prompt) - 1)):
@@ -137,8 +138,8 @@ def _latent(model: transformers.PreTrainedModel, prompts: list[list[int]], expec
     for state in ("cold", "warm"):
         if not all(shape.latent for shape in engine.layers) or run(model, engine, prompts)[0] != expected:
             return f"other tokens than stock, or other layers, latent, {state}"
-    model.set_attn_implementation("eager")
-    return "yes"
+    cached = _through_cache(model, engine, prompts[0], expected[0])
+    return "yes" if cached == "yes" else f"in EngineCache: {cached}"
 
 
 def _optimized(model: transformers.PreTrainedModel, prompts: list[list[int]], expected: list[list[int]]) -> str:

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from radixkv.hf.pictures import FAMILIES
 from tests.zoo.judge import Verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -20,7 +22,7 @@ def write_table(verdicts: dict[str, Verdict]) -> None:
     begin = _BEGIN.search(text)
     assert begin, f"{PAGE} has lost its mark"
     head, tail = text[: begin.start()], text[text.index(_END) :]
-    PAGE.write_text(f"{head}<!-- zoo: transformers {transformers.__version__} -->\n{table(verdicts)}\n{tail}")
+    PAGE.write_text(f"{head}<!-- zoo: transformers {transformers.__version__} -->\n{table_of(verdicts)}\n{tail}")
 
 
 def read_table() -> tuple[str, dict[str, Verdict]]:
@@ -31,12 +33,12 @@ def read_table() -> tuple[str, dict[str, Verdict]]:
     verdicts = {}
     for line in text[begin.end() : text.index(_END)].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and cells[0].startswith("`"):
-            verdicts[cells[0].strip("`")] = Verdict(*cells[1:])
+        if len(cells) == 7 and cells[0].startswith("`"):
+            verdicts[cells[0].strip("`")] = Verdict(*cells[1:6])
     return begin[1], verdicts
 
 
-def table(verdicts: dict[str, Verdict]) -> str:
+def table_of(verdicts: dict[str, Verdict]) -> str:
     """Three lists: what runs, what is refused, what transformers could not build here."""
     runs, refused, untestable = (
         {name: v for name, v in verdicts.items() if v.verdict == kind} for kind in ("runs", "refused", "untestable")
@@ -54,7 +56,16 @@ def table(verdicts: dict[str, Verdict]) -> str:
 
 
 def _rows(verdicts: dict[str, Verdict]) -> list[str]:
-    head = ["| family | verdict | why not | `optimize` | `EngineCache` | `latent` |", "|---|---|---|---|---|---|"]
-    return head + [
-        f"| `{n}` | {v.verdict} | {v.reason} | {v.optimized} | {v.cached} | {v.latent} |" for n, v in verdicts.items()
+    names = ("family", "verdict", "why not", "`optimize`", "`EngineCache`", "`latent`", "pictures")
+    rows = [
+        (f"`{name}`", v.verdict, v.reason, v.optimized, v.cached, v.latent, _pictures(name) if v.optimized else "")
+        for name, v in verdicts.items()
     ]
+    return [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows)]
+
+
+def _pictures(name: str) -> str:
+    """Of a family that runs. Empty for one that reads text only."""
+    if name in FAMILIES:
+        return "yes"
+    return "no" if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else ""

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", minversion="5.20")
 from tests.hf.helpers import one_thread
 from tests.zoo.families import families
 from tests.zoo.judge import CACHE_REASONS, MISSING, REASONS, Verdict, judge
-from tests.zoo.table import read_table, transformers
+from tests.zoo.table import PAGE, read_table, table_of, transformers
 
 PARTS = 16
 
@@ -87,6 +87,7 @@ def test_a_part_of_the_rest(name):
 def test_the_table_names_every_family_and_no_unknown_reason():
     version, table = read_table()
     if version == transformers.__version__:
+        assert table_of(table) in PAGE.read_text(), "run python -m tests.zoo --write"
         assert list(table) == sorted(families(), key=lambda name: (order(table[name]), name))
     assert sum(verdict.verdict != "untestable" for verdict in table.values()) >= 60
     assert sum(verdict.verdict == "untestable" for verdict in table.values()) <= len(table) / 10
