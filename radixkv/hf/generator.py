@@ -19,7 +19,7 @@ import torch
 
 from radixkv.errors import InvalidArgument, InvalidLogits, LeaseError
 from radixkv.hf.adapter import attach, forward, probe
-from radixkv.hf.arguments import check_callback, check_engine, check_model, length_for
+from radixkv.hf.arguments import check_callback, check_content, check_engine, check_model, length_for
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
 from radixkv.hf.draft import Draft, Drafter, check_draft
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["Generator"]
 
 _LOG = logging.getLogger("radixkv")
+
+MAX_SAMPLES = 4096
+"""Samples that one submission may ask for: so many are made at once, before any waits in the queue."""
 
 T = TypeVar("T")
 
@@ -197,7 +200,8 @@ class Generator:
             raise LeaseError("the generator is closed: make a new Generator")
         defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
-        placed = place_pictures(self.model, array, content, self._features) if len(content) else Placed(array)
+        pictures = check_content(content)
+        placed = place_pictures(self.model, array, pictures, self._features) if pictures else Placed(array)
         refuse_placeholders(placed.tokens, self._placeholders)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(
@@ -235,7 +239,7 @@ class Generator:
                 said=Text(self.tokenizer, array, strings) if self.tokenizer is not None else None,
                 **options,
             )
-            for i in range(integer("n", n, 1))
+            for i in range(integer("n", n, 1, MAX_SAMPLES))
         ]
         if self._draft is not None:
             for request in requests:
@@ -303,6 +307,8 @@ class Generator:
         """End `request` with `error`: what it was for has become impossible. As `cancel` otherwise."""
         self._check_call("fail")
         self._check_request(request)
+        if not isinstance(error, Exception):
+            raise InvalidArgument(f"error is {error!r:.80}: give an exception, such as RuntimeError('...')")
         self._fail(request, error, "the host")
         self._deliver()
 
