@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from radixkv import scheduling
 from radixkv.errors import InvalidArgument, InvalidLogits, LeaseError
 from radixkv.hf.adapter import attach, forward, probe
 from radixkv.hf.arguments import check_callback, check_content, check_engine, check_model, length_for
@@ -198,6 +199,8 @@ class Generator:
         self._check_call("submit")
         if self._closed:
             raise LeaseError("the generator is closed: make a new Generator")
+        if isinstance(prompt, scheduling.Request):
+            raise InvalidArgument("prompt is a Request, which a Scheduler takes: give its tokens, and the rest by name")
         defaults = generation_defaults(self.model)
         array = check_tokens(prompt, self._vocabulary)
         pictures = check_content(content)
@@ -345,7 +348,8 @@ class Generator:
 
     def _check_request(self, request: Request) -> None:
         if not isinstance(request, Request):
-            raise InvalidArgument(f"request is {request!r}: give a Request that submit() returned")
+            kind = f"{type(request).__module__}.{type(request).__qualname__}"
+            raise InvalidArgument(f"request is {request!r}, a {kind}: give a Request that submit() returned")
         if request.owner is not self._scheduler:
             raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
 

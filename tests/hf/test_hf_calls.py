@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from radixkv import InvalidArgument, InvalidLogits, LeaseError, QueueFull
+from radixkv import InvalidArgument, InvalidLogits, LeaseError, QueueFull, scheduling
 from radixkv.hf import Generator, engine_for
 from tests.hf.helpers import VOCABULARY, assert_drains, random_prompts, stock_tokens, tiny
 
@@ -373,8 +373,14 @@ def test_requests_of_another_generator_are_refused(generator, model):
         for call in (generator.cancel, generator.stream):
             with pytest.raises(InvalidArgument, match="request 0 is of another Generator"):
                 call(foreign)
-            with pytest.raises(InvalidArgument, match="is 0: give a Request"):
+            with pytest.raises(InvalidArgument, match="is 0, a builtins.int: give a Request"):
                 call(0)
+            with pytest.raises(
+                InvalidArgument, match="a radixkv.scheduling.request.Request: give a Request that submit"
+            ):
+                call(scheduling.Request([1, 2, 3]))
+        with pytest.raises(InvalidArgument, match="prompt is a Request, which a Scheduler takes"):
+            generator.submit(scheduling.Request([1, 2, 3]))
         assert other.cancel(foreign)
 
 
