@@ -176,8 +176,9 @@ class Generator:
         change its scores before a token is drawn: transformers' LogitsProcessors, or any `Processor`. `logprobs=k`
         keeps how likely each token and the k likeliest were in `request.logprobs`.
 
-        `n` > 1 computes the prompt once and forks it: the result is the first of n requests, all in `.siblings`. The
-        i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of them in turn.
+        `n` > 1, at most `MAX_SAMPLES`, computes the prompt once and forks it: the result is the first of n requests, all
+        in `.siblings`. The i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of
+        them in turn.
 
         `content` has what the runs of placeholders in the prompt stand for, in order: for each run what the model's
         processor made of that picture, or of that tile of one, as `{"pixel_values": tensor}`. The vision tower runs
