@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from radixkv import scheduling
@@ -176,9 +177,9 @@ class Generator:
         change its scores before a token is drawn: transformers' LogitsProcessors, or any `Processor`. `logprobs=k`
         keeps how likely each token and the k likeliest were in `request.logprobs`.
 
-        `n` > 1, at most `MAX_SAMPLES`, computes the prompt once and forks it: the result is the first of n requests, all
-        in `.siblings`. The i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of
-        them in turn.
+        `n` > 1, at most `MAX_SAMPLES`, computes the prompt once and forks it: the result is the first of n requests,
+        all in `.siblings`. The i-th draws exactly as a request of its own with `seed + i`. Processors are called for
+        all of them in turn.
 
         `content` has what the runs of placeholders in the prompt stand for, in order: for each run what the model's
         processor made of that picture, or of that tile of one, as `{"pixel_values": tensor}`. The vision tower runs
@@ -200,13 +201,8 @@ class Generator:
         self._check_call("submit")
         if self._closed:
             raise LeaseError("the generator is closed: make a new Generator")
-        if isinstance(prompt, scheduling.Request):
-            raise InvalidArgument("prompt is a Request, which a Scheduler takes: give its tokens, and the rest by name")
         defaults = generation_defaults(self.model)
-        array = check_tokens(prompt, self._vocabulary)
-        pictures = check_content(content)
-        placed = place_pictures(self.model, array, pictures, self._features) if pictures else Placed(array)
-        refuse_placeholders(placed.tokens, self._placeholders)
+        array, placed = self._place(prompt, content)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(
             temperature=_given(temperature, defaults.temperature),
@@ -250,6 +246,16 @@ class Generator:
                 request.drafter = Drafter(request, self._draft(request), self._draft_tokens, self._vocabulary)
         self._scheduler.submit(*requests)
         return requests[0]
+
+    def _place(self, prompt: Any, content: Any) -> tuple[np.ndarray, Placed]:
+        """The tokens of a prompt, and the same with its pictures in their places."""
+        if isinstance(prompt, scheduling.Request):
+            raise InvalidArgument("prompt is a Request, which a Scheduler takes: give its tokens, and the rest by name")
+        array = check_tokens(prompt, self._vocabulary)
+        pictures = check_content(content)
+        placed = place_pictures(self.model, array, pictures, self._features) if pictures else Placed(array)
+        refuse_placeholders(placed.tokens, self._placeholders)
+        return array, placed
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: Any) -> int:
         new_tokens = integer("max_new_tokens", max_new_tokens, 1)
