@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.hf.helpers import assert_drains, build, transformers
 
 openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -57,12 +58,15 @@ def model():
 
 
 @contextmanager
-def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, **options):
+def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, shutdown=None, **options):
     """A server in a thread of its own; when it has ended, nothing holds a page."""
     engine = engine_for(model, num_pages=num_pages, page_size=16)
     generator = AsyncGenerator(model, engine, tokenizer=tokenizer, **options)
     app = example.make_app(generator, tokenizer, "tiny", api_keys)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    config = uvicorn.Config(
+        app, port=0, log_level="critical" if shutdown else "warning", timeout_graceful_shutdown=shutdown
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
@@ -72,7 +76,7 @@ def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, **o
     def client(api_key="one"):
         return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=TIMEOUT)
 
-    yield SimpleNamespace(url=url, client=client, engine=engine, generator=generator)
+    yield SimpleNamespace(url=url, client=client, engine=engine, generator=generator, server=server)
     server.should_exit = True
     thread.join(TIMEOUT)
     assert not thread.is_alive()
@@ -220,6 +224,39 @@ def test_who_disconnects_gives_its_pages_back(server, streamed):
     run(server, main)
     until(lambda: server.engine.cache.stats().num_leases == 0)
     assert server.generator.running == 0
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_leaves_the_queue_makes_room_in_it(example, model, tokenizer, streamed):
+    async def main(client):
+        create = client.chat.completions.create
+        first = await create(model="tiny", messages=user("first"), max_tokens=3000, stream=True)
+        await anext(aiter(first))
+        waits = asyncio.create_task(create(model="tiny", messages=user("hm"), max_tokens=9, stream=streamed))
+        while not server.generator.waiting:
+            await asyncio.sleep(0.001)
+        if streamed:
+            await (await waits).close()
+        waits.cancel()
+        while server.generator.waiting:
+            await asyncio.sleep(0.001)
+        assert server.generator.running == 1
+        await first.close()
+
+    with serving(example, model, tokenizer, max_running=1) as server:
+        run(server, main)
+
+
+def test_a_server_that_is_stopped_does_not_wait_for_its_longest_answer(example, model, tokenizer):
+    async def main(client):
+        stream = await client.completions.create(model="tiny", prompt="on and on", max_tokens=3000, stream=True)
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            async for _ in stream:
+                server.server.should_exit = True
+
+    with serving(example, model, tokenizer, shutdown=1) as server:
+        run(server, main)
+    assert server.engine.cache.stats().committed_tokens < 3000
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
