@@ -77,7 +77,8 @@ def length_for(model: PreTrainedModel, max_length: Any) -> int | None:
     limit = length_limit(model)
     if max_length is None:
         asked = getattr(getattr(model, "generation_config", None), "max_length", None)
-        return min((length for length in (limit, asked) if length is not None), default=None)
+        own = None if asked is None else integer("generation_config.max_length", asked, 2)
+        return min((length for length in (limit, own) if length is not None), default=None)
     length = integer("max_length", max_length, 2)
     if limit is not None and length > limit:
         raise InvalidArgument(f"max_length is {length}: the model was built for {limit} tokens, give {limit} at most")

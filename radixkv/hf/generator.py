@@ -216,10 +216,9 @@ class Generator:
         )
         scorers = check_processors(processors)
         strings = check_stop_strings(_given(stop_strings, defaults.stop_strings), self.tokenizer)
-        stops = defaults.stop_tokens if stop_tokens is None else stop_tokens
         options: dict[str, Any] = {
             "max_new_tokens": new_tokens,
-            "stop_tokens": check_token_set("stop_tokens", stops, self._vocabulary),
+            "stop_tokens": self._stops(stop_tokens, defaults.stop_tokens),
             "namespace": check_namespace(namespace),
             "priority": priority,
             "deadline": _given(deadline, defaults.deadline),
@@ -256,6 +255,11 @@ class Generator:
         placed = place_pictures(self.model, array, pictures, self._features) if pictures else Placed(array)
         refuse_placeholders(placed.tokens, self._placeholders)
         return array, placed
+
+    def _stops(self, given: Any, default: Any) -> frozenset[int]:
+        if given is None:
+            return check_token_set("generation_config.eos_token_id", default, self._vocabulary)
+        return check_token_set("stop_tokens", given, self._vocabulary)
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: Any) -> int:
         new_tokens = integer("max_new_tokens", max_new_tokens, 1)

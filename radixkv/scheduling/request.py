@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
@@ -163,7 +164,7 @@ class Request:
         self.status = status
 
     def __repr__(self) -> str:
-        name = f", namespace={self.namespace!r}" if self.namespace else ""
+        name = f", namespace={shown(self.namespace)}" if self.namespace else ""
         return (
             f"{type(self).__name__}(id={self.id}, {self.status}, {len(self.prompt)} prompt tokens, "
             f"{len(self.tokens)} of {self.max_new_tokens} new{name})"
