@@ -87,7 +87,7 @@ def make_app(generator: AsyncGenerator, tokenizer: Any, name: str, api_keys: fro
 
     app, metrics = FastAPI(lifespan=lifespan), Metrics(generator.engine.cache).follow(generator.engine)
 
-    def namespace_of(authorization: str = Header("")) -> str:
+    async def namespace_of(authorization: str = Header("")) -> str:
         key = authorization.removeprefix("Bearer ")
         if api_keys and key not in api_keys:
             raise HTTPException(401, "unknown API key")

@@ -636,6 +636,4 @@ def test_requests_of_a_namespace_at_its_ceiling_wait_for_each_other_and_all_end(
 
 
 def test_what_a_request_says_of_itself_is_short():
-    request = Request(list(range(500)), max_new_tokens=7, namespace="tenant")
-    assert repr(request) == "Request(id=-1, waiting, 500 prompt tokens, 0 of 7 new, namespace='tenant')"
-    assert len(repr(Request([1], namespace="x" * 10_000))) < 120
+    assert len(repr(Request(range(100_000), namespace="x" * 10_000))) < 120
