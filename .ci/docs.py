@@ -27,8 +27,8 @@ REFERENCE = {
     "radixkv": ("cache", "engine", "step", "journal", "content", "errors", "formats", "kv_plan", "shape"),
     "radixkv.scheduling": ("scheduler", "request", "batch", "policy"),
     "radixkv.hf": (
-        "adapter", "generator", "aio", "request", "sampling", "text", "draft", "cache", "kv_check", "kv_measure",
-        "optimize",
+        "adapter", "generator", "aio", "request", "sampling", "processors", "text", "draft", "cache", "kv_check",
+        "kv_measure", "optimize",
     ),
     "radixkv.tiers": ("tiers", "fetch", "planner"),
     "radixkv.traces": ("request", "replay", "recorder", "workload", "policies", "lint"),

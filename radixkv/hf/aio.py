@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 from radixkv.errors import InvalidArgument, LeaseError, PoolExhausted
 from radixkv.hf.generator import EngineBusy, Generator
 from radixkv.hf.request import Request, Tokens
+from radixkv.scheduling.arguments import number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,24 +80,28 @@ class AsyncGenerator:
 
     def stream(self, prompt: Tokens, **options: Any) -> Stream[int]:
         """The tokens of a request as they come. It is submitted when first awaited: see `Stream`."""
-        return Stream(self._thread, lambda request: request.tokens, prompt, options)
+        return Stream(self, lambda request: request.tokens, prompt, options)
 
     def text(self, prompt: Tokens, **options: Any) -> Stream[str]:
         """The text of a request as it comes, in pieces. Needs `tokenizer`."""
         if self._generator.tokenizer is None:
             raise InvalidArgument("text needs a tokenizer: make the AsyncGenerator with tokenizer=AutoTokenizer...")
-        return Stream(self._thread, lambda request: request.said.pieces if request.said else [], prompt, options)
+        return Stream(self, lambda request: request.said.pieces if request.said else [], prompt, options)
 
     async def generate(self, prompt: Tokens, **options: Any) -> Request:
         """Wait for a request and all its siblings; raise what ended it, if it went wrong."""
-        return await Stream[int](self._thread, lambda request: request.tokens, prompt, options).end()
+        return await Stream[int](self, lambda request: request.tokens, prompt, options).end()
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more requests, give those under way `grace` seconds to end, cancel the rest, and end the thread.
 
         Also by leaving `async with`, without grace. Closing again does nothing.
         """
-        self._thread.stop(grace)
+        seconds = number("grace", grace)
+        if not seconds >= 0:
+            raise InvalidArgument(f"grace is {grace}: give seconds, 0 or above; math.inf waits until all have ended")
+        self._thread.check_caller()
+        self._thread.stop(seconds)
         await asyncio.to_thread(self._thread.join)
 
     async def __aenter__(self) -> AsyncGenerator:
@@ -118,32 +123,36 @@ class AsyncGenerator:
 
 
 class Stream(AsyncIterator[T], Generic[T]):
-    """What one request generates, for one task. Iterate over it once.
+    """What one request generates, for one task. Iterate over it once, in the event loop that began it.
 
     `await accepted()` first where a refusal (bad input, a full queue) must be known before anything else is done. At
-    its end it raises what ended its request; `request.status` says why it ended otherwise.
+    its end it raises what ended its request; `request.status` says why it ended otherwise. With `n` > 1 it is what the
+    first of the siblings generates; who cancels, closes or drops it cancels those that have not ended.
     """
 
     def __init__(
-        self, thread: _Thread, items: Callable[[Request], list[T]], prompt: Tokens, options: dict[str, Any]
+        self, generator: AsyncGenerator, items: Callable[[Request], list[T]], prompt: Tokens, options: dict[str, Any]
     ) -> None:
         for name in {"on_token", "on_done"} & options.keys():
             raise InvalidArgument(f"{name} has no use here: iterate over the stream, or await generate()")
         self.request: Request | None = None
-        self._thread, self._items, self._prompt, self._options = thread, items, prompt, options
+        self._generator, self._thread = generator, generator._thread  # which a generator that is dropped would end
+        self._items, self._prompt, self._options = items, prompt, options
         self._reader: _Reader | None = None
         self._sent = 0
 
     async def accepted(self) -> Request:
         """Submit the request, if that is not done; raises what `Generator.submit` raises."""
-        if self.request is None:
-            self._reader = reader = _Reader(asyncio.get_running_loop())
+        if self._reader is None:
+            reader = _Reader(asyncio.get_running_loop())
             options = {**self._options, "on_token": reader.on_token, "on_done": reader.on_done}
             self._thread.call(partial(reader.submit, self._thread, self._prompt, options))
-            await self._wait(lambda: reader.answered)
-            if reader.refusal is not None:
-                raise reader.refusal
-            self.request = reader.request
+            self._reader = reader
+        reader = self._reader
+        await self._wait(lambda: reader.answered)
+        if reader.refusal is not None:
+            raise reader.refusal
+        self.request = reader.request
         assert self.request is not None
         return self.request
 
@@ -177,6 +186,8 @@ class Stream(AsyncIterator[T], Generic[T]):
     async def _wait(self, come: Callable[[], bool]) -> None:
         """Wait until `come()`; if this task is cancelled meanwhile, the request is, too."""
         assert self._reader is not None
+        if self._reader.loop is not asyncio.get_running_loop():
+            raise LeaseError("this stream was begun in another event loop: read it there, and pass on what it said")
         while True:
             self._reader.event.clear()
             if come():
@@ -188,7 +199,8 @@ class Stream(AsyncIterator[T], Generic[T]):
                 raise
 
     def _cancel(self) -> None:
-        if self._reader is not None and not (self.request is not None and self.request.ended):
+        ended = self.request is not None and all(cast("Request", one).ended for one in self.request.siblings)
+        if self._reader is not None and not ended:
             self._thread.cancel(self._reader)
 
     def __del__(self) -> None:
@@ -242,10 +254,22 @@ class _Thread(threading.Thread):
 
     def call(self, function: Callable[[], None]) -> None:
         """Let `function` be called between two steps."""
+        self.check_caller()
         with self._lock:
             if self._closed:
                 raise LeaseError("the generator is closed: make a new AsyncGenerator")
+            if not self.is_alive():
+                raise LeaseError(
+                    "this process was forked and has no step thread: make an AsyncGenerator in each process"
+                )
             self._calls.put(function)
+
+    def check_caller(self) -> None:
+        """Refuse what would wait for itself."""
+        if threading.current_thread() is self:
+            raise LeaseError(
+                "called in the step thread, by a callback or a processor: return from it first, and call from a task"
+            )
 
     def cancel(self, reader: _Reader) -> None:
         self._calls.put(partial(self._cancel, reader))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,7 @@ from radixkv.scheduling.arguments import integer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_callback", "check_engine", "check_model", "length_for"]
+__all__ = ["check_callback", "check_content", "check_engine", "check_model", "length_for"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -31,6 +31,13 @@ def check_callback(name: str, callback: F | None) -> F | None:
             f"{name} is a coroutine function, which nothing would await: give a function, such as a queue's put_nowait"
         )
     return callback
+
+
+def check_content(content: Any) -> Sequence[Any]:
+    """A list or tuple; what is in it is looked at where it is placed."""
+    if not isinstance(content, list | tuple):
+        raise InvalidArgument(f"content is {shown(content)}: give a list with a mapping of tensors for each picture")
+    return content
 
 
 # ---- a model and its engine ----
@@ -70,7 +77,8 @@ def length_for(model: PreTrainedModel, max_length: Any) -> int | None:
     limit = length_limit(model)
     if max_length is None:
         asked = getattr(getattr(model, "generation_config", None), "max_length", None)
-        return min((length for length in (limit, asked) if length is not None), default=None)
+        own = None if asked is None else integer("generation_config.max_length", asked, 2)
+        return min((length for length in (limit, own) if length is not None), default=None)
     length = integer("max_length", max_length, 2)
     if limit is not None and length > limit:
         raise InvalidArgument(f"max_length is {length}: the model was built for {limit} tokens, give {limit} at most")

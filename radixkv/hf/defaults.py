@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """Of one model's `generation_config`."""
+    """Of one model's `generation_config`. What is wrong with them is said where a request takes them."""
 
     temperature: float
     top_k: int
@@ -54,8 +55,8 @@ class Defaults:
     min_p: float
     repetition_penalty: float
     max_new_tokens: int
-    stop_tokens: frozenset[int]
-    stop_strings: tuple[str, ...]
+    stop_tokens: Iterable[int]
+    stop_strings: Iterable[str]
     deadline: float | None
 
 
@@ -76,8 +77,8 @@ def generation_defaults(model: PreTrainedModel) -> Defaults:
         min_p=given("min_p", 0.0),
         repetition_penalty=given("repetition_penalty", 1.0),
         max_new_tokens=given("max_new_tokens", 64),
-        stop_tokens=frozenset([int(ends)] if isinstance(ends, int) else map(int, ends)),
-        stop_strings=(strings,) if isinstance(strings, str) else tuple(strings),
+        stop_tokens=ends if isinstance(ends, Iterable) else (ends,),
+        stop_strings=(strings,) if isinstance(strings, str) else strings,
         deadline=given("max_time", None),
     )
 

@@ -15,11 +15,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
+from radixkv import scheduling
 from radixkv.errors import InvalidArgument, InvalidLogits, LeaseError
 from radixkv.hf.adapter import attach, forward, probe
-from radixkv.hf.arguments import check_callback, check_engine, check_model, length_for
+from radixkv.hf.arguments import check_callback, check_content, check_engine, check_model, length_for
 from radixkv.hf.config import placeholder_tokens, refuse_placeholders
 from radixkv.hf.defaults import generation_defaults
 from radixkv.hf.draft import Draft, Drafter, check_draft
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Generator"]
 
 _LOG = logging.getLogger("radixkv")
+
+MAX_SAMPLES = 4096
+"""Samples that one submission may ask for: so many are made at once, before any waits in the queue."""
 
 T = TypeVar("T")
 
@@ -172,8 +177,9 @@ class Generator:
         change its scores before a token is drawn: transformers' LogitsProcessors, or any `Processor`. `logprobs=k`
         keeps how likely each token and the k likeliest were in `request.logprobs`.
 
-        `n` > 1 computes the prompt once and forks it: the result is the first of n requests, all in `.siblings`. The
-        i-th draws exactly as a request of its own with `seed + i`. Processors are called for all of them in turn.
+        `n` > 1, at most `MAX_SAMPLES`, computes the prompt once and forks it: the result is the first of n requests,
+        all in `.siblings`. The i-th draws exactly as a request of its own with `seed + i`. Processors are called for
+        all of them in turn.
 
         `content` is what the model's processor made of the prompt and its pictures: `inputs = processor(images=...,
         text=..., return_tensors="pt")`, then `submit(inputs["input_ids"][0], content=inputs)`. Or a list with a mapping
@@ -197,9 +203,7 @@ class Generator:
         if self._closed:
             raise LeaseError("the generator is closed: make a new Generator")
         defaults = generation_defaults(self.model)
-        array = check_tokens(prompt, self._vocabulary)
-        placed = place_pictures(self.model, array, content, self._features) if len(content) else Placed(array)
-        refuse_placeholders(placed.tokens, self._placeholders)
+        array, placed = self._place(prompt, content)
         new_tokens = self._new_tokens(len(array), _given(max_new_tokens, defaults.max_new_tokens))
         sampling = Sampling(
             temperature=_given(temperature, defaults.temperature),
@@ -213,10 +217,9 @@ class Generator:
         )
         scorers = check_processors(processors)
         strings = check_stop_strings(_given(stop_strings, defaults.stop_strings), self.tokenizer)
-        stops = defaults.stop_tokens if stop_tokens is None else stop_tokens
         options: dict[str, Any] = {
             "max_new_tokens": new_tokens,
-            "stop_tokens": check_token_set("stop_tokens", stops, self._vocabulary),
+            "stop_tokens": self._stops(stop_tokens, defaults.stop_tokens),
             "namespace": check_namespace(namespace),
             "priority": priority,
             "deadline": _given(deadline, defaults.deadline),
@@ -236,13 +239,28 @@ class Generator:
                 said=Text(self.tokenizer, array, strings) if self.tokenizer is not None else None,
                 **options,
             )
-            for i in range(integer("n", n, 1))
+            for i in range(integer("n", n, 1, MAX_SAMPLES))
         ]
         if self._draft is not None:
             for request in requests:
                 request.drafter = Drafter(request, self._draft(request), self._draft_tokens, self._vocabulary)
         self._scheduler.submit(*requests)
         return requests[0]
+
+    def _place(self, prompt: Any, content: Any) -> tuple[np.ndarray, Placed]:
+        """The tokens of a prompt, and the same with its pictures in their places."""
+        if isinstance(prompt, scheduling.Request):
+            raise InvalidArgument("prompt is a Request, which a Scheduler takes: give its tokens, and the rest by name")
+        array = check_tokens(prompt, self._vocabulary)
+        pictures = check_content(content)
+        placed = place_pictures(self.model, array, pictures, self._features) if pictures else Placed(array)
+        refuse_placeholders(placed.tokens, self._placeholders)
+        return array, placed
+
+    def _stops(self, given: Any, default: Any) -> frozenset[int]:
+        if given is None:
+            return check_token_set("generation_config.eos_token_id", default, self._vocabulary)
+        return check_token_set("stop_tokens", given, self._vocabulary)
 
     def _new_tokens(self, prompt_tokens: int, max_new_tokens: Any) -> int:
         new_tokens = integer("max_new_tokens", max_new_tokens, 1)
@@ -304,6 +322,8 @@ class Generator:
         """End `request` with `error`: what it was for has become impossible. As `cancel` otherwise."""
         self._check_call("fail")
         self._check_request(request)
+        if not isinstance(error, Exception):
+            raise InvalidArgument(f"error is {error!r:.80}: give an exception, such as RuntimeError('...')")
         self._fail(request, error, "the host")
         self._deliver()
 
@@ -340,7 +360,8 @@ class Generator:
 
     def _check_request(self, request: Request) -> None:
         if not isinstance(request, Request):
-            raise InvalidArgument(f"request is {request!r}: give a Request that submit() returned")
+            kind = f"{type(request).__module__}.{type(request).__qualname__}"
+            raise InvalidArgument(f"request is {request!r}, a {kind}: give a Request that submit() returned")
         if request.owner is not self._scheduler:
             raise InvalidArgument(f"request {request.id} is of another Generator: call the one that it came from")
 

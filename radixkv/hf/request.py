@@ -19,8 +19,8 @@ from radixkv.scheduling import RequestStats, Status
 
 __all__ = ["Event", "OnDone", "OnLogits", "OnToken", "Request", "RequestStats", "Status", "Tokens"]
 
-Tokens = list[int] | np.ndarray | torch.Tensor
-"""A sequence of token ids: a list, or a one-dimensional integer array or CPU tensor."""
+Tokens = Sequence[int] | np.ndarray | torch.Tensor
+"""Token ids: a sequence of them, or a one-dimensional integer array or CPU tensor."""
 
 OnToken = Callable[["Request", int], object]
 """Called with the request and each of its new tokens, in order."""
@@ -49,7 +49,10 @@ class Event(NamedTuple):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Request(scheduling.Request):
-    """A request handed out by `Generator.submit`. Read it at any time; only the generator changes it."""
+    """A request handed out by `Generator.submit`. Read it at any time; only the generator changes it.
+
+    It is a `radixkv.scheduling.Request`, which hosts with a loop of their own make themselves.
+    """
 
     sampler: Sampler
     outbox: deque[Event]

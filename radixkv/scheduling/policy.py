@@ -14,7 +14,7 @@ from typing import Any
 from radixkv.errors import InvalidArgument
 from radixkv.scheduling.request import Request
 
-__all__ = ["AHEAD", "POLICIES", "Policy", "check_policy", "longest_prefix_first"]
+__all__ = ["AHEAD", "POLICIES", "Policy", "check_keys", "check_policy", "longest_prefix_first"]
 
 Policy = str | Callable[[Any], Any]
 """The name of a policy, or a key function."""
@@ -53,6 +53,19 @@ def longest_prefix_first(waiting: Sequence[Request], cached: Callable[[Request],
     its prompts' length in tokens divided by `AGE`, and nobody starves.
     """
     return sorted(waiting[:LOOK], key=lambda request: (request.id - cached(request) / AGE, request.id))
+
+
+def check_keys(requests: Sequence[Request], others: Sequence[Request]) -> None:
+    """Refuse a key that cannot be compared with another where it comes, and not in the middle of a step."""
+    for place, request in enumerate(requests):
+        for other in (*requests[:place], *others):
+            try:
+                bool(request.place < other.place)
+            except Exception as error:
+                raise InvalidArgument(
+                    f"policy gives the key {shown(request.place[0])}, which cannot be compared with "
+                    f"{shown(other.place[0])} of request {other.id}: return numbers, or tuples of one form"
+                ) from error
 
 
 def check_policy(policy: Any) -> Callable[[Any], Any]:

@@ -8,8 +8,9 @@ submit ─► waiting ──► running ──stop token or length──► done
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
@@ -59,6 +60,19 @@ class Request:
     Subclasses may add what a host or a policy needs to know. Raises InvalidTokens for a bad prompt,
     InvalidArgument for the rest.
     """
+
+    if TYPE_CHECKING:  # what it may be given; what it has of it follows
+
+        def __init__(
+            self,
+            prompt: Sequence[int] | np.ndarray,
+            max_new_tokens: int = 64,
+            stop_tokens: Iterable[int] = frozenset(),
+            namespace: str = "",
+            priority: int = 0,
+            deadline: float | None = None,
+            cold: bool = False,
+        ) -> None: ...
 
     prompt: np.ndarray
     """int32 `[prompt_tokens]`; given as a list or an integer array."""
@@ -150,7 +164,7 @@ class Request:
         self.status = status
 
     def __repr__(self) -> str:
-        name = f", namespace={self.namespace!r}" if self.namespace else ""
+        name = f", namespace={shown(self.namespace)}" if self.namespace else ""
         return (
             f"{type(self).__name__}(id={self.id}, {self.status}, {len(self.prompt)} prompt tokens, "
             f"{len(self.tokens)} of {self.max_new_tokens} new{name})"

@@ -29,7 +29,7 @@ from radixkv.scheduling.batch import Batch, batch_of
 from radixkv.scheduling.clock import Deadlines, Pace, now
 from radixkv.scheduling.drafts import accepted_tokens, add_drafts, take_back
 from radixkv.scheduling.loading import Loading
-from radixkv.scheduling.policy import Policy, check_policy, longest_prefix_first
+from radixkv.scheduling.policy import Policy, check_keys, check_policy, longest_prefix_first
 from radixkv.scheduling.request import Request, Status
 from radixkv.scheduling.space import Pages, Space, common_prefix, lease_of
 
@@ -151,6 +151,8 @@ class Scheduler:
         for number, request in enumerate(requests, self._submitted):
             request.id = number
             request.place = (self._key(request), number)
+        if callable(self._policy):
+            check_keys(requests, [*self.waiting, *self.running])
         time = now()
         for request, room in zip(requests, rooms, strict=True):
             request.owner, request.room, request.submitted = self, room, time

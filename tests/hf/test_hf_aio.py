@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -133,6 +134,94 @@ def test_a_reader_that_leaves_gives_its_pages_back(model, engine, prompts, expec
     run(model, engine, main)
 
 
+def test_who_leaves_when_the_first_sample_has_ended_cancels_the_others(model, engine, prompts):
+    async def main(generator):
+        options = {"n": 3, "temperature": 2.0, "seed": 0}
+        sampled = await generator.generate(prompts[0], max_new_tokens=4, **options)
+        stream = generator.stream(prompts[0], max_new_tokens=400, stop_tokens=sampled.tokens[2:3], **options)
+        request = await stream.accepted()
+        task = asyncio.create_task(stream.end())
+        await until(lambda: request.ended)
+        task.cancel()
+        await until(lambda: free(generator.engine))
+        assert "cancelled" in [sibling.status for sibling in request.siblings]
+        assert all(len(sibling.tokens) < 400 for sibling in request.siblings)
+
+    run(model, engine, main)
+
+
+def test_tasks_that_ask_at_once_whether_a_stream_is_accepted_submit_it_once(model, engine, prompts, expected):
+    async def main(generator):
+        stream = generator.stream(prompts[0], max_new_tokens=COUNT)
+        first, second = await asyncio.gather(stream.accepted(), stream.accepted())
+        assert first is second
+        assert (await stream.end()).tokens == expected[0]
+        assert generator.engine.cache.stats().requests == 1
+        bad = generator.stream([])
+        for _ in range(2):
+            with pytest.raises(InvalidTokens):
+                await bad.accepted()
+
+    run(model, engine, main)
+
+
+def test_another_loop_is_refused_and_the_request_goes_on(model, engine, prompts, expected):
+    async def main(generator):
+        stream = generator.stream(prompts[0], max_new_tokens=COUNT)
+        tokens, refusals = [await anext(stream)], []
+
+        def other():
+            with pytest.raises(LeaseError, match="begun in another event loop") as refusal:
+                asyncio.run(anext(stream))
+            refusals.append(refusal)
+
+        await asyncio.to_thread(other)
+        tokens += [token async for token in stream]
+        assert (tokens, len(refusals)) == (expected[0], 1)
+
+    run(model, engine, main)
+
+
+@pytest.mark.parametrize("call", ["generate", "close"])
+def test_a_callback_that_would_wait_for_its_own_thread_is_refused(model, engine, prompts, call):
+    async def main(generator):
+        def on_logits(request, logits):
+            asyncio.run(generator.generate(prompts[1]) if call == "generate" else generator.close())
+
+        with pytest.raises(LeaseError, match="called in the step thread"):
+            await generator.generate(prompts[0], on_logits=on_logits)
+
+    run(model, engine, main)
+
+
+def test_a_generator_lives_as_long_as_its_streams(model, engine, prompts, expected):
+    async def main():
+        return [token async for token in AsyncGenerator(model, engine).stream(prompts[0], max_new_tokens=COUNT)]
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == expected[0]
+    gc.collect()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_that_it_has_no_step_thread(model, engine, prompts):
+    async def main(generator):
+        return await asyncio.wait_for(generator.generate(prompts[0], max_new_tokens=1), 20)
+
+    generator = AsyncGenerator(model, engine)
+    asyncio.run(main(generator))
+    child = os.fork()
+    if not child:
+        try:
+            asyncio.run(main(generator))
+        except LeaseError as error:
+            os._exit(0 if "was forked" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    asyncio.run(generator.close())
+
+
 def test_refusals_come_from_accepted_before_anything_is_read(model, prompts):
     async def main(generator):
         with pytest.raises(InvalidTokens):
@@ -211,6 +300,16 @@ def test_close_lets_those_under_way_end_within_the_grace(model, engine, prompts,
             assert stream.request.status in ("cancelled", "length")
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("grace", ["x", None, float("nan"), -1, True])
+def test_a_grace_that_is_none_is_refused_and_nothing_closes(model, engine, prompts, grace):
+    async def main(generator):
+        with pytest.raises(InvalidArgument, match="grace is"):
+            await generator.close(grace)
+        assert len((await generator.generate(prompts[0], max_new_tokens=2)).tokens) == 2
+
+    run(model, engine, main)
 
 
 def test_grace_ends(model, engine, prompts):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from radixkv import InvalidArgument, InvalidLogits, LeaseError, QueueFull
+from radixkv import InvalidArgument, InvalidLogits, LeaseError, QueueFull, scheduling
 from radixkv.hf import Generator, engine_for
 from tests.hf.helpers import VOCABULARY, assert_drains, random_prompts, stock_tokens, tiny
 
@@ -43,7 +43,7 @@ def submit(generator, prompts, on_token=None):
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["submit", "step", "run", "stream", "cancel", "close"])
+@pytest.mark.parametrize("call", ["submit", "step", "run", "stream", "text", "cancel", "fail", "close"])
 def test_another_thread_is_refused_and_jams_nothing(generator, prompts, expected, call):
     first, second = submit(generator, prompts[:2])
     generator.step()
@@ -52,7 +52,9 @@ def test_another_thread_is_refused_and_jams_nothing(generator, prompts, expected
         "step": generator.step,
         "run": generator.run,
         "stream": lambda: generator.stream(first),
+        "text": lambda: generator.text(first),
         "cancel": lambda: generator.cancel(first),
+        "fail": lambda: generator.fail(first, ValueError()),
         "close": generator.close,
     }
     with (
@@ -371,8 +373,14 @@ def test_requests_of_another_generator_are_refused(generator, model):
         for call in (generator.cancel, generator.stream):
             with pytest.raises(InvalidArgument, match="request 0 is of another Generator"):
                 call(foreign)
-            with pytest.raises(InvalidArgument, match="is 0: give a Request"):
+            with pytest.raises(InvalidArgument, match="is 0, a builtins.int: give a Request"):
                 call(0)
+            with pytest.raises(
+                InvalidArgument, match="a radixkv.scheduling.request.Request: give a Request that submit"
+            ):
+                call(scheduling.Request([1, 2, 3]))
+        with pytest.raises(InvalidArgument, match="prompt is a Request, which a Scheduler takes"):
+            generator.submit(scheduling.Request([1, 2, 3]))
         assert other.cancel(foreign)
 
 
@@ -532,6 +540,15 @@ def test_on_done_that_raises_changes_the_status_and_is_not_called_again(generato
     with pytest.raises(OSError, match="no disk"):
         generator.run()
     assert (request.status, request.tokens, calls) == ("error", expected[0], [0])
+
+
+@pytest.mark.parametrize("error", ["gone", None, ValueError, KeyboardInterrupt()])
+def test_a_request_fails_with_an_exception_only(generator, prompts, expected, error):
+    [request] = submit(generator, prompts[:1])
+    with pytest.raises(InvalidArgument, match="give an exception"):
+        generator.fail(request, error)
+    generator.run()
+    assert request.tokens == expected[0]
 
 
 def test_a_full_queue_is_refused_and_seen(model, prompts):

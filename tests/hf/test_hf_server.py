@@ -3,9 +3,11 @@
 import asyncio
 import importlib.util
 import itertools
+import json
 import random
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.hf.helpers import assert_drains, build, transformers
 
 openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -55,12 +58,15 @@ def model():
 
 
 @contextmanager
-def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, **options):
+def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, shutdown=None, **options):
     """A server in a thread of its own; when it has ended, nothing holds a page."""
     engine = engine_for(model, num_pages=num_pages, page_size=16)
     generator = AsyncGenerator(model, engine, tokenizer=tokenizer, **options)
     app = example.make_app(generator, tokenizer, "tiny", api_keys)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    config = uvicorn.Config(
+        app, port=0, log_level="critical" if shutdown else "warning", timeout_graceful_shutdown=shutdown
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
@@ -70,7 +76,7 @@ def serving(example, model, tokenizer, api_keys=frozenset(), num_pages=2000, **o
     def client(api_key="one"):
         return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=TIMEOUT)
 
-    yield SimpleNamespace(url=url, client=client, engine=engine, generator=generator)
+    yield SimpleNamespace(url=url, client=client, engine=engine, generator=generator, server=server)
     server.should_exit = True
     thread.join(TIMEOUT)
     assert not thread.is_alive()
@@ -220,9 +226,49 @@ def test_who_disconnects_gives_its_pages_back(server, streamed):
     assert server.generator.running == 0
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_who_leaves_the_queue_makes_room_in_it(example, model, tokenizer, streamed):
+    async def main(client):
+        create = client.chat.completions.create
+        first = await create(model="tiny", messages=user("first"), max_tokens=3000, stream=True)
+        await anext(aiter(first))
+        waits = asyncio.create_task(create(model="tiny", messages=user("hm"), max_tokens=9, stream=streamed))
+        while not server.generator.waiting:
+            await asyncio.sleep(0.001)
+        if streamed:
+            await (await waits).close()
+        waits.cancel()
+        while server.generator.waiting:
+            await asyncio.sleep(0.001)
+        assert server.generator.running == 1
+        await first.close()
+
+    with serving(example, model, tokenizer, max_running=1) as server:
+        run(server, main)
+
+
+def test_a_server_that_is_stopped_does_not_wait_for_its_longest_answer(example, model, tokenizer):
+    async def main(client):
+        stream = await client.completions.create(model="tiny", prompt="on and on", max_tokens=3000, stream=True)
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            async for _ in stream:
+                server.server.should_exit = True
+
+    with serving(example, model, tokenizer, shutdown=1) as server:
+        run(server, main)
+    assert server.engine.cache.stats().committed_tokens < 3000
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 BAD = {
+    "a long list": ({"n": 129}, openai.BadRequestError, "n"),
+    "a field of a message": (
+        {"messages": [{"role": "user", "content": "hm", "tool_calls": []}]},
+        openai.BadRequestError,
+        "tool_calls",
+    ),
+    "two limits": ({"max_tokens": 5, "max_completion_tokens": 5}, openai.BadRequestError, "max_tokens"),
     "another model": ({"model": "huge"}, openai.NotFoundError, "this server has 'tiny'"),
     "temperature": ({"temperature": -1.0}, openai.BadRequestError, "temperature is -1.0"),
     "top_p": ({"top_p": 0.0}, openai.BadRequestError, "top_p is 0.0"),
@@ -245,6 +291,61 @@ def test_bad_requests(server, options, error, message):
     with pytest.raises(error, match=message):
         run(server, main)
     assert server.engine.cache.stats().num_leases == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "", "{", "[]", "5", '{"model": "tiny", "prompt": "\\ud800"}', '{"model": "tiny", "prompt": [1e9]}',
+        '{"model": "tiny", "prompt": [-1]}', '{"model": "tiny", "prompt": []}', '{"model": "tiny", "prompt": {}}',
+        '{"model": "tiny", "prompt": "a", "temperature": NaN}', '{"model": "tiny", "prompt": "a", "seed": 1e400}',
+        f'{{"model": "tiny", "prompt": "a", "max_tokens": {10**30}}}', f'{{"prompt": {"[" * 5000}{"]" * 5000}}}',
+        '{"model": "tiny", "prompt": "a", "stop": ""}', '{"model": "tiny", "prompt": "a", "stop": [[]]}',
+        '{"model": "tiny", "prompt": "a", "stream_options": 5}', '{"model": null, "prompt": "a"}',
+    ],
+)  # fmt: skip
+def test_whatever_is_sent_is_answered_with_an_error_in_openais_form(server, body):
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", body.encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        urllib.request.urlopen(request, timeout=TIMEOUT)
+    assert answer.value.code == 400
+    assert json.loads(answer.value.read())["error"]["type"] == "invalid_request_error"
+    answer.value.close()
+
+
+def test_a_page_that_is_not_there(server):
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        urllib.request.urlopen(f"{server.url}/v1/nothing", timeout=TIMEOUT)
+    assert (answer.value.code, json.loads(answer.value.read())["error"]["message"]) == (404, "Not Found")
+    answer.value.close()
+
+
+def test_what_is_null_is_as_good_as_not_given(server):
+    async def main(client):
+        nothing = dict.fromkeys(("max_tokens", "temperature", "seed", "stop", "n", "stream", "stream_options", "user"))
+        return await client.chat.completions.create(model="tiny", messages=user("hm"), **nothing)
+
+    assert run(server, main).usage.completion_tokens == 256
+
+
+def test_no_seed_is_another_answer_each_time(server):
+    async def main(client):
+        create, options = client.completions.create, {"model": "tiny", "prompt": "roll", "temperature": 1.0}
+        return {(await create(max_tokens=12, **options)).choices[0].text for _ in range(4)}
+
+    assert len(run(server, main)) == 4
+
+
+def test_a_model_without_a_chat_template_completes_text(server, tokenizer, monkeypatch):
+    async def main(client):
+        with pytest.raises(openai.BadRequestError, match="tiny has no chat template: use /v1/completions"):
+            await client.chat.completions.create(model="tiny", messages=user("hm"))
+        return await client.completions.create(model="tiny", prompt="hm", max_tokens=2)
+
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert run(server, main).usage.completion_tokens == 2
 
 
 def test_no_prompt(server):
@@ -283,6 +384,12 @@ def test_keys_that_are_not_known(example, model, tokenizer):
         assert run(server, main, "right").usage.completion_tokens == 1
         with pytest.raises(openai.AuthenticationError, match="unknown API key"):
             run(server, main, "wrong")
+        with pytest.raises(openai.AuthenticationError):
+            run(
+                server,
+                lambda client: client.post("/chat/completions", body={"nothing": "right"}, cast_to=dict),
+                "wrong",
+            )
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
@@ -298,6 +405,18 @@ def test_models_and_metrics(server):
         text = response.read().decode()
     (line,) = [line for line in text.splitlines() if line.startswith("radixkv_finished_requests_total{")][:1]
     assert float(line.split()[-1]) >= 1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_whole_answer_that_goes_wrong_is_no_answer(server, model, n):
+    def fail(module, inputs, output):
+        return output * torch.nan
+
+    async def main(client):
+        await client.chat.completions.create(model="tiny", messages=user("go wrong"), max_tokens=50, n=n)
+
+    with model.lm_head.register_forward_hook(fail), pytest.raises(openai.InternalServerError, match="logit is nan"):
+        run(server, main)
 
 
 def test_an_answer_that_goes_wrong_is_an_event(server, model):

@@ -320,6 +320,23 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused(configured, nam
         generator.submit([1])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("eos_token_id", VOCABULARY, r"generation_config.eos_token_id\[0\] is 97: give at most 96"),
+        ("eos_token_id", [1.5], r"generation_config.eos_token_id\[0\] is 1.5"),
+        ("eos_token_id", "x", "generation_config.eos_token_id is 'x'"),
+        ("stop_strings", 5, "stop_strings is 5"),
+        ("max_length", "x", "generation_config.max_length is 'x'"),
+        ("max_new_tokens", 0, "max_new_tokens is 0"),
+        ("repetition_penalty", 0, "repetition_penalty is 0"),
+    ],
+)
+def test_what_no_generation_config_may_say_is_refused(configured, name, value, message):
+    with pytest.raises(InvalidArgument, match=message):
+        configured(**{name: value}).submit([1])
+
+
 def test_every_field_of_the_generation_config_was_thought_of():
     """A new one of transformers fails here: is it done, is it refused, or does it not change the tokens?"""
     from radixkv.hf.defaults import _REFUSED

@@ -197,6 +197,25 @@ def test_an_order_decides_who_is_admitted_first_and_equal_keys_go_by_arrival():
     assert_answered(requests)
 
 
+@pytest.mark.parametrize("key", ["x", None, 1j, np.zeros(2)], ids=str)
+def test_a_key_that_cannot_be_sorted_is_refused_where_it_comes(key):
+    """And not in the middle of a step, when its request would be in no list any more."""
+    host, keys = Host(num_pages=40), iter([1, key, 2, key])
+    scheduler = Scheduler(host, policy=lambda request: next(keys))
+    first = Request([1, 2, 3], max_new_tokens=4)
+    scheduler.submit(first)
+    with pytest.raises(InvalidArgument, match="policy gives the key .* cannot be compared with 1 of request 0"):
+        scheduler.submit(Request([4, 5, 6]))
+    run_step(scheduler.next())  # the first runs now
+    twin, other = Request([7, 8], max_new_tokens=4), Request([7, 8])
+    with pytest.raises(InvalidArgument, match="cannot be compared with 2 of request"):
+        scheduler.submit(twin, other)
+    assert [twin.owner, other.owner] == [None, None]
+    run(scheduler)
+    assert first.tokens == answer([1, 2, 3], 4)
+    assert host.drains()
+
+
 def test_an_order_decides_who_is_preempted():
     scheduler = Scheduler(Host(60, 4), policy=lambda r: -r.priority)
     requests = submitted(scheduler, *(Request([i] * 12, 150, priority=i) for i in range(3)))
@@ -614,3 +633,7 @@ def test_requests_of_a_namespace_at_its_ceiling_wait_for_each_other_and_all_end(
         assert host.cache.namespaces()["small"].pages <= 6
     assert_answered(requests)
     assert host.drains()
+
+
+def test_what_a_request_says_of_itself_is_short():
+    assert len(repr(Request(range(100_000), namespace="x" * 10_000))) < 120
