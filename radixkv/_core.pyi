@@ -29,6 +29,10 @@ class Cache:
     def page_size(self) -> int:
         """Tokens a page holds."""
 
+    @property
+    def hierarchical(self) -> bool:
+        """Whether namespace "a/b" finds what "a" published as well."""
+
     def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
         """Match the longest cached prefix, lock it, and take pages for the rest of the tokens.
 
@@ -257,6 +261,9 @@ class Lease:
         long as they are there, and whoever uses them again makes them like any others. Where it is not known whether a session
         has ended, leave it out: wrong hints cost more than right ones gain.
         """
+
+    def _commit_as(self, namespace: str) -> None:
+        """Publish the full pages that are written as those of a namespace above its own: what had published them."""
 
     def fork(self) -> Lease:
         """A second lease on the same tokens. Commits this one: full pages are shared through the tree, the open page is copied

@@ -61,7 +61,8 @@ class Lease {
   std::int64_t drop(std::int64_t num_tokens);      // returns the pages freed
   std::int64_t truncate(std::int64_t num_tokens);  // keeps the first ones; returns the pages freed
   void commit();
-  void release(bool commit, bool cold);  // cold: the session ends with it
+  void commit_as(std::string_view name);  // full pages, of a namespace above its own: where tiers found them
+  void release(bool commit, bool cold);   // cold: the session ends with it
   std::unique_ptr<Lease> fork();
   void adopt();
 
@@ -90,10 +91,12 @@ class Lease {
   void write_tokens(const Token* tokens, std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
+  bool may_publish() const;
   NodeId publish_written(bool closing);
-  RadixTree::Child own_child(const RadixTree::Child& seen, std::int32_t count) const;
+  void publish_full(SpaceId space);
+  RadixTree::Child own_child(const RadixTree::Child& seen, SpaceId space, std::int32_t count) const;
   void fold(NodeId child, std::int32_t full);
-  void publish(std::int32_t full, NodeId shorter);
+  void publish(SpaceId space, std::int32_t full, NodeId shorter);
   NodeId publish_open(std::int32_t tokens, bool closing);
   void let_go(bool commit, bool cold);
   void record(Journal& journal) const noexcept;

@@ -71,6 +71,10 @@ class Spaces {
     top_of(s).used -= pages;
     if ((spaces_[s].pages -= pages) == 0) settle(s);
   }
+  // Pages of one of them are another's on the same path now.
+  void moved(SpaceId from, SpaceId to, std::int64_t pages) {
+    if (from != to) spaces_[from].pages -= pages, spaces_[to].pages += pages;
+  }
   void exposed(SpaceId s, std::int64_t pages) { top_of(s).evictable += pages; }
   void lease_began(SpaceId s) {
     wake(s);

@@ -79,6 +79,11 @@ void release(PyLease& l, bool commit, bool cold) {
   l.owner->work(l.lease->num_tokens(), [&] { l.lease->release(commit, cold); });
 }
 
+void commit_as(PyLease& l, nb::handle name) {
+  const std::string_view space = namespace_from(name);
+  l.owner->work(0, [&] { l.lease->commit_as(space); });
+}
+
 void leave(PyLease& l, nb::handle type, nb::handle, nb::handle) {
   if (!l.lease->released()) release(l, type.is_none(), false);
 }
@@ -192,6 +197,8 @@ void bind_lease(nb::module_& m) {
           "commit", [](PyLease& l) { l.owner->work(0, [&] { l.lease->commit(); }); },
           "Publish what is written, so that other requests match it. Duplicates of pages that another request "
           "published first are freed, so `pages` may change. O(tokens since the last commit).")
+      .def("_commit_as", &commit_as, "namespace"_a.none(),
+           "Publish the full pages that are written as those of a namespace above its own: what had published them.")
       .def("release", &release, "commit"_a = true, "cold"_a = false, kReleaseDoc)
       .def("fork", &fork, kForkDoc)
       .def(
