@@ -183,7 +183,7 @@ class Lease:
 
     @property
     def num_prompt(self) -> int:
-        """Tokens given to acquire()."""
+        """Tokens given to acquire(), and to extend() as more of the prompt."""
 
     @property
     def namespace(self) -> str:
@@ -209,11 +209,15 @@ class Lease:
     def copies(self) -> list[tuple[int, int, int]]:
         """[(source page, target page, tokens)]: copy the K and V of these leading tokens before writing; pending, and the source kept, until the next advance()."""
 
-    def extend(self, tokens: Tokens) -> None:
+    def extend(self, tokens: Tokens, *, prompt: bool = False) -> None:
         """Room for more tokens. O(new tokens).
 
         An open page that commit() published never changes: the lease goes on in a copy of it (`copies`), or, where no page is
         left for a copy and nobody else uses that one, in the page itself, which leaves the tree.
+
+        Args:
+            prompt: a further piece of a prompt that is computed in pieces, not of an answer: it counts as input in the
+                statistics of the cache, and to `num_prompt`.
 
         Raises:
             PoolExhausted: free and evictable pages do not suffice, or the pages it would hold are more than the pool's; the

@@ -139,7 +139,7 @@ void Lease::write_tokens(const Token* tokens, std::int64_t n) {
 
 // --- it grows --------------------------------------------------------------------------------------------------------
 
-void Lease::extend(const Token* tokens, std::int64_t n) {
+void Lease::extend(const Token* tokens, std::int64_t n, bool prompt) {
   change();
   if (n == 0) return;
   Cache::Guard guard(cache_->mutex_);
@@ -167,7 +167,15 @@ void Lease::extend(const Token* tokens, std::int64_t n) {
     tree_.unlock(tail);
   }
   tail_ = kNone;
+  if (prompt) note_prompt(n);
   write_tokens(tokens, n);
+}
+
+// The next n tokens are input as those that acquire() was given.
+void Lease::note_prompt(std::int64_t n) {
+  if (num_prompt_ == num_tokens_) num_prompt_ += n;
+  cache_->input_tokens_ += n;
+  tree_.spaces().given(space_, n);
 }
 
 void Lease::advance(std::int64_t n) {

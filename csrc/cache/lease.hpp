@@ -56,10 +56,10 @@ class Lease {
   void read_tokens(std::int64_t from, std::int64_t to, Token* out) const;
 
   // These change it. Each throws LeaseError as those above do, and while a step is open over it.
-  void extend(const Token* tokens, std::int64_t n);
-  void advance(std::int64_t n);                    // n < 0: all
-  std::int64_t drop(std::int64_t num_tokens);      // returns the pages freed
-  std::int64_t truncate(std::int64_t num_tokens);  // keeps the first ones; returns the pages freed
+  void extend(const Token* tokens, std::int64_t n, bool prompt);  // prompt: a further piece of it
+  void advance(std::int64_t n);                                   // n < 0: all
+  std::int64_t drop(std::int64_t num_tokens);                     // returns the pages freed
+  std::int64_t truncate(std::int64_t num_tokens);                 // keeps the first ones; returns the pages freed
   void commit();
   void commit_as(std::string_view name);  // full pages, of a namespace above its own: where tiers found them
   void release(bool commit, bool cold);   // cold: the session ends with it
@@ -89,6 +89,7 @@ class Lease {
   bool take_pages(std::int32_t need, PageId source);
   void give_back_from(std::size_t first);
   void write_tokens(const Token* tokens, std::int64_t n);
+  void note_prompt(std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
   bool may_publish() const;

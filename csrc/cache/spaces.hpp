@@ -85,6 +85,7 @@ class Spaces {
   }
   void set_root(SpaceId s, NodeId root);
   void requested(SpaceId s, std::int64_t input, std::int64_t hit);
+  void given(SpaceId s, std::int64_t input) { spaces_[s].counts.input_tokens += input; }  // later, to a request
   SpaceCounts forgotten() const { return forgotten_; }  // of those whose names are not known any more
 
   // Quotas, of top namespaces.

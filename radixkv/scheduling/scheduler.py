@@ -350,7 +350,8 @@ class Scheduler:
         lease = lease_of(request)
         while lease.num_tokens < end:
             try:
-                lease.extend(request.sequence(lease.num_tokens, end))
+                more = request.sequence(lease.num_tokens, end)
+                lease.extend(more, prompt=lease.num_tokens < len(request.prompt))
             except PoolExhausted:
                 if self._space.drop():
                     continue

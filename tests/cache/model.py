@@ -256,7 +256,7 @@ class Model:
             counts[i] += more
         return lease
 
-    def extend(self, lease: ModelLease, tokens: list[int]) -> None:
+    def extend(self, lease: ModelLease, tokens: list[int], prompt: bool = False) -> None:
         if not tokens:
             return
         total = self.count_for(len(lease.tokens) + len(tokens))
@@ -276,6 +276,7 @@ class Model:
             self.unlock([lease.tail])
             lease.tail = None
         lease.tokens += tokens
+        self.counts[lease.namespace][1] += len(tokens) if prompt else 0
 
     def advance(self, lease: ModelLease, n: int) -> None:
         self.drop_source(lease)

@@ -323,6 +323,17 @@ def test_a_prefix_that_a_namespace_above_holds_takes_no_headroom():
     assert_answered([first, *others])
 
 
+def test_a_prompt_that_is_computed_in_chunks_counts_whole():
+    """The hit rate is of all its tokens, not of those in its first chunk."""
+    host = Host(200)
+    scheduler = Scheduler(host, max_step_tokens=100, max_running=4)
+    requests = submitted(scheduler, Request(list(range(950)), 5), Request([1] * 30, 5))
+    run(scheduler)
+    assert_answered(requests)
+    stats = host.cache.stats()
+    assert (stats.requests, stats.input_tokens, stats.hit_tokens) == (2, 980, 0)
+
+
 def test_samples_that_would_be_preempted_at_once_wait():
     """40 tokens of a prompt and 24 more of each sample: the pool has room for four of these."""
     scheduler = Scheduler(Host(34, 4))
