@@ -259,11 +259,14 @@ def test_a_top_namespace_has_the_keys_it_ever_had():
     assert len({key for seen in tall.seen(OURS, "a/b/c") for key in seen.keys}) == 3 * 8
 
 
-def test_what_a_lease_commits_as(tmp_path):
+def test_what_a_lease_commits_as():
     cache = radixkv.PrefixCache(16, 4, hierarchical=True)
+    for known in ("a/c", "b", "a/b/c"):
+        with cache.acquire([1], known) as lease:
+            lease.advance()
     with cache.acquire(np.arange(10), "a/b") as lease:
         lease.advance(9)
-        for wrong in ("a/c", "b", "a/b/c", ""):
+        for wrong in ("a/c", "b", "a/b/c", "", "new"):
             with pytest.raises(radixkv.InvalidArgument, match="does not see"):
                 lease._commit_as(wrong)
         lease._commit_as("a")
