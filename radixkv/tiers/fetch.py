@@ -79,9 +79,8 @@ class Fetch:
 
     def path(self, end: int) -> list[bytes]:
         """Its first pages: whose those are that the pool has is not known."""
-        return [seen.keys[i] for i in range(self.first) for seen in self.seen] + [
-            *map(self.key, range(self.first, end))
-        ]
+        before = [seen.keys[i] for i in range(self.first) for seen in self.seen]
+        return before + [self.key(i) for i in range(self.first, end)]
 
     def owner(self, i: int) -> str:
         """The namespace that had published a page."""

@@ -105,7 +105,8 @@ class Keys:
 
     def root(self, namespace: str) -> Named:
         """What stands before a namespace's first page."""
-        tag, top = self.tag(namespace), self.tag(seen_by(namespace, self._hierarchical)[0])
+        tag, highest = self.tag(namespace), seen_by(namespace, self._hierarchical)[0]
+        top = tag if highest == namespace else self.tag(highest)
         return Named(tag, top, tag, top)
 
     def after(self, before: Named, tokens: _core.Tokens, namespace: str | None = None) -> Named:
@@ -116,9 +117,10 @@ class Keys:
 
     def seen(self, tokens: _core.Tokens, namespace: str) -> list[Seen]:
         """What the full pages of tokens are called in each namespace that a request of this one sees, the top first."""
-        roots = [(name, self.root(name)) for name in seen_by(namespace, self._hierarchical)]
-        links = self.pages(tokens, roots[0][1].tag)
-        return [Seen(name, at.tag, [self._key_of(link, at.tag, at.top) for link in links]) for name, at in roots]
+        tags = {name: self.tag(name) for name in seen_by(namespace, self._hierarchical)}
+        top = next(iter(tags.values()))
+        links = self.pages(tokens, top)
+        return [Seen(name, tag, [self._key_of(link, tag, top) for link in links]) for name, tag in tags.items()]
 
     def _key_of(self, link: bytes, tag: bytes, top: bytes) -> bytes:
         if tag == top:
