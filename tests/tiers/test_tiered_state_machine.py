@@ -10,6 +10,7 @@ import os
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import initialize, invariant, multiple, precondition, rule, run_state_machine_as_test
 
@@ -48,13 +49,15 @@ class Slots:
 
 
 class TieredMachine(Machine):
+    hierarchical = False
+
     @initialize(
         num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans(), hub=st.integers(2, 30),
-        write=st.sampled_from(["all", "all", "all", "second"]), hierarchical=st.booleans(),
+        write=st.sampled_from(["all", "all", "all", "second"]),
     )  # fmt: skip
-    def start(self, num_pages, page_size, journal, hub, write, hierarchical):
-        Machine.start(self, num_pages, page_size, False, "hierarchical" if hierarchical else "lru")
-        self.cache = TieredCache(num_pages, page_size, hierarchical=hierarchical)
+    def start(self, num_pages, page_size, journal, hub, write):
+        Machine.start(self, num_pages, page_size, False, "hierarchical" if self.hierarchical else "lru")
+        self.cache = TieredCache(num_pages, page_size, hierarchical=self.hierarchical)
         self.shadow = Shadow(self.cache.journal()) if journal else None
         self.table = radixkv._core.PageTable(self.cache)
         self.store = Faulty()
@@ -101,6 +104,7 @@ class TieredMachine(Machine):
         """A request over tiers, of which the pool may have lost some: fetched, acquired, partly computed, filled."""
         namespace, tokens = self.tokens_like_before(data)
         tokens = tokens + data.draw(st.lists(st.integers(0, 2), max_size=5))
+        namespace = data.draw(st.sampled_from([namespace, self.namespaces[0]]))
         self.served(namespace, tokens)
         namespace = data.draw(st.sampled_from([n for n in self.namespaces if namespace in self.model.chain(n)]))
         tokens = tokens + data.draw(st.lists(st.integers(0, 2), max_size=5))
@@ -200,11 +204,18 @@ class TieredMachine(Machine):
             self.tiers.close()
 
 
-def test_tiers_under_any_traffic():
+class FamilyMachine(TieredMachine):
+    hierarchical = True
+
+
+@pytest.mark.parametrize("machine", [TieredMachine, FamilyMachine])
+def test_tiers_under_any_traffic(machine):
+    FILLS.update(dict.fromkeys(FILLS, 0))
     examples = int(os.environ.get("RADIXKV_EXAMPLES", "200")) // 2
     phases = [p for p in Phase if p is not Phase.shrink or os.environ.get("RADIXKV_SHRINK") != "0"]
     run_state_machine_as_test(
-        TieredMachine,
+        machine,
         settings=settings(max_examples=examples, stateful_step_count=50, deadline=None, phases=phases),
     )
-    assert min(FILLS.values()) > 0
+    assert FILLS["at once"] + FILLS["after a head"] > 0
+    assert machine.hierarchical == (FILLS["of a namespace above"] > 0)
