@@ -29,6 +29,10 @@ class Cache:
     def page_size(self) -> int:
         """Tokens a page holds."""
 
+    @property
+    def hierarchical(self) -> bool:
+        """Whether namespace "a/b" finds what "a" published as well."""
+
     def acquire(self, tokens: Tokens, namespace: str = "") -> Lease:
         """Match the longest cached prefix, lock it, and take pages for the rest of the tokens.
 
@@ -179,7 +183,7 @@ class Lease:
 
     @property
     def num_prompt(self) -> int:
-        """Tokens given to acquire()."""
+        """Tokens given to acquire(), and to extend() as more of the prompt."""
 
     @property
     def namespace(self) -> str:
@@ -205,11 +209,15 @@ class Lease:
     def copies(self) -> list[tuple[int, int, int]]:
         """[(source page, target page, tokens)]: copy the K and V of these leading tokens before writing; pending, and the source kept, until the next advance()."""
 
-    def extend(self, tokens: Tokens) -> None:
+    def extend(self, tokens: Tokens, *, prompt: bool = False) -> None:
         """Room for more tokens. O(new tokens).
 
         An open page that commit() published never changes: the lease goes on in a copy of it (`copies`), or, where no page is
         left for a copy and nobody else uses that one, in the page itself, which leaves the tree.
+
+        Args:
+            prompt: a further piece of a prompt that is computed in pieces, not of an answer: it counts as input in the
+                statistics of the cache, and to `num_prompt`.
 
         Raises:
             PoolExhausted: free and evictable pages do not suffice, or the pages it would hold are more than the pool's; the
@@ -257,6 +265,9 @@ class Lease:
         long as they are there, and whoever uses them again makes them like any others. Where it is not known whether a session
         has ended, leave it out: wrong hints cost more than right ones gain.
         """
+
+    def _commit_as(self, namespace: str) -> None:
+        """Publish the full pages that are written as those of a namespace above its own: what had published them."""
 
     def fork(self) -> Lease:
         """A second lease on the same tokens. Commits this one: full pages are shared through the tree, the open page is copied

@@ -48,7 +48,7 @@ class Engine:
         policy: what the cache evicts first, "lru" or "hazard" (`PrefixCache`).
         cuda_graphs: on CUDA, let decode steps (one row for each lease) be captured in CUDA graphs and replayed: see
             `Step.graph_key`. Steps of the same number of leases then use the same memory; they have no cascade.
-        hierarchical: namespace "a/b" finds what "a" published as well (`PrefixCache`); not with tiers.
+        hierarchical: namespace "a/b" finds what "a" published as well (`PrefixCache`).
         tiers: what lies below the pool: RAM, and a disk that keeps pages over restarts. Not with cuda_graphs. Close
             such an engine: what is not stored yet is stored then.
 
@@ -86,8 +86,6 @@ class Engine:
         check_device(device, cuda_graphs=cuda_graphs)
         if tiers is not None:
             _check_tiers(tiers, device, cuda_graphs)
-            if hierarchical:
-                raise InvalidArgument("hierarchical namespaces are not kept in tiers: leave out hierarchical or tiers")
         if capacity is not None:
             page_size = checked_size("page_size", page_size)
             per_page = sum(f.page_bytes(page_size, s) for s, f in zip(self.layers, formats, strict=True))

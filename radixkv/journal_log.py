@@ -8,7 +8,7 @@
 A step is the number of a journal record: one page stored or removed, in the order in which it happened. The file is a
 stream of msgpack maps:
 
-    header    {"radixkv-log": 1, "num_pages": int, "page_size": int}
+    header    {"radixkv-log": 1, "num_pages": int, "page_size": int}, and of a hierarchical cache "hierarchical": True
     records   {"first": int, "dump": bool, "time": s, "op", "page", "parent", "root", "request", "tokens": bin,
                "names": {index: namespace}}
     lost      {"lost": int}: so many releases were not read in time
@@ -40,7 +40,7 @@ __all__ = ["LogWriter", "is_log", "read_log"]
 
 VERSION = 1
 _MAGIC = "radixkv-log"
-_HEAD = b"\x83\xab" + _MAGIC.encode()  # a map of three, whose first key this is
+_HEADS = tuple(kind + b"\xab" + _MAGIC.encode() for kind in (b"\x83", b"\x84"))  # a map of three or four; its first key
 _PERIOD = 0.005  # seconds between two looks at the journal
 _LIMIT = 4096  # records of one map
 _MOST_BYTES = 2**31 - 1  # of one map; a release is the largest
@@ -69,6 +69,8 @@ class LogWriter:
         try:
             self._stream: BinaryIO | None = open(path, "wb")  # noqa: SIM115 (closed by close)
             header = {_MAGIC: VERSION, "num_pages": cache.num_pages, "page_size": cache.page_size}
+            if cache.hierarchical:
+                header["hierarchical"] = True
             self._stream.write(self._pack(header))
             self._dump()
         except OSError as error:
@@ -160,7 +162,7 @@ def is_log(path: str) -> bool:
     """Whether a file begins as a log does."""
     try:
         with open(path, "rb") as stream:
-            return stream.read(len(_HEAD)) == _HEAD
+            return stream.read(len(_HEADS[0])) in _HEADS
     except (OSError, ValueError):
         return False
 
@@ -177,7 +179,7 @@ def read_log(path: str, progress: Callable[[int], None] | None = None) -> Story:
             if header.get(_MAGIC) != VERSION:
                 raise TraceError(f"{path} is no operation log of version {VERSION}: give a file of PrefixCache.record")
             try:
-                story = Story(int(header["num_pages"]), int(header["page_size"]))
+                story = Story(int(header["num_pages"]), int(header["page_size"]), bool(header.get("hierarchical")))
                 for entry in entries:
                     _add(story, entry)
                     if progress is not None:

@@ -7,7 +7,7 @@ once, so a page that was evicted and computed again is the same prefix.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from radixkv.errors import InvalidArgument
 from radixkv.journal import NAMESPACE, STORED, Batch, Release
+from radixkv.namespaces import seen_by
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from radixkv._core import Tokens
     from radixkv.cache import PrefixCache
 
-__all__ = ["Explanation", "Life", "PageState", "Story", "story_of"]
+__all__ = ["Explanation", "Life", "PageState", "Story", "layers_of", "story_of"]
 
 
 class PageState(NamedTuple):
@@ -113,10 +114,10 @@ class Explanation:
 class Story:
     """What happened to a cache's pages. Grows by `add` and `add_release`."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, hierarchical: bool = False) -> None:
         if num_pages < 1 or page_size < 1:
             raise InvalidArgument(f"a cache has pages: not {num_pages} of {page_size} tokens")
-        self.num_pages, self.page_size = num_pages, page_size
+        self.num_pages, self.page_size, self.hierarchical = num_pages, page_size, hierarchical
         self.changes: list[Change] = []
         self.releases: list[Release] = []
         self.release_times: list[float] = []
@@ -187,15 +188,19 @@ class Story:
             self.prefixes[prefix].uses.append((release.at, when))
 
     def path(self, tokens: npt.NDArray[np.int32], namespace: str) -> list[int]:
-        """The prefixes of these tokens that ever were pages', shortest first."""
-        found, parent, size = [], -1, self.page_size
-        for begin in range(0, len(tokens) - size + 1, size):
-            prefix = self._found.get((parent, namespace, tokens[begin : begin + size].tobytes()))
-            if prefix is None:
-                break
-            found.append(prefix)
-            parent = prefix
-        return found
+        """The prefixes of these tokens that ever were pages', shortest first; of several paths the longest."""
+        layers, path = self.layers(tokens, namespace), list[int]()
+        prefix = layers[-1][0] if layers else -1
+        while prefix >= 0:
+            path.append(prefix)
+            prefix = self.prefixes[prefix].parent
+        return path[::-1]
+
+    def layers(
+        self, tokens: npt.NDArray[np.int32], namespace: str, among: Container[int] | None = None
+    ) -> list[list[int]]:
+        """`layers_of` the prefixes that ever were pages', or of those `among` them."""
+        return layers_of(self._found, tokens, self.page_size, seen_by(namespace, self.hierarchical), among)
 
     # --- the tree at a step ---------------------------------------------------------------------------------------
 
@@ -304,29 +309,31 @@ class Story:
         """As it was at a step."""
         there = self._there(step)
         present = set(there.values())
-        path = self.path(wanted, namespace)
-        cached = next((i for i, prefix in enumerate(path) if prefix not in present), len(path))
-        parent = path[cached - 1] if cached else -1
-        shared, instead = self._nearest(wanted[cached * self.page_size :], namespace, parent, present)
+        path, there_now = self.layers(wanted, namespace), self.layers(wanted, namespace, present)
+        cached = len(there_now)
+        ends = there_now[-1] if there_now else [-1]
+        shared, instead = self._nearest(wanted[cached * self.page_size :], namespace, ends, present)
         num_cached = cached * self.page_size + shared
         if num_cached == len(wanted):
             return Explanation(len(wanted), num_cached)
         facts: dict[str, Any] = {"wanted": int(wanted[num_cached]), "instead": instead}
         if cached < len(path):
-            facts |= (removal := self._removal(self.prefixes[path[cached]], step))
+            facts |= (removal := self._removal(path[cached], step))
             if sizes and removal and not self.lost_releases:
-                known = [p for p in path if any(c.stored and c.step < step for c in self.prefixes[p].changes)]
+                ever = range(len(self.prefixes))
+                stored = {p for p in ever if any(c.stored and c.step < step for c in self.prefixes[p].changes)}
+                known = self.layers(wanted, namespace, stored)
                 facts["pool_factor"] = self._factor(wanted[: len(known) * self.page_size], namespace, step, progress)
         return Explanation(len(wanted), num_cached, **facts)
 
     def _nearest(
-        self, rest: npt.NDArray[np.int32], namespace: str, parent: int, present: set[int]
+        self, rest: npt.NDArray[np.int32], namespace: str, ends: list[int], present: set[int]
     ) -> tuple[int, int | None]:
-        """How many more tokens the most similar page there has, and its first other one."""
-        best, other = 0, None
+        """How many more tokens the most similar page has that follows one of these, and its first other one."""
+        best, other, seen = 0, None, seen_by(namespace, self.hierarchical)
         for prefix in sorted(present):
             page = self.prefixes[prefix]
-            if page.parent != parent or page.namespace != namespace:
+            if page.parent not in ends or page.namespace not in seen:
                 continue
             most = min(len(rest), self.page_size)
             differ = [i for i in range(most) if rest[i] != page.tokens[i]]
@@ -335,12 +342,14 @@ class Story:
                 best, other = shared, page.tokens[shared] if shared < self.page_size else None
         return best, other
 
-    def _removal(self, prefix: Prefix, before: int) -> dict[str, Any]:
-        removed = [change for change in prefix.changes if not change.stored and change.step < before]
+    def _removal(self, prefixes: list[int], before: int) -> dict[str, Any]:
+        """Which of these pages, of one place in a prompt, was the last to leave."""
+        changes = [change for prefix in prefixes for change in self.prefixes[prefix].changes]
+        removed = [change for change in changes if not change.stored and change.step < before]
         if not removed:
             return {}
-        last = removed[-1]
-        used = [when for step, when in prefix.uses if step <= last.step]
+        last = max(removed, key=lambda change: change.step)
+        used = [when for step, when in self.prefixes[last.prefix].uses if step <= last.step]
         idle = max(0.0, last.time - used[-1]) if used and last.time else None
         return {"removed_at": last.step, "removed_by": last.request, "idle_seconds": idle}
 
@@ -354,7 +363,8 @@ class Story:
             nonlocal served
             from radixkv.cache import PrefixCache
 
-            with PrefixCache(-(-self.num_pages * tenths // 10), self.page_size) as cache:
+            num_pages = -(-self.num_pages * tenths // 10)
+            with PrefixCache(num_pages, self.page_size, hierarchical=self.hierarchical) as cache:
                 for release in requests:
                     if len(release.tokens) <= cache.num_pages * self.page_size:
                         with cache.acquire(release.tokens, release.namespace) as lease:
@@ -377,6 +387,29 @@ class Story:
         return high / 10
 
 
+def layers_of(
+    found: Mapping[tuple[int, str, bytes], int],
+    tokens: npt.NDArray[np.int32],
+    page_size: int,
+    seen: list[str],
+    among: Container[int] | None = None,
+) -> list[list[int]]:
+    """The pages of these tokens by their place, the first ones first, those of the upper namespaces first.
+
+    found: (page before, -1: none; namespace; tokens) -> page. seen: the namespaces that are looked into, from the top.
+    """
+    layers, above = [], [-1]
+    for begin in range(0, len(tokens) - page_size + 1, page_size):
+        text = tokens[begin : begin + page_size].tobytes()
+        above = [found[key] for parent in above for name in seen if (key := (parent, name, text)) in found]
+        if among is not None:
+            above = [page for page in above if page in among]
+        if not above:
+            break
+        layers.append(above)
+    return layers
+
+
 def story_of(cache: PrefixCache) -> Story:
     """What the journal of a live cache still tells: its last 4 * num_pages records and its last releases.
 
@@ -385,7 +418,7 @@ def story_of(cache: PrefixCache) -> Story:
     journal = cache.journal()
     now = journal.dump()
     last = journal.read(0, now.cursor)
-    story = Story(cache.num_pages, cache.page_size)
+    story = Story(cache.num_pages, cache.page_size, cache.hierarchical)
     if last.lost:
         again = set(last.page[last.op != NAMESPACE].tolist())
         kept = [i for i in range(len(now.op)) if now.op[i] == NAMESPACE or int(now.page[i]) not in again]

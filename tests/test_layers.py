@@ -28,7 +28,7 @@ LAYERS = [
     {"cache", "journal", "observe"},
     {"_core"},
     {"formats", "kv_plan"},
-    {"shape", "memory", "content"},
+    {"shape", "memory", "content", "namespaces"},
     {"errors"},
 ]
 

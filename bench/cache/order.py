@@ -130,10 +130,11 @@ def main() -> int:
         seconds = max(call.time for call in calls) - min(call.time for call in calls)
         for load in options.loads:
             speed = missed / seconds / load
-            orders = [("arrival", 1.0), *(("prefix", age or 1e-9) for age in options.ages)]
-            for order, policy.AGE in orders:  # type: ignore[assignment, misc]
-                found = simulate(calls, Host(pages, trace.page_size), speed, order)
-                show(name, load, order if order == "arrival" else f"prefix, age {policy.AGE:g}", found, options.json)
+            show(name, load, "arrival", simulate(calls, Host(pages, trace.page_size), speed, "arrival"), options.json)
+            for age in options.ages:
+                policy.AGE = age or 1e-9  # type: ignore[assignment]
+                found = simulate(calls, Host(pages, trace.page_size), speed, "prefix")
+                show(name, load, f"prefix, age {age:g}" if age else "prefix, no age", found, options.json)
     return 0
 
 

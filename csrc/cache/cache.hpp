@@ -87,6 +87,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
 
   std::int32_t num_pages() const { return tree_.num_pages(); }
   std::int32_t page_size() const { return tree_.page_size(); }
+  bool hierarchical() const { return tree_.spaces().hierarchical(); }
   // For tests: the n-th request for pages from now on is refused as if the pool were full (0: the next one).
   void refuse_pages(std::int64_t n) { refuse_in_ = n; }
 

@@ -142,7 +142,7 @@ void Lease::write_tokens(const Token* tokens, std::int64_t n) {
 
 // --- it grows --------------------------------------------------------------------------------------------------------
 
-void Lease::extend(const Token* tokens, std::int64_t n) {
+void Lease::extend(const Token* tokens, std::int64_t n, bool prompt) {
   change();
   if (n == 0) return;
   Cache::Guard guard(cache_->mutex_);
@@ -170,7 +170,15 @@ void Lease::extend(const Token* tokens, std::int64_t n) {
     tree_.unlock(tail);
   }
   tail_ = kNone;
+  if (prompt) note_prompt(n);
   write_tokens(tokens, n);
+}
+
+// The next n tokens are input as those that acquire() was given.
+void Lease::note_prompt(std::int64_t n) {
+  if (num_prompt_ == num_tokens_) num_prompt_ += n;
+  cache_->input_tokens_ += n;
+  tree_.spaces().given(space_, n);
 }
 
 void Lease::advance(std::int64_t n) {
@@ -260,33 +268,58 @@ void Lease::commit() {
   publish_written(false);
 }
 
+// What the tiers restored, where it was: as pages of the namespace that had published them.
+void Lease::commit_as(std::string_view name) {
+  change();
+  Cache::Guard guard(cache_->mutex_);
+  const Spaces& spaces = tree_.spaces();
+  SpaceId above = spaces.find(name);
+  if (above == kNone || !spaces.within(space_, above)) {
+    invalid("commit as '" + std::string(name) + "': the lease is of '" + name_ + "', which does not see that");
+  }
+  tree_.serving(number_);
+  if (!may_publish()) return;
+  tree_.make_space(name, above);  // which the journal may not know yet
+  if (const SpaceId here = tree_.space_of(node_); !spaces.within(above, here)) above = here;  // none goes on above it
+  publish_full(above);
+}
+
+bool Lease::may_publish() const {
+  if (cleared()) return false;         // its namespace was cleared: these tokens are not to be found again
+  if (tail_ != kNone) return false;    // an earlier commit published the open page, and nothing came after
+  if (source_ != kNone) return false;  // nobody has said that the open page's copy is made; the rest is shared
+  return first_page_ <= num_shared_;   // else what comes next was dropped
+}
+
 // Closing, returns the page that another request published with the very tokens of the open page, if there is one.
 NodeId Lease::publish_written(bool closing) {
   tree_.serving(number_);
-  if (cleared()) return kNone;                  // its namespace was cleared: these tokens are not to be found again
-  if (tail_ != kNone) return kNone;             // an earlier commit published the open page, and nothing came after
-  if (source_ != kNone) return kNone;           // nobody has said that the open page's copy is made; the rest is shared
-  if (first_page_ > num_shared_) return kNone;  // what comes next was dropped
-  const std::int32_t page_size = tree_.page_size();
-  const auto full = static_cast<std::int32_t>(num_written_ / page_size);
-  const auto rest = static_cast<std::int32_t>(num_written_ % page_size);
-  while (num_shared_ < full) {
-    const RadixTree::Child seen = tree_.seen_child(node_, space_, pages_[num_shared_], page_size);
-    if (seen.shared == page_size) {
-      fold(seen.node, full);
-      continue;
-    }
-    const RadixTree::Child own = own_child(seen, page_size);
-    publish(full, own.whole ? own.node : kNone);
-  }
+  if (!may_publish()) return kNone;
+  publish_full(space_);
+  const auto rest = static_cast<std::int32_t>(num_written_ % tree_.page_size());
   // A page with unwritten tokens is still to be written to, so it waits; a published page never changes.
   return rest > 0 && (closing || num_written_ == num_tokens_) ? publish_open(rest, closing) : kNone;
 }
 
-// The child of its own namespace that shares the most with its first unpublished page, where `seen` is that of all.
-RadixTree::Child Lease::own_child(const RadixTree::Child& seen, std::int32_t count) const {
-  if (tree_.belongs_to(node_, space_)) return seen;  // no other has children here
-  return tree_.own_child(node_, space_, pages_[num_shared_], count);
+// As pages of `space`: its own namespace, or one above.
+void Lease::publish_full(SpaceId space) {
+  const std::int32_t page_size = tree_.page_size();
+  const auto full = static_cast<std::int32_t>(num_written_ / page_size);
+  while (num_shared_ < full) {
+    const RadixTree::Child seen = tree_.seen_child(node_, space, pages_[num_shared_], page_size);
+    if (seen.shared == page_size) {
+      fold(seen.node, full);
+      continue;
+    }
+    const RadixTree::Child own = own_child(seen, space, page_size);
+    publish(space, full, own.whole ? own.node : kNone);
+  }
+}
+
+// The child of `space` that shares the most with its first unpublished page, where `seen` is that of all it sees.
+RadixTree::Child Lease::own_child(const RadixTree::Child& seen, SpaceId space, std::int32_t count) const {
+  if (tree_.space_of(node_) == space) return seen;  // no other has children here
+  return tree_.own_child(node_, space, pages_[num_shared_], count);
 }
 
 // Another request published `child` first: use its pages and free the duplicates.
@@ -301,15 +334,16 @@ void Lease::fold(NodeId child, std::int32_t full) {
 }
 
 // The rest of the full pages is new; `shorter` is an open page that is a prefix of the first of them, if there is one.
-void Lease::publish(std::int32_t full, NodeId shorter) {
+void Lease::publish(SpaceId space, std::int32_t full, NodeId shorter) {
   const PageId* run = pages_.data() + num_shared_;
   const std::int32_t count = full - num_shared_;
   const bool pinned = shorter != kNone && tree_.pinned(shorter);
   if (shorter != kNone) tree_.remove_open(shorter);
-  if (!pinned && tree_.can_append(node_, space_)) {
+  tree_.spaces().moved(space_, space, count);
+  if (!pinned && tree_.can_append(node_, space)) {
     tree_.append(node_, run, count);
   } else {
-    const NodeId node = tree_.add(node_, space_, run, count, tree_.page_size());
+    const NodeId node = tree_.add(node_, space, run, count, tree_.page_size());
     tree_.lock(node);
     tree_.unlock(node_);
     node_ = node;
@@ -329,7 +363,7 @@ NodeId Lease::publish_open(std::int32_t tokens, bool closing) {
     tree_.unlock(node);  // used just now
     return seen.whole ? node : kNone;
   }
-  const RadixTree::Child own = own_child(seen, tokens);
+  const RadixTree::Child own = own_child(seen, space_, tokens);
   const NodeId shorter = own.whole ? own.node : kNone;
   const bool pinned = shorter != kNone && tree_.pinned(shorter);
   if (shorter != kNone) tree_.remove_open(shorter);

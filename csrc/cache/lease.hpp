@@ -56,12 +56,13 @@ class Lease {
   void read_tokens(std::int64_t from, std::int64_t to, Token* out) const;
 
   // These change it. Each throws LeaseError as those above do, and while a step is open over it.
-  void extend(const Token* tokens, std::int64_t n);
-  void advance(std::int64_t n);                    // n < 0: all
-  std::int64_t drop(std::int64_t num_tokens);      // returns the pages freed
-  std::int64_t truncate(std::int64_t num_tokens);  // keeps the first ones; returns the pages freed
+  void extend(const Token* tokens, std::int64_t n, bool prompt);  // prompt: a further piece of it
+  void advance(std::int64_t n);                                   // n < 0: all
+  std::int64_t drop(std::int64_t num_tokens);                     // returns the pages freed
+  std::int64_t truncate(std::int64_t num_tokens);                 // keeps the first ones; returns the pages freed
   void commit();
-  void release(bool commit, bool cold);  // cold: the session ends with it
+  void commit_as(std::string_view name);  // full pages, of a namespace above its own: where tiers found them
+  void release(bool commit, bool cold);   // cold: the session ends with it
   std::unique_ptr<Lease> fork();
   void adopt();
 
@@ -88,12 +89,15 @@ class Lease {
   bool take_pages(std::int32_t need, PageId source);
   void give_back_from(std::size_t first);
   void write_tokens(const Token* tokens, std::int64_t n);
+  void note_prompt(std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
+  bool may_publish() const;
   NodeId publish_written(bool closing);
-  RadixTree::Child own_child(const RadixTree::Child& seen, std::int32_t count) const;
+  void publish_full(SpaceId space);
+  RadixTree::Child own_child(const RadixTree::Child& seen, SpaceId space, std::int32_t count) const;
   void fold(NodeId child, std::int32_t full);
-  void publish(std::int32_t full, NodeId shorter);
+  void publish(SpaceId space, std::int32_t full, NodeId shorter);
   NodeId publish_open(std::int32_t tokens, bool closing);
   void let_go(bool commit, bool cold);
   void record(Journal& journal) const noexcept;

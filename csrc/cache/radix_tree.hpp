@@ -110,7 +110,7 @@ class RadixTree {
   };
   Child seen_child(NodeId n, SpaceId space, PageId page, std::int32_t count) const;
   Child own_child(NodeId n, SpaceId space, PageId page, std::int32_t count) const;
-  bool belongs_to(NodeId n, SpaceId space) const { return nodes_[n].space == space; }
+  SpaceId space_of(NodeId n) const { return nodes_[n].space; }
   PageId first_page(NodeId n) const { return nodes_[n].first; }
   bool detached(NodeId n) const { return nodes_[n].detached; }
   bool pinned(NodeId n) const { return nodes_[n].pins > 0; }

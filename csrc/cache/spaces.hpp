@@ -71,6 +71,10 @@ class Spaces {
     top_of(s).used -= pages;
     if ((spaces_[s].pages -= pages) == 0) settle(s);
   }
+  // Pages of one of them are another's on the same path now.
+  void moved(SpaceId from, SpaceId to, std::int64_t pages) {
+    if (from != to) spaces_[from].pages -= pages, spaces_[to].pages += pages;
+  }
   void exposed(SpaceId s, std::int64_t pages) { top_of(s).evictable += pages; }
   void lease_began(SpaceId s) {
     wake(s);
@@ -81,6 +85,7 @@ class Spaces {
   }
   void set_root(SpaceId s, NodeId root);
   void requested(SpaceId s, std::int64_t input, std::int64_t hit);
+  void given(SpaceId s, std::int64_t input) { spaces_[s].counts.input_tokens += input; }  // later, to a request
   SpaceCounts forgotten() const { return forgotten_; }  // of those whose names are not known any more
 
   // Quotas, of top namespaces.

@@ -233,6 +233,10 @@ void bind_pin(nb::module_& m) {
       .def("__exit__", [](PyPin& p, nb::args) { p.leave(); });
 }
 
+nb::object coldest_first(PyCache& c) {
+  return to_numpy(c.work(kLongWork, [&] { return c.cache->coldest_first(); }));
+}
+
 }  // namespace
 
 void bind_cache(nb::module_& m) {
@@ -250,6 +254,9 @@ void bind_cache(nb::module_& m) {
           "num_pages", [](const PyCache& c) { return c.cache->num_pages(); }, "Pages of the pool.")
       .def_prop_ro(
           "page_size", [](const PyCache& c) { return c.cache->page_size(); }, "Tokens a page holds.")
+      .def_prop_ro(
+          "hierarchical", [](const PyCache& c) { return c.cache->hierarchical(); },
+          "Whether namespace \"a/b\" finds what \"a\" published as well.")
       .def(
           "acquire", [](PyCache& c, nb::handle tokens, nb::handle name) { return acquire(nb::find(c), tokens, name); },
           "tokens"_a.none(), "namespace"_a.none() = "", kAcquireDoc)
@@ -271,10 +278,8 @@ void bind_cache(nb::module_& m) {
       .def("snapshot", &snapshot,
            "The tree, a copy: one dict a namespace, in alphabetical order, {namespace, locks, pins, children}; a child "
            "is {tokens, pages, locks, pins, children}. O(cached tokens).")
-      .def(
-          "_coldest_first",
-          [](PyCache& c) { return to_numpy(c.work(kLongWork, [&] { return c.cache->coldest_first(); })); },
-          "The last page of each run of the tree that nobody has locked, in the order of their eviction.")
+      .def("_coldest_first", &coldest_first,
+           "The last page of each run of the tree that nobody has locked, in the order of their eviction.")
       .def(
           "check", [](PyCache& c) { c.work(kLongWork, [&] { c.cache->check(); }); },
           "Recompute every count, link and state from scratch; AssertionError if any is wrong. O(pages).")

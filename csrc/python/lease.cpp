@@ -55,6 +55,10 @@ constexpr const char* kExtendDoc =
 An open page that commit() published never changes: the lease goes on in a copy of it (`copies`), or, where no page is
 left for a copy and nobody else uses that one, in the page itself, which leaves the tree.
 
+Args:
+    prompt: a further piece of a prompt that is computed in pieces, not of an answer: it counts as input in the
+        statistics of the cache, and to `num_prompt`.
+
 Raises:
     PoolExhausted: free and evictable pages do not suffice, or the pages it would hold are more than the pool's; the
         lease is as it was. Pages that drop() freed do not count.)";
@@ -79,6 +83,11 @@ void release(PyLease& l, bool commit, bool cold) {
   l.owner->work(l.lease->num_tokens(), [&] { l.lease->release(commit, cold); });
 }
 
+void commit_as(PyLease& l, nb::handle name) {
+  const std::string_view space = namespace_from(name);
+  l.owner->work(0, [&] { l.lease->commit_as(space); });
+}
+
 void leave(PyLease& l, nb::handle type, nb::handle, nb::handle) {
   if (!l.lease->released()) release(l, type.is_none(), false);
 }
@@ -101,9 +110,9 @@ nb::object tokens(const PyLease& l) {
   return to_numpy(out);
 }
 
-void extend(PyLease& l, nb::handle tokens) {
+void extend(PyLease& l, nb::handle tokens, bool prompt) {
   const Tokens t(tokens);
-  l.owner->work(t.size(), [&] { l.lease->extend(t.data(), t.size()); });
+  l.owner->work(t.size(), [&] { l.lease->extend(t.data(), t.size(), prompt); });
 }
 
 void advance(PyLease& l, nb::handle count) {
@@ -168,7 +177,8 @@ void bind_lease(nb::module_& m) {
       .def_prop_ro(
           "num_written", [](const PyLease& l) { return l.lease->num_written(); }, "Tokens whose K and V are written.")
       .def_prop_ro(
-          "num_prompt", [](const PyLease& l) { return l.lease->num_prompt(); }, "Tokens given to acquire().")
+          "num_prompt", [](const PyLease& l) { return l.lease->num_prompt(); },
+          "Tokens given to acquire(), and to extend() as more of the prompt.")
       .def_prop_ro(
           "namespace", [](const PyLease& l) { return l.lease->name(); }, "The namespace that it was acquired in.")
       .def_prop_ro(
@@ -183,7 +193,7 @@ void bind_lease(nb::module_& m) {
       .def_prop_ro("copies", &copies,
                    "[(source page, target page, tokens)]: copy the K and V of these leading tokens before writing; "
                    "pending, and the source kept, until the next advance().")
-      .def("extend", &extend, "tokens"_a.none(), kExtendDoc)
+      .def("extend", &extend, "tokens"_a.none(), nb::kw_only(), "prompt"_a = false, kExtendDoc)
       .def("advance", &advance, "n"_a = nb::none(),
            "K and V of the next n tokens (all by default) are written, and pending copies made.")
       .def("drop", &drop, "num_tokens"_a.none(), kDropDoc)
@@ -192,6 +202,8 @@ void bind_lease(nb::module_& m) {
           "commit", [](PyLease& l) { l.owner->work(0, [&] { l.lease->commit(); }); },
           "Publish what is written, so that other requests match it. Duplicates of pages that another request "
           "published first are freed, so `pages` may change. O(tokens since the last commit).")
+      .def("_commit_as", &commit_as, "namespace"_a.none(),
+           "Publish the full pages that are written as those of a namespace above its own: what had published them.")
       .def("release", &release, "commit"_a = true, "cold"_a = false, kReleaseDoc)
       .def("fork", &fork, kForkDoc)
       .def(

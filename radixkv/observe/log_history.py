@@ -34,7 +34,7 @@ def history_of(story: Story, first: int | None = None, last: int | None = None) 
     runs = _add_runs(history, story)
     for place, i in enumerate(ended, 1):
         release = story.releases[i]
-        history.uses[place] = _last_run(history, runs, story.path(release.tokens, release.namespace), place)
+        history.uses[place] = _last_run(history, runs, story.layers(release.tokens, release.namespace), place)
     return history
 
 
@@ -67,11 +67,11 @@ def _add_runs(history: History, story: Story) -> dict[int, list[int]]:
     return runs
 
 
-def _last_run(history: History, runs: dict[int, list[int]], path: list[int], place: int) -> int:
-    """The last run of a path that was there at a moment; -1: none."""
+def _last_run(history: History, runs: dict[int, list[int]], layers: list[list[int]], place: int) -> int:
+    """The last run, of those by their place in a sequence, that was there at a moment; -1: none."""
     last = -1
-    for prefix in path:
-        there = [i for i in runs.get(prefix, ()) if history.is_alive(i, place)]
+    for layer in layers:
+        there = [i for prefix in layer for i in runs.get(prefix, ()) if history.is_alive(i, place)]
         if not there:
             break
         last = there[0]

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from radixkv.errors import InvalidArgument
 from radixkv.journal import NAMESPACE, STORED, Batch
+from radixkv.journal_story import layers_of
+from radixkv.namespaces import seen_by
 
 if TYPE_CHECKING:
     from radixkv.cache import PrefixCache
@@ -99,13 +101,9 @@ class Timeline(History):
             self._take(batch)
             self._cursor = batch.cursor
             batch = self._journal.read(self._cursor)
-        size, parent = self.cache.page_size, -1
-        for begin in range(0, len(tokens) - size + 1, size):
-            run = self._found.get((parent, namespace, tokens[begin : begin + size].tobytes()))
-            if run is None:
-                break
-            parent = run
-        self.uses[-1] = parent
+        seen = seen_by(namespace, self.cache.hierarchical)
+        path = layers_of(self._found, tokens, self.cache.page_size, seen)
+        self.uses[-1] = path[-1][0] if path else -1
 
     def _take(self, batch: Batch) -> None:
         step = len(self.uses) - 1
@@ -116,7 +114,8 @@ class Timeline(History):
             elif op == STORED:
                 above = int(batch.parent[i])
                 parent = self._at[above] if above >= 0 else -1
-                namespace = self.runs[parent].namespace if parent >= 0 else self._names[int(batch.root[i])]
+                root = int(batch.root[i])  # -1: its namespace is its parent's
+                namespace = self._names[root] if root >= 0 else self.runs[parent].namespace
                 run = Run(parent, namespace, np.array(batch.tokens[i]), born=step)
                 self._at[page] = self._found[parent, namespace, run.tokens.tobytes()] = len(self.runs)
                 self.runs.append(run)

@@ -33,7 +33,8 @@ def tree_html(snapshot: Snapshot, decode: Decode | None = None, title: str = "Th
             parent, node = todo.pop()
             todo += [(len(runs), child) for child in reversed(node["children"])]
             tokens = np.asarray(node["tokens"], dtype=np.int32)
-            runs.append(Run(parent, root["namespace"], tokens, len(node["pages"]), state=state(node)))
+            above = runs[parent].namespace if parent >= 0 else root["namespace"]
+            runs.append(Run(parent, node.get("namespace", above), tokens, len(node["pages"]), state=state(node)))
     return _page(History(0, runs), decode, title)
 
 

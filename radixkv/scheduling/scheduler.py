@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from radixkv.errors import InvalidArgument, LeaseError, PoolExhausted, QueueFull
+from radixkv.namespaces import seen_by
 from radixkv.scheduling.arguments import check_tokens, integer
 from radixkv.scheduling.batch import Batch, batch_of
 from radixkv.scheduling.clock import Deadlines, Pace, now
@@ -336,9 +337,10 @@ class Scheduler:
         longest = min(len(request.prompt), self._space.findable(request) - 1)
         if longest < cached + self._cache.page_size:
             return False
+        seen = seen_by(request.namespace, self._cache.hierarchical)
         for other in self.running:
             published = min(len(other.prompt), other.room.shared)
-            pending = lease_of(other).num_written < published and other.namespace == request.namespace
+            pending = lease_of(other).num_written < published and other.namespace in seen
             if pending and common_prefix(request.prompt, other.prompt[:published]) >= cached + self._cache.page_size:
                 return True
         return False
@@ -350,7 +352,8 @@ class Scheduler:
         lease = lease_of(request)
         while lease.num_tokens < end:
             try:
-                lease.extend(request.sequence(lease.num_tokens, end))
+                more = request.sequence(lease.num_tokens, end)
+                lease.extend(more, prompt=lease.num_tokens < len(request.prompt))
             except PoolExhausted:
                 if self._space.drop():
                     continue

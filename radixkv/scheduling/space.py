@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from radixkv.errors import PoolExhausted
+from radixkv.namespaces import seen_by
 from radixkv.scheduling.request import Request
 from radixkv.scheduling.room import PoolShape, Room, room_for
 
@@ -94,8 +95,8 @@ class Space:
 
     def _held_already(self, request: Request, cached: int) -> int:
         """Whole pages of the cached prefix of a waiting request that a running one holds: they cost nothing."""
-        prefix = request.prompt[:cached]
-        others = (other.prompt for other in self._running if other.namespace == request.namespace)
+        prefix, seen = request.prompt[:cached], seen_by(request.namespace, self._cache.hierarchical)
+        others = (other.prompt for other in self._running if other.namespace in seen)
         return max((common_prefix(prefix, prompt) for prompt in others), default=0) // self._cache.page_size
 
     def acquire(self, request: Request, end: int) -> Lease | None:

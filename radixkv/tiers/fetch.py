@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from radixkv.tiers.identity import Seen
+
 if TYPE_CHECKING:
     from radixkv.tiers.tiers import Tiers
 
@@ -28,19 +30,20 @@ class Fetch:
         tokens: npt.NDArray[np.int32],
         namespace: str,
         tag: bytes,
-        keys: list[bytes],
+        seen: list[Seen],
         first: int,
         deadline: float,
     ) -> None:
         self.prompt, self.namespace, self.tag = tokens, namespace, tag
-        self.keys, self.first = keys, first
-        self.slots: list[int | None] = [None] * len(keys)
+        self.seen, self.first = seen, first
+        self.slots: list[int | None] = [None] * len(seen[0].keys)
+        self.level = [len(seen) - 1] * len(self.slots)  # whose page it is, of those that it sees
         self.pending = 0  # jobs that may still bring pages
         self.asked: set[int] = set()  # the stores that were, by number
         self.planned = True  # load only what is expected to be faster than computing it
         self.sources: dict[str, int] = {}  #: tokens by where they came from
         self.restored: dict[str, int] = {}  #: of these, those that `Engine.fill` gave a lease
-        self.where: list[str] = [""] * len(keys)
+        self.where: list[str] = [""] * len(self.slots)
         self._tiers = tiers
         self._started = time.monotonic()
         self._ended = math.nan
@@ -64,6 +67,24 @@ class Fetch:
     def tokens(self) -> int:
         """Tokens, from the first one on, that the pool and this fetch hold now."""
         return (self.first + self.num_pages) * self._tiers.page_size
+
+    def key(self, i: int) -> bytes:
+        """What the page that is loaded is called."""
+        return self.seen[self.level[i]].keys[i]
+
+    def parents(self, i: int) -> list[bytes]:
+        """What the page before it may be called."""
+        above = self.seen[: self.level[i] + 1]
+        return [seen.keys[i - 1] if i else seen.tag for seen in above]
+
+    def path(self, end: int) -> list[bytes]:
+        """Its first pages: whose those are that the pool has is not known."""
+        before = [seen.keys[i] for i in range(self.first) for seen in self.seen]
+        return before + [self.key(i) for i in range(self.first, end)]
+
+    def owner(self, i: int) -> str:
+        """The namespace that had published a page."""
+        return self.seen[self.level[i]].namespace
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is ready, at most to its deadline; whether it is."""

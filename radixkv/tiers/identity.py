@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from radixkv import _core
 from radixkv.formats import LayerFormat
+from radixkv.namespaces import seen_by
 from radixkv.shape import LayerShape
 
-__all__ = ["ALL", "Keys", "canonical", "difference", "layers_identity"]
+__all__ = ["ALL", "Keys", "Named", "Seen", "canonical", "difference", "layers_identity"]
 
 ALL = b""
 """The name of the nonce that is in every namespace's tag."""
@@ -54,16 +55,38 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+class Named(NamedTuple):
+    """What a page is called, and what the names after it are made of."""
+
+    key: bytes
+    link: bytes  #: of the chain of keys of the top namespace
+    tag: bytes
+    top: bytes  #: the tag of the top namespace
+
+
+class Seen(NamedTuple):
+    """A namespace that a request sees, and what the pages of its prompt would be called there."""
+
+    namespace: str
+    tag: bytes
+    keys: list[bytes]
+
+
 class Keys:
     """Names of pages and namespaces below the pool. Another identity or secret gives other names, so nothing is found.
 
-    A new nonce in a namespace's tag makes all that was stored under the old one unfindable, everywhere and at once.
+    A new nonce in a namespace's tag makes all that was stored under the old one unfindable, everywhere and at once. In
+    a hierarchical cache it is in the tags of those below as well, and a page of a lower namespace is called by its tag
+    and by what the same tokens are called in the top one: so its name does not depend on where the pages of one
+    namespace end and those of the next begin.
     """
 
-    def __init__(self, identity: Mapping[str, Any], secret: bytes, page_size: int) -> None:
+    def __init__(
+        self, identity: Mapping[str, Any], secret: bytes, page_size: int, *, hierarchical: bool = False
+    ) -> None:
         text = canonical(identity)
         self.fingerprint = hashlib.sha256(text).digest()[:16]
-        self.page_size = page_size
+        self.page_size, self._hierarchical = page_size, hierarchical
         self.nonces: dict[bytes, bytes] = {}
         self._key = hashlib.blake2b(text, key=secret, digest_size=32).digest()
 
@@ -73,11 +96,36 @@ class Keys:
 
     def tag(self, namespace: str) -> bytes:
         everywhere = self.nonces.get(ALL, _NO_NONCE)
-        return self._tag(namespace, everywhere, self.nonces.get(self.base(namespace), _NO_NONCE))
+        own = [self.nonces.get(self.base(name), _NO_NONCE) for name in seen_by(namespace, self._hierarchical)]
+        return self._tag(namespace, everywhere, b"".join(own))
 
     def pages(self, tokens: _core.Tokens, parent: bytes) -> list[bytes]:
         """The keys of the full pages of tokens that follow `parent`: a tag, or the key of the page before."""
         return _core.page_keys(tokens, self.page_size, self._key, parent)
+
+    def root(self, namespace: str) -> Named:
+        """What stands before a namespace's first page."""
+        tag, highest = self.tag(namespace), seen_by(namespace, self._hierarchical)[0]
+        top = tag if highest == namespace else self.tag(highest)
+        return Named(tag, top, tag, top)
+
+    def after(self, before: Named, tokens: _core.Tokens, namespace: str | None = None) -> Named:
+        """The page with these tokens that follows another: of the same namespace, or of one below."""
+        tag = before.tag if namespace is None else self.tag(namespace)
+        (link,) = self.pages(tokens, before.link)
+        return Named(self._key_of(link, tag, before.top), link, tag, before.top)
+
+    def seen(self, tokens: _core.Tokens, namespace: str) -> list[Seen]:
+        """What the full pages of tokens are called in each namespace that a request of this one sees, the top first."""
+        tags = {name: self.tag(name) for name in seen_by(namespace, self._hierarchical)}
+        top = next(iter(tags.values()))
+        links = self.pages(tokens, top)
+        return [Seen(name, tag, [self._key_of(link, tag, top) for link in links]) for name, tag in tags.items()]
+
+    def _key_of(self, link: bytes, tag: bytes, top: bytes) -> bytes:
+        if tag == top:
+            return link
+        return hashlib.blake2b(tag + link, key=self._key, person=b"rkv.page", digest_size=16).digest()
 
     def _tag(self, namespace: str, everywhere: bytes, own: bytes) -> bytes:
         message = namespace.encode() + b"\0" + everywhere + own

@@ -50,9 +50,9 @@ class Layout:
         memory[-64:-8] = np.frombuffer(trailer, np.uint8)
         memory[-8:] = np.frombuffer(_SUM.pack(xxh3_64_intdigest(memory[:-8].data, self.seed)), np.uint8)
 
-    def intact(self, memory: Bytes, key: bytes, parent: bytes) -> bool:
-        """Whether this is the record of that page, and every bit of it as it was written."""
-        trailer = _TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0)
-        if memory[-64:-8].tobytes() != trailer:
+    def intact(self, memory: Bytes, key: bytes, *parents: bytes) -> bool:
+        """Whether this is the record of that page, after one of these, and every bit of it as it was written."""
+        expected = [_TRAILER.pack(_MAGIC, self.page_bytes, self.page_size, key, parent, 0) for parent in parents]
+        if memory[-64:-8].tobytes() not in expected:
             return False
         return bool(_SUM.unpack(memory[-8:].tobytes())[0] == xxh3_64_intdigest(memory[:-8].data, self.seed))

@@ -27,7 +27,7 @@ from xxhash import xxh3_64_intdigest
 
 from radixkv.cache import PrefixCache
 from radixkv.errors import InvalidArgument, LeaseError
-from radixkv.tiers.identity import Keys, canonical, difference
+from radixkv.tiers.identity import Keys, Named, canonical, difference
 from radixkv.tiers.record import BLOCK, Bytes, Layout, Record
 from radixkv.tiers.store import PageStore
 
@@ -83,6 +83,7 @@ def _hottest_first(cache: PrefixCache) -> list[_Page]:
     stack = [(root["namespace"], -1, 0, node) for root in cache.snapshot() for node in root["children"]]
     while stack:
         namespace, parent, depth, node = stack.pop()
+        namespace = node.get("namespace", namespace)  # one below its parent's, in a hierarchical cache
         own = node["pages"].tolist()
         run = [
             _Page(page, node["tokens"][i * size : (i + 1) * size], own[i - 1] if i else parent, namespace)
@@ -224,10 +225,17 @@ class Snapshot:
 
         Damaged pages and those after them are left out.
         """
+        if not cache.hierarchical and self._lower.any():
+            raise InvalidArgument("saved by a hierarchical cache: load it in one, with hierarchical=True")
         stats = cache.stats()
         count = min(len(self), stats.free + stats.evictable)
         payload = np.empty(self._layout.page_bytes, np.uint8)
         return sum(self._restore(list(self._path(end)), cache, pages, payload) for end in self._run_ends(count))
+
+    @property
+    def _lower(self) -> npt.NDArray[np.bool_]:
+        """Of each page, whether it is of another namespace than the one before it."""
+        return np.asarray((self.parent >= 0) & (self.namespace != self.namespace[self.parent]), np.bool_)
 
     def _run_ends(self, count: int) -> Iterator[int]:
         """Of the first `count` pages, those with which runs end, the coldest first: who has used them has used all."""
@@ -258,11 +266,13 @@ class Snapshot:
                     break
                 pages.write_pages(lease.pages[i : i + 1], [payload])
                 end += int(self.length[page])
-            if end <= written:  # its first page is damaged: nothing was written
+                lease.advance(end - lease.num_written)
+                if (owner := self.names[int(self.namespace[page])]) != namespace:
+                    lease._commit_as(owner)
+            if lease.num_written == written:  # its first page is damaged: nothing was written
                 lease.release(commit=False)
                 return 0
-            lease.advance(end - written)
-            return end - written
+            return lease.num_written - written
 
     def close(self) -> None:
         os.close(self._file)
@@ -276,15 +286,17 @@ class SnapshotStore:
 
     def __init__(self, snapshot: Snapshot, keys: Keys, layout: Layout) -> None:
         self._snapshot, self._layout = snapshot, layout
-        tags = [keys.tag(name) for name in snapshot.names]
-        named: list[bytes] = []
+        roots = [keys.root(name) for name in snapshot.names]
+        lower = snapshot._lower
+        named: list[Named] = []
         self._pages: dict[bytes, tuple[int, bytes]] = {}  # its row, and its parent's key
         for page in range(len(snapshot)):
             at = int(snapshot.parent[page])
-            parent = named[at] if at >= 0 else tags[int(snapshot.namespace[page])]
-            named.append(keys.pages(snapshot.tokens[page], parent)[0])
+            namespace = int(snapshot.namespace[page])
+            before = named[at] if at >= 0 else roots[namespace]
+            named.append(keys.after(before, snapshot.tokens[page], snapshot.names[namespace] if lower[page] else None))
             if snapshot.length[page] == layout.page_size:
-                self._pages[named[-1]] = page, parent
+                self._pages[named[-1].key] = page, before.key
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._pages

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ class Tiers:
         self.page_size = cache.page_size
         self._cache, self._pages = cache, pages
         self.identity = identity = {**identity, "page_size": cache.page_size, "format": 1}
-        self._keys = Keys(identity, _secret(options), cache.page_size)
+        self._keys = Keys(identity, _secret(options), cache.page_size, hierarchical=cache.hierarchical)
         self._layout = Layout(pages.page_bytes, cache.page_size, self._keys.fingerprint)
         ram = _HUB_PAGES * self._layout.stride if options.ram is None else bytes_of("ram", options.ram)
         if ram < 2 * self._layout.stride:
@@ -194,21 +195,18 @@ class Tiers:
         with self._generation:
             if self.disk is not None and self.disk.read_only:
                 self._refresh_nonces(self.disk)
-            tag = self._keys.tag(namespace)
-        full = max(0, len(prompt) - 1) // self.page_size  # a token is left to compute
-        keys = self._keys.pages(prompt[: full * self.page_size], tag)
+            full = max(0, len(prompt) - 1) // self.page_size  # a token is left to compute
+            seen = self._keys.seen(prompt[: full * self.page_size], namespace)
         first = min(first, full)
         if deadline is None:
             deadline = self.planner.deadline((full - first) * self.page_size) if self._timed else _PREFETCH
-        return Fetch(self, prompt, namespace, tag, keys, first, deadline)
+        return Fetch(self, prompt, namespace, seen[-1].tag, seen, first, deadline)
 
     def _begin(self, fetch: Fetch) -> None:
-        keys = fetch.keys
         with self._lock:
             fetch.pending += 1
             at = fetch.first
-            while at < len(keys) and (slot := self.hub.find(keys[at])) is not None:
-                self._arrived(fetch, at, slot, "ram")
+            while at < len(fetch.slots) and self._in_ram(fetch, at):
                 at += 1
             self._ask(fetch, at, 0)
             self._one_less(fetch)
@@ -221,7 +219,7 @@ class Tiers:
         """Let the next store that may be asked look for the pages from `at` on."""
         while shelf < len(self._shelves) and not self._shelves[shelf].breaker.allow():
             shelf += 1
-        if at < len(fetch.keys) and shelf < len(self._shelves):
+        if at < len(fetch.slots) and shelf < len(self._shelves):
             fetch.pending += 1
             fetch.asked.add(shelf)
             self._shelves[shelf].reads.put(lambda: self._locate(fetch, at, shelf))
@@ -232,8 +230,8 @@ class Tiers:
         found = 0
         if not fetch.finished:
             with self._attempt(shelf):
-                found = min(max(0, int(shelf.store.leading(fetch.keys[at:]))), len(fetch.keys) - at)
-                shelf.store.touch(fetch.keys[: at + found])
+                found = self._leading(shelf.store, fetch, at)
+                shelf.store.touch(fetch.path(at + found))
         if found and fetch.planned and self._timed and not self.planner.worth(shelf.store.name):
             found = 0
             self._counts["declined"] += 1
@@ -246,12 +244,31 @@ class Tiers:
                 self._ask(fetch, end, number + 1)
             self._one_less(fetch)
 
+    @staticmethod
+    def _leading(store: Store, fetch: Fetch, at: int) -> int:
+        """How many pages a store has from `at` on: what the top namespace published, then what those below it did."""
+        end = at
+        for level, seen in enumerate(fetch.seen):
+            if rest := seen.keys[end:]:
+                found = min(max(0, int(store.leading(rest))), len(rest))
+                fetch.level[end : end + found] = [level] * found
+                end += found
+        return end - at
+
+    def _in_ram(self, fetch: Fetch, i: int) -> bool:
+        """Whether a page is in RAM; the fetch has it then."""
+        for level, seen in enumerate(fetch.seen):
+            if (slot := self.hub.find(seen.keys[i])) is not None:
+                fetch.level[i] = level
+                self._arrived(fetch, i, slot, "ram")
+                return True
+        return False
+
     def _joined(self, fetch: Fetch, i: int) -> bool:
         """Whether a page is in RAM meanwhile, or on its way for another fetch."""
-        if (slot := self.hub.find(fetch.keys[i])) is not None:
-            self._arrived(fetch, i, slot, "ram")
+        if self._in_ram(fetch, i):
             return True
-        if (waiting := self._loading.get(fetch.keys[i])) is None:
+        if (waiting := self._loading.get(fetch.key(i))) is None:
             return False
         waiting.append((fetch, i))
         fetch.pending += 1
@@ -264,22 +281,22 @@ class Tiers:
             if (slot := self.hub.take()) is None:
                 break
             taken.append((i, slot))
-            self._loading[fetch.keys[i]] = [(fetch, i)]
+            self._loading[fetch.key(i)] = [(fetch, i)]
             fetch.pending += 1
         if taken:
-            keys = [fetch.keys[i] for i, _ in taken]
-            parents = [fetch.keys[i - 1] if i else fetch.tag for i, _ in taken]
+            keys = [fetch.key(i) for i, _ in taken]
+            parents = [fetch.parents(i) for i, _ in taken]
             slots = [slot for _, slot in taken]
             shelf.reads.put(lambda: self._read(shelf, keys, parents, slots))
 
-    def _read(self, shelf: _Shelf, keys: list[bytes], parents: list[bytes], slots: list[int]) -> None:
+    def _read(self, shelf: _Shelf, keys: list[bytes], parents: list[list[bytes]], slots: list[int]) -> None:
         """A job: read records, and check each."""
         memory = [self.hub.memory[slot] for slot in slots]
         read = [False] * len(keys)
         with self._attempt(shelf):
             there = shelf.store.read(keys, memory)
             records = zip(there, memory, keys, parents, strict=True)
-            read = [bool(r) and self._layout.intact(m, k, p) for r, m, k, p in records]
+            read = [bool(r) and self._layout.intact(m, k, *p) for r, m, k, p in records]
             if damaged := [k for k, r, good in zip(keys, there, read, strict=True) if r and not good]:
                 shelf.counts["corrupt"] += shelf.store.drop(damaged)
         with self._lock:
@@ -399,8 +416,10 @@ class Tiers:
         self._pages.write_pages(own, rows)
         for i in range(begin, end):
             fetch.restored[fetch.where[i]] = fetch.restored.get(fetch.where[i], 0) + min(size, (i + 1) * size - written)
-        lease.advance(end * size - written)
-        lease.commit()
+        for owner, run in groupby(range(begin, end), fetch.owner):
+            *_, last = run
+            lease.advance((last + 1) * size - lease.num_written)
+            lease._commit_as(owner)
         self._counts["filled_tokens"] += end * size - written
         return end * size - written
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from radixkv.journal import NAMESPACE, STORED, Batch, Journal
 from radixkv.tiers.hub import Hub
-from radixkv.tiers.identity import Keys
+from radixkv.tiers.identity import Keys, Named
 from radixkv.tiers.record import Layout, Record
 from radixkv.tiers.store import PageStore
 
@@ -47,7 +47,7 @@ class Writer:
         self._once: dict[bytes, _Page] = {}  # published, and not found yet
         self._cursor, self._releases = 0, journal.releases_end
         self._names: dict[int, str] = {}
-        self._known: dict[int, tuple[bytes, bytes]] = {}  # page: its key and its tag
+        self._known: dict[int, Named] = {}  # by page
         self._waiting: deque[_Page] = deque()
         self._lending = threading.Lock()
         self._lent = 0  # slots that wait to be stored; half of the hub at most, so that fetches find some
@@ -76,9 +76,10 @@ class Writer:
         size = self._layout.page_size
         for release in known:
             tokens = release.tokens[: release.num_cached // size * size]
-            for key in self._keys.pages(tokens, self._keys.tag(release.namespace)):
-                if (page := self._once.pop(key, None)) is not None:
-                    self._wait(page)
+            for seen in self._keys.seen(tokens, release.namespace):
+                for key in seen.keys:
+                    if (page := self._once.pop(key, None)) is not None:
+                        self._wait(page)
         return bool(known)
 
     def _apply(self, batch: Batch, first: int | None) -> None:
@@ -87,21 +88,15 @@ class Writer:
             if op == NAMESPACE:
                 self._names[int(batch.root[i])] = batch.names[i]
             elif op == STORED:
-                parent, tag = self._before(int(batch.parent[i]), int(batch.root[i]))
-                tokens = batch.tokens[i]
-                (key,) = self._keys.pages(tokens, parent)
-                self._known[page] = key, tag
+                tokens, parent = batch.tokens[i], int(batch.parent[i])
+                root = int(batch.root[i])  # -1: its namespace is its parent's
+                before = self._known[parent] if parent >= 0 else self._keys.root(self._names[root])
+                made = self._known[page] = self._keys.after(before, tokens, self._names.get(root))
                 if first is not None:
-                    self._is_new(_Page(page, first + i, key, parent, tag, tokens.astype("<i4").tobytes()))
+                    text = tokens.astype("<i4").tobytes()
+                    self._is_new(_Page(page, first + i, made.key, before.key, made.tag, text))
             else:
-                self._once.pop(self._known.pop(page)[0], None)
-
-    def _before(self, page: int, root: int) -> tuple[bytes, bytes]:
-        """The key of the page before, and the namespace's tag, which is both for a first page."""
-        if page >= 0:
-            return self._known[page]
-        tag = self._keys.tag(self._names[root])
-        return tag, tag
+                self._once.pop(self._known.pop(page).key, None)
 
     def _is_new(self, page: _Page) -> None:
         if self._which == "second":

@@ -256,7 +256,7 @@ class Model:
             counts[i] += more
         return lease
 
-    def extend(self, lease: ModelLease, tokens: list[int]) -> None:
+    def extend(self, lease: ModelLease, tokens: list[int], prompt: bool = False) -> None:
         if not tokens:
             return
         total = self.count_for(len(lease.tokens) + len(tokens))
@@ -276,6 +276,7 @@ class Model:
             self.unlock([lease.tail])
             lease.tail = None
         lease.tokens += tokens
+        self.counts[lease.namespace][1] += len(tokens) if prompt else 0
 
     def advance(self, lease: ModelLease, n: int) -> None:
         self.drop_source(lease)
@@ -302,20 +303,25 @@ class Model:
         self.free += private - lease.private
         lease.tokens, lease.written = lease.tokens[:n], min(lease.written, n)
 
-    def commit(self, lease: ModelLease, closing: bool = False) -> Page | None:
-        """Returns another request's page, if there is one, that has the tokens of the lease's open page."""
+    def commit(self, lease: ModelLease, closing: bool = False, namespace: str | None = None) -> Page | None:
+        """Returns another request's page, if there is one, that has the tokens of the lease's open page.
+
+        namespace: one above the lease's, whose these pages were; nothing is of it that comes after one of a lower.
+        """
         if lease.cleared or lease.tail is not None or lease.source is not None or lease.dropped > len(lease.path):
             return None
         size = self.page_size
         while len(lease.path) < lease.written // size:
             tokens = lease.tokens[len(lease.path) * size : (len(lease.path) + 1) * size]
-            page, shared = self.nearest_seen(lease.end, lease.namespace, tokens)
+            above = lease.path[-1].namespace if lease.path else self.top(lease.namespace)
+            own = max(above, namespace or lease.namespace, key=len)  # of two on one path the longer is the lower
+            page, shared = self.nearest_seen(lease.end, own, tokens)
             if page is not None and shared == size:  # published by another request first: the duplicate is freed
                 self.free += 1
                 self.lock([page])
                 lease.path.append(page)
             else:
-                lease.path.append(self.publish((*lease.end, (lease.namespace, tuple(tokens)))))
+                lease.path.append(self.publish((*lease.end, (own, tuple(tokens)))))
         if lease.written % size and (closing or lease.written == len(lease.tokens)):
             tokens = lease.tokens[len(lease.path) * size : lease.written]
             page, shared = self.nearest_seen(lease.end, lease.namespace, tokens)

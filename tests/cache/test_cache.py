@@ -581,3 +581,16 @@ def test_an_end_inside_a_page_that_others_filled_tells_nothing_of_it(cache):
     session(cache, list(range(6)), cold=True)  # its open page is the beginning of another session's
     cache.evict(1)
     assert (cache.match([9] * 4), cache.match(list(range(8)))) == (0, 8)
+
+
+def test_what_waits_to_be_copied_is_not_published_by_who_never_copied_it():
+    """The page that it was to come from left the tree meanwhile, so nobody else has these tokens."""
+    cache = radixkv.PrefixCache(4, 4)
+    serve(cache, [1, 2, 3, 4, 5, 6])
+    lease = cache.acquire([1, 2, 3, 4, 5, 9])
+    assert [tokens for _, _, tokens in lease.copies] == [1]
+    cache.evict(4)
+    lease.commit()
+    lease.release()
+    cache.check()
+    assert cache.match([1, 2, 3, 4, 5]) == 4

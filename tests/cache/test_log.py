@@ -9,8 +9,8 @@ import pytest
 
 import radixkv
 from radixkv import cli
-from radixkv.journal_log import read_log
-from radixkv.journal_story import Explanation, story_of
+from radixkv.journal_log import is_log, read_log
+from radixkv.journal_story import Explanation, Story, story_of
 from tests.cache.test_cache import serve
 from tests.cache.test_journal import full_pages, random_traffic
 
@@ -182,6 +182,66 @@ def test_a_live_cache_explains_what_its_journal_tells():
     assert rebuilt(story_of(cache), story_of(cache).end) == full_pages(cache)
     with pytest.raises(radixkv.InvalidTokens):
         cache.explain([-1])
+
+
+FAMILY = (
+    ("acme", list(range(16))),  # four pages of the tenant
+    ("acme/ann", [*range(16), *range(20, 28)]),  # and two of hers on top
+    ("acme/bob", [*range(16), *range(30, 38)]),
+)
+
+
+@pytest.mark.parametrize("how", ["live", "log"])
+def test_explanations_look_into_the_namespaces_above(tmp_path, how, capsys):
+    cache = radixkv.PrefixCache(40, 4, hierarchical=True)
+    path = str(tmp_path / "log")
+    cache.journal()
+    with cache.record(path):
+        for namespace, tokens in FAMILY:
+            serve(cache, tokens, namespace)
+    explain = cache.explain if how == "live" else read_log(path).explain
+    for namespace, tokens in FAMILY:
+        for other in ("acme", "acme/ann", "acme/bob", "acme/ann/1", "zenith"):
+            found = explain(tokens, other)
+            assert found.num_cached == cache.match(tokens, other), (namespace, other)
+    assert str(explain(FAMILY[1][1], "acme/ann")) == "all 24 tokens are cached"
+    assert explain(FAMILY[1][1], "acme/bob").instead == 30  # his own, never hers
+    assert explain(FAMILY[1][1], "acme").instead is None
+    if how == "log":
+        assert is_log(path)
+        assert cli.main(["log", path, "--request", "2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["num_cached"] == 16
+
+
+def test_what_a_namespace_above_lost_is_why_a_user_misses(tmp_path):
+    cache = radixkv.PrefixCache(8, 4, hierarchical=True)
+    with cache.record(str(tmp_path / "log")) as log:
+        for namespace, tokens in (FAMILY[0], ("acme/ann", [7] * 16), ("acme/ann", [8] * 16)):
+            serve(cache, tokens, namespace)
+            log.pump()
+        assert cache.match(FAMILY[0][1], "acme/ann") == 0
+    found = read_log(str(tmp_path / "log")).explain(FAMILY[0][1], "acme/ann")
+    assert (found.num_cached, found.removed_by) == (0, 3)
+    assert found.pool_factor == 1.4  # 12 pages, of 4 and 4 and 4
+    assert read_log(str(tmp_path / "log")).explain(FAMILY[0][1], "zenith").removed_at is None
+
+
+def test_explanations_of_any_family(tmp_path):
+    """What is cached, by the log, is what is cached, whoever asks; in full pages, which the journal has."""
+    names = ("a", "a/b", "a/c", "a/b/d", "b")
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        cache = radixkv.PrefixCache(12, 2, hierarchical=True)
+        journal, story = cache.journal(), Story(12, 2, hierarchical=True)
+        for _ in range(60):
+            tokens, name = rng.integers(0, 2, int(rng.integers(1, 12))).tolist(), str(rng.choice(names))
+            with cache.acquire([*tokens, 9], name) as lease:
+                lease.advance(max(0, len(tokens) // 2 * 2 - lease.num_written))
+            story.add(journal.read(story.end))
+            for asked in names:
+                found = story.explain(tokens, asked, sizes=False)
+                assert found.num_cached == cache.match(tokens, asked)
+                assert (found.removed_at is None) or (found.num_cached < len(tokens))
 
 
 def test_a_file_that_is_no_log(tmp_path):

@@ -180,6 +180,26 @@ def test_a_namespace_counts_its_own_requests():
     assert cache.namespaces()["t/u"].hit_rate == 7 / 8
 
 
+def test_a_prompt_in_pieces_counts_as_one_that_came_whole():
+    cache = radixkv.PrefixCache(16, 4)
+    journal = cache.journal()
+    with cache.acquire(range(6), "a") as lease:
+        lease.advance()
+        lease.extend(range(6, 15), prompt=True)
+        lease.advance()
+        lease.extend([7])  # of the answer
+        lease.advance()
+        lease.extend([8, 9], prompt=True)  # what follows an answer is input, too, but not of the prompt
+        lease.advance()
+        assert lease.num_prompt == 15
+    with pytest.raises(radixkv.PoolExhausted), cache.acquire([5], "a") as lease:
+        lease.extend([5] * 100, prompt=True)
+    stats, one = cache.stats(), cache.namespaces()["a"]
+    assert (stats.requests, stats.input_tokens, stats.hit_tokens) == (2, 18, 0)
+    assert (one.requests, one.input_tokens, one.hit_tokens) == (2, 18, 0)
+    assert journal.releases(0)[0][0].num_prompt == 15
+
+
 def test_forks_are_counted():
     cache = radixkv.PrefixCache(8, 4)
     with cache.acquire(A) as lease:

@@ -149,10 +149,12 @@ class Machine(RuleBasedStateMachine):
         self.live.append(done)
         return done
 
-    @rule(pair=leases, tokens=st.lists(TOKENS, max_size=6))
-    def extend(self, pair, tokens):
+    @rule(pair=leases, tokens=st.lists(TOKENS, max_size=6), prompt=st.booleans())
+    def extend(self, pair, tokens, prompt):
         if self.may_change(pair, lambda: pair[0].extend(tokens)):
-            self.both(lambda: pair[0].extend(tokens), lambda: self.model.extend(pair[1], list(tokens)))
+            self.both(
+                lambda: pair[0].extend(tokens, prompt=prompt), lambda: self.model.extend(pair[1], list(tokens), prompt)
+            )
             self.seen.append((pair[1].namespace, list(pair[1].tokens)))
 
     @rule(pair=leases, data=st.data())
@@ -308,6 +310,7 @@ class Machine(RuleBasedStateMachine):
             full = [name for name in self.model.tree if len(name[-1][1]) == self.cache.page_size]
             as_recorded = [(name[-1][0], tuple(t for _, page in name for t in page)) for name in full]
             assert sorted(self.shadow.pages.values()) == sorted(as_recorded)
+        assert stats.input_tokens == sum(counts[1] for counts in self.model.counts.values())
         for namespace, one in self.cache.namespaces().items():
             if namespace is not None:
                 assert [one.requests, one.input_tokens, one.hit_tokens] == self.model.counts.get(namespace, [0, 0, 0])

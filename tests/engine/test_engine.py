@@ -384,9 +384,7 @@ def test_a_table_of_another_pool_is_refused():
         other.attention.plan(engine.table)
 
 
-def test_hierarchical_namespaces_share_k_and_v_and_have_no_tiers():
-    from radixkv.tiers import TierOptions
-
+def test_hierarchical_namespaces_share_k_and_v():
     sizes = {"num_layers": 1, "num_qo_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page_size": 4, "num_pages": 16}
     engine = radixkv.Engine(**sizes, dtype=torch.float32, hierarchical=True)
     rows = torch.randn(12, 4, 16)
@@ -397,5 +395,3 @@ def test_hierarchical_namespaces_share_k_and_v_and_have_no_tiers():
             answers.append((lease.num_cached, step.attend(0, q, k, v)[-1]))
     assert [cached for cached, _ in answers] == [0, 11, 11]
     assert all(torch.equal(answers[0][1], answer) for _, answer in answers)
-    with pytest.raises(radixkv.InvalidArgument, match="hierarchical namespaces are not kept in tiers"):
-        radixkv.Engine(**sizes, dtype=torch.float32, hierarchical=True, tiers=TierOptions(weights="w", ram="1MiB"))

@@ -149,19 +149,24 @@ def test_callbacks_get_every_token_with_its_logits(make, prompts):
 
 
 def test_a_guess_is_accepted_as_often_as_it_is_likely_and_else_the_rest_is_drawn():
-    """Rejection sampling by the book: p(guess) of the time, and what is drawn instead follows p without the guess."""
+    """Rejection sampling by the book: p(guess) of the time, and what is drawn instead follows p without the guess.
+
+    What comes after an accepted guess follows the next row.
+    """
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(3))
-    p = torch.softmax(logits[0].double() / 0.8, 0)
+    p, after = torch.softmax(logits.double() / 0.8, 1)
     guess, count = 2, 20_000
-    firsts = []
+    firsts, seconds = [], []
     for seed in range(count):
         sampler = Sampler(Sampling(temperature=0.8, seed=seed))
         tokens = sample(logits, [Draw(0, sampler, 0, [guess])])[0]
         assert (len(tokens) == 2) == (tokens[0] == guess)
         firsts.append(tokens[0])
-    shares = torch.bincount(torch.tensor(firsts), minlength=6).double() / count
-    spread = (p * (1 - p) / count).sqrt()
-    assert bool(((shares - p).abs() < 5 * spread).all())
+        seconds += tokens[1:]
+    for drawn, expected in ((firsts, p), (seconds, after)):
+        shares = torch.bincount(torch.tensor(drawn), minlength=6).double() / len(drawn)
+        spread = (expected * (1 - expected) / len(drawn)).sqrt()
+        assert bool(((shares - expected).abs() < 5 * spread).all())
 
 
 # --- fewer steps ------------------------------------------------------------------------------------------------------

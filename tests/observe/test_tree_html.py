@@ -75,9 +75,11 @@ def test_too_many_tokens_are_refused():
         tree_html(many)
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.sampled_from("ab")), max_size=30))
-def test_the_timeline_is_the_tree_at_every_step(prompts):
-    cache = radixkv.PrefixCache(num_pages=6, page_size=2)
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "a/b", "a/c", "a/b/d")], ids=["flat", "hierarchical"])
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(0, 3)), max_size=30))
+def test_the_timeline_is_the_tree_at_every_step(names, prompts):
+    cache = radixkv.PrefixCache(num_pages=6, page_size=2, hierarchical=len(names) > 2)
+    prompts = [(prompt, names[i % len(names)]) for prompt, i in prompts]
     timeline, trees = Timeline(cache), [set()]
     for prompt, namespace in prompts:
         serve(cache, prompt, namespace)
@@ -101,14 +103,23 @@ def full_pages(cache):
     """The prefixes that end at a full page, as the cache itself tells."""
     found = set()
     for root in cache.snapshot():
-        todo = [((), node) for node in root["children"]]
+        todo = [((), root["namespace"], node) for node in root["children"]]
         while todo:
-            before, node = todo.pop()
-            tokens = (*before, *node["tokens"].tolist())
+            before, above, node = todo.pop()
+            tokens, namespace = (*before, *node["tokens"].tolist()), node.get("namespace", above)
             ends = range(len(before) + cache.page_size, len(tokens) + 1, cache.page_size)
-            found |= {(root["namespace"], tokens[:end]) for end in ends}
-            todo += [(tokens, child) for child in node["children"]]
+            found |= {(namespace, tokens[:end]) for end in ends}
+            todo += [(tokens, namespace, child) for child in node["children"]]
     return found
+
+
+def test_a_picture_of_a_family_says_whose_each_page_is():
+    cache = radixkv.PrefixCache(num_pages=8, page_size=2, hierarchical=True)
+    serve(cache, [1, 2, 3, 4], "acme")
+    serve(cache, [1, 2, 3, 4, 5, 6], "acme/ann")
+    data = data_of(cache.to_html())
+    assert sorted(data["namespaces"]) == ["acme", "acme/ann"]
+    assert [data["namespaces"][i] for i in data["namespace"]] == ["acme", "acme/ann"]
 
 
 def test_marks_that_come_too_late_are_refused():

@@ -16,8 +16,8 @@ VOCABULARY = 1000
 class Host:
     """Pages of a cache, as `Engine` has them, dropped by the page."""
 
-    def __init__(self, num_pages: int, page_size: int = 16) -> None:
-        self.cache = PrefixCache(num_pages, page_size)
+    def __init__(self, num_pages: int, page_size: int = 16, hierarchical: bool = False) -> None:
+        self.cache = PrefixCache(num_pages, page_size, hierarchical=hierarchical)
         self.drop_unit = page_size
 
     def drop(self, lease: Lease, window_left: int) -> int:

@@ -94,6 +94,22 @@ def test_two_of_one_prompt_read_it_once_and_both_are_right(tmp_path):
     assert host.tiers.stats()["stores"]["disk"]["read"] == 10
 
 
+def test_siblings_at_once_share_what_the_tiers_have_of_a_namespace_above(tmp_path):
+    with Host(options(tmp_path), hierarchical=True).tiers as tiers:
+        tiers._pages.serve(PROMPT, "a")
+        tiers.pump()
+    host = Host(options(tmp_path), hierarchical=True)
+    scheduler = Scheduler(host)
+    requests = [ask(scheduler, [*PROMPT[:40], i], namespace=f"a/{i}")[0] for i in range(3)]
+    host.run(scheduler)
+    assert [r.stats.restored_tokens for r in requests] == [{"disk": 40}, {}, {}]
+    assert [r.stats.cached_tokens for r in requests] == [0, 40, 40]
+    assert [r.stats.computed_tokens for r in requests] == [3] * 3
+    assert host.tiers.stats()["stores"]["disk"]["read"] == 10
+    assert host.cache.namespaces()["a"].pages == 10  # and not thirty of theirs
+    host.close()
+
+
 def test_requests_whose_pages_load_are_passed_over_and_hold_nobody_up():
     store = Faulty(0, "hang")
     host = Host(TierOptions(threads=1), stores=[store], num_pages=600)

@@ -311,6 +311,48 @@ def test_a_prefix_that_running_requests_hold_takes_no_headroom():
     assert_answered([first, *others])
 
 
+@pytest.mark.parametrize("hierarchical", [True, False])
+def test_simultaneous_arrivals_in_a_namespace_and_below_it_compute_their_prefix_once(hierarchical):
+    """A request of "a/b" waits for one of "a" that computes the same prefix, and never for a sibling's or a child's."""
+    system = list(range(640))
+    for first, second, waits in (("a", "a/b", True), ("a", "a/b/c", True), ("a/b", "a", False), ("a/b", "a/c", False)):
+        scheduler = Scheduler(Host(200, hierarchical=hierarchical))
+        requests = submitted(
+            scheduler, Request([*system, 1], 3, namespace=first), Request([*system, 2], 3, namespace=second)
+        )
+        batch = scheduler.next()
+        assert batch.requests == requests[: 1 if hierarchical and waits else 2]
+        scheduler.accept(run_step(batch))
+        run(scheduler)
+        assert_answered(requests)
+        assert requests[1].stats.cached_tokens == (640 if hierarchical and waits else 0)
+
+
+def test_a_prefix_that_a_namespace_above_holds_takes_no_headroom():
+    system = list(range(640))
+    scheduler = Scheduler(Host(64, hierarchical=True))
+    first = Request([*system, 1], 30, namespace="a")
+    scheduler.submit(first)
+    scheduler.accept(run_step(scheduler.next()))
+    others = submitted(scheduler, *(Request([*system, i], 10, namespace=f"a/{i}") for i in range(2, 6)))
+    batch = scheduler.next()
+    assert batch.requests == [first, *others]
+    scheduler.accept(run_step(batch))
+    run(scheduler)
+    assert_answered([first, *others])
+
+
+def test_a_prompt_that_is_computed_in_chunks_counts_whole():
+    """The hit rate is of all its tokens, not of those in its first chunk."""
+    host = Host(200)
+    scheduler = Scheduler(host, max_step_tokens=100, max_running=4)
+    requests = submitted(scheduler, Request(list(range(950)), 5), Request([1] * 30, 5))
+    run(scheduler)
+    assert_answered(requests)
+    stats = host.cache.stats()
+    assert (stats.requests, stats.input_tokens, stats.hit_tokens) == (2, 980, 0)
+
+
 def test_samples_that_would_be_preempted_at_once_wait():
     """40 tokens of a prompt and 24 more of each sample: the pool has room for four of these."""
     scheduler = Scheduler(Host(34, 4))

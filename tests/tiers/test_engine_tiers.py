@@ -52,6 +52,33 @@ def test_a_restart_answers_with_the_same_bits(tmp_path, dtype, kv_format, page_s
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("kv_format", [None, fp8(0.1, 0.3)], ids=["plain", "fp8"])
+def test_a_family_of_namespaces_answers_with_the_same_bits_cold_warm_and_after_a_restart(tmp_path, kv_format):
+    """ "a" publishes the first 32 tokens and "a/b" the rest; whoever is given them, by pool or disk, says the same."""
+    sizes = {"kv_format": kv_format, "hierarchical": True}
+    with make_engine(**sizes) as engine, engine.acquire(PROMPT) as lease, engine.step([lease]) as step:
+        cold = forward(step, engine.dtype)[-1].clone()
+    with make_engine(**sizes, tiers=options(tmp_path)) as engine:
+        serve(engine, [*PROMPT[:32], 1], "a")
+        for found in (32, 49):
+            with engine.acquire(PROMPT, "a/b") as lease, engine.step([lease]) as step:
+                assert lease.num_cached == found
+                assert torch.equal(forward(step, engine.dtype)[-1], cold)
+    for namespace, given in (("a/b", 48), ("a/c", 32), ("a", 32), ("b", 0), ("", 0)):
+        with make_engine(**sizes, tiers=options(tmp_path, write="none")) as engine:
+            out, gained = serve(engine, PROMPT, namespace)
+            assert gained == given
+            assert torch.equal(out, cold)
+    with make_engine(**sizes, tiers=options(tmp_path, write="none")) as engine:
+        assert serve(engine, PROMPT, "a/b")[1] == 48
+        out, gained = serve(engine, PROMPT, "a/c")
+        assert gained == 0  # the pool has them, as of "a"
+        assert engine.cache.namespaces()["a/c"].hit_tokens == 32
+        assert torch.equal(out, cold)
+        engine.cache.clear("a")
+        assert serve(engine, PROMPT, "a/b")[1] == 0
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_closing_an_engine_stores_what_it_published(tmp_path, threads):
     with make_engine(tiers=options(tmp_path, threads=threads)) as engine:

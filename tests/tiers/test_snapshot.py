@@ -23,6 +23,7 @@ def published(cache):
     stack = [(root["namespace"], (), node) for root in cache.snapshot() for node in root["children"]]
     while stack:
         namespace, before, node = stack.pop()
+        namespace = node.get("namespace", namespace)
         tokens = (*before, *node["tokens"].tolist())
         for i, page in enumerate(node["pages"].tolist()):
             found[namespace, tokens[: min(len(before) + (i + 1) * cache.page_size, len(tokens))]] = page
@@ -47,14 +48,14 @@ def order(pool):
     return gone
 
 
-def traffic(pool, seed, requests=60):
+def traffic(pool, seed, requests=60, names=("", "", "a", "b")):
     rng = random.Random(seed)
     said = [[0]]
     for _ in range(requests):
         old = rng.choice(said)
         tokens = old[: rng.randint(0, len(old))] + [rng.randrange(3) for _ in range(rng.randint(1, 14))]
         said.append(tokens)
-        with pool.cache.acquire(tokens, rng.choice(["", "", "a", "b"])) as lease:
+        with pool.cache.acquire(tokens, rng.choice(names)) as lease:
             pool.compute(lease)
 
 

@@ -10,6 +10,7 @@ import os
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import initialize, invariant, multiple, precondition, rule, run_state_machine_as_test
 
@@ -21,8 +22,7 @@ from tests.cache.test_state_machine import Machine
 from tests.tiers.pool import IDENTITY
 from tests.tiers.test_tiers import Faulty
 
-NAMESPACES = ("", "b")
-FILLS = {"at once": 0, "after a head": 0}
+FILLS = {"at once": 0, "after a head": 0, "of a namespace above": 0}
 """How many fills gained tokens: that the machine tries what it is for."""
 
 
@@ -49,13 +49,15 @@ class Slots:
 
 
 class TieredMachine(Machine):
+    hierarchical = False
+
     @initialize(
         num_pages=st.integers(4, 20), page_size=st.integers(1, 4), journal=st.booleans(), hub=st.integers(2, 30),
-        write=st.sampled_from(["all", "all", "second"]),
+        write=st.sampled_from(["all", "all", "all", "second"]),
     )  # fmt: skip
     def start(self, num_pages, page_size, journal, hub, write):
-        Machine.start(self, num_pages, page_size, False, "lru")
-        self.cache = TieredCache(num_pages, page_size)
+        Machine.start(self, num_pages, page_size, False, "hierarchical" if self.hierarchical else "lru")
+        self.cache = TieredCache(num_pages, page_size, hierarchical=self.hierarchical)
         self.shadow = Shadow(self.cache.journal()) if journal else None
         self.table = radixkv._core.PageTable(self.cache)
         self.store = Faulty()
@@ -94,21 +96,24 @@ class TieredMachine(Machine):
     @rule(
         target=Machine.leases,
         data=st.data(),
-        before=st.sampled_from([0, 20, 20]),
+        before=st.sampled_from([20, 20, 20, 0]),
         after=st.sampled_from([0, 0, 5]),
         head=st.booleans(),
     )
     def restore(self, data, before, after, head):
         """A request over tiers, of which the pool may have lost some: fetched, acquired, partly computed, filled."""
         namespace, tokens = self.tokens_like_before(data)
+        tokens = tokens + data.draw(st.lists(st.integers(0, 2), max_size=5))
+        namespace = data.draw(st.sampled_from([namespace, self.namespaces[0]]))
         self.served(namespace, tokens)
+        namespace = data.draw(st.sampled_from([n for n in self.namespaces if namespace in self.model.chain(n)]))
         tokens = tokens + data.draw(st.lists(st.integers(0, 2), max_size=5))
         self.evict_both(before)
         fetch = self.tiers.fetch(tokens, namespace)
         self.tiers.pump()
         self.evict_both(after)
         self.keeps_up()
-        namespace = data.draw(st.sampled_from([namespace, namespace, *NAMESPACES]))  # another's is filled with nothing
+        namespace = data.draw(st.sampled_from([namespace] * 8 + [*self.namespaces]))  # another's is filled with nothing
         done = self.both(lambda: self.cache.acquire(tokens, namespace), lambda: self.model.acquire(namespace, tokens))
         if done is None:
             return multiple()
@@ -151,28 +156,34 @@ class TieredMachine(Machine):
         lease, model = pair
         before, tag = model.written, self.tiers._keys.tag(model.namespace)
         gained = self.tiers.fill(lease, fetch)
+        size = self.cache.page_size
+        FILLS["of a namespace above"] += gained > 0 and fetch.owner(before // size) != model.namespace
         if gained:
             assert fetch.namespace == model.namespace
             assert fetch.tag == tag
             assert (before + gained) % self.cache.page_size == 0
             assert before + gained < len(model.tokens)
-            self.model.advance(model, gained)
-            self.model.commit(model)
+            for i in range(before // size, (before + gained) // size):  # each page is again of who had published it
+                self.model.advance(model, (i + 1) * size - model.written)
+                self.model.commit(model, namespace=fetch.owner(i))
         assert sum(fetch.restored.values()) >= gained
         return gained
 
-    @rule(namespace=st.sampled_from([None, *NAMESPACES]))
-    def clear(self, namespace):
+    @rule(data=st.data())
+    def clear(self, data):
         """Through the cache: it reaches the tiers."""
+        namespace = data.draw(st.sampled_from([None, *self.namespaces]))
         free = self.model.free
         freed = self.cache.clear(namespace)
-        for name in NAMESPACES if namespace is None else [namespace]:
+        for name in self.namespaces if namespace is None else [namespace]:
             self.model.clear(name)
         assert freed == self.model.free - free
-        for name in NAMESPACES if namespace is None else [namespace]:
-            fetch = self.tiers.fetch(max((t for n, t in self.seen if n == name), key=len), name)
+        gone = [n for n in self.namespaces if namespace in (None, *self.model.chain(n))]
+        for name in gone:
+            fetch = self.tiers.fetch(max((t for n, t in self.seen if n in (name, self.namespaces[0])), key=len), name)
             self.tiers.pump()
-            assert fetch.tokens == 0
+            assert not {fetch.owner(i) for i in range(fetch.first, fetch.first + fetch.num_pages)} & set(gone)
+            assert fetch.tokens == 0 or not set(self.model.chain(name)) <= set(gone)
 
     @invariant()
     def tiers_agree(self):
@@ -193,11 +204,18 @@ class TieredMachine(Machine):
             self.tiers.close()
 
 
-def test_tiers_under_any_traffic():
+class FamilyMachine(TieredMachine):
+    hierarchical = True
+
+
+@pytest.mark.parametrize("machine", [TieredMachine, FamilyMachine])
+def test_tiers_under_any_traffic(machine):
+    FILLS.update(dict.fromkeys(FILLS, 0))
     examples = int(os.environ.get("RADIXKV_EXAMPLES", "200")) // 2
     phases = [p for p in Phase if p is not Phase.shrink or os.environ.get("RADIXKV_SHRINK") != "0"]
     run_state_machine_as_test(
-        TieredMachine,
+        machine,
         settings=settings(max_examples=examples, stateful_step_count=50, deadline=None, phases=phases),
     )
-    assert min(FILLS.values()) > 0
+    assert FILLS["at once"] + FILLS["after a head"] > 0
+    assert machine.hierarchical == (FILLS["of a namespace above"] > 0)
