@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,10 +33,13 @@ def check_callback(name: str, callback: F | None) -> F | None:
     return callback
 
 
-def check_content(content: Any) -> Sequence[Any]:
-    """A list or tuple; what is in it is looked at where it is placed."""
-    if not isinstance(content, list | tuple):
-        raise InvalidArgument(f"content is {shown(content)}: give a list with a mapping of tensors for each picture")
+def check_content(content: Any) -> Mapping[str, Any] | Sequence[Any]:
+    """A mapping, a list or a tuple; what is in it is looked at where it is placed."""
+    if not isinstance(content, Mapping | list | tuple):
+        raise InvalidArgument(
+            f"content is {shown(content)}: give what the model's processor made of the prompt, or a list with a mapping "
+            "of tensors for each picture"
+        )
     return content
 
 
