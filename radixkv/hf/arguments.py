@@ -37,8 +37,8 @@ def check_content(content: Any) -> Mapping[str, Any] | Sequence[Any]:
     """A mapping, a list or a tuple; what is in it is looked at where it is placed."""
     if not isinstance(content, Mapping | list | tuple):
         raise InvalidArgument(
-            f"content is {shown(content)}: give what the model's processor made of the prompt, or a list with a mapping "
-            "of tensors for each picture"
+            f"content is {shown(content)}: give what the model's processor made of the prompt, "
+            "or a list with a mapping of tensors for each picture"
         )
     return content
 

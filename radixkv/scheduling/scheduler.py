@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator, Sequence
+from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -131,6 +132,8 @@ class Scheduler:
         """
         if not requests:
             raise InvalidArgument("submit() without a request: give one, or several of one prompt")
+        for request in requests:
+            _check_type(request)
         first, twice = requests[0], len(set(requests)) < len(requests)
         for request in requests:
             if twice or request.owner is not None:
@@ -177,6 +180,8 @@ class Scheduler:
         Without `commit` nothing more of what it has computed is published: for a model that computed nonsense.
         """
         self._check(request)
+        if not isinstance(error, Exception):
+            raise InvalidArgument(f"error is {shown(error)}: give an exception")
         request.error = error
         self._end(request, "error", commit=commit)
 
@@ -429,8 +434,14 @@ class Scheduler:
         request.end(status)
 
     def _check(self, request: Request) -> None:
+        _check_type(request)
         if request.owner is not self:
             raise InvalidArgument(f"request {request.id} was not submitted to this Scheduler: call the one it is of")
+
+
+def _check_type(request: Request) -> None:
+    if not isinstance(request, Request):
+        raise InvalidArgument(f"{shown(request)} is no Request: give one, such as Request(prompt)")
 
 
 def _values(batch: Batch, tokens: Sequence[int | Sequence[int]]) -> list[list[int]]:

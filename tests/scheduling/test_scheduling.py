@@ -434,6 +434,11 @@ def test_bad_submissions_are_refused_and_nothing_is_submitted():
             scheduler.submit(*bad)
     with pytest.raises(PoolExhausted, match="need 13 pages; the pool has 8"):
         scheduler.submit(Request([1, 2], 50))
+    for call in (scheduler.submit, scheduler.cancel, lambda prompt: scheduler.fail(prompt, ValueError())):
+        with pytest.raises(InvalidArgument, match=r"\[1, 2, 3\] is no Request"):
+            call([1, 2, 3])
+    with pytest.raises(InvalidArgument, match="error is 'oops': give an exception"):
+        scheduler.fail(once, "oops")
     assert scheduler.waiting == [once]
     scheduler.submit(twice)
     with pytest.raises(InvalidArgument, match="not submitted to this Scheduler"):
