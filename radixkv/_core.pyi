@@ -353,13 +353,17 @@ class PageTable(Table):
 class Step:
     """A step over the unwritten tokens of some leases, open inside its `with` block. The native half of radixkv.Step.
 
+    max_rows: of each lease at most so many, the first ones. None: all.
+
     Entering and leaving are native, so no signal finds them half done. Entering assembles the page table and calls
     _prepare(); if that raises, nothing is open. Leaving normally advances each lease by the rows that were planned for it,
     provided that every layer was attended; an exception advances none. In either case, and where the step is dropped
     without being left, its leases are free again.
     """
 
-    def __init__(self, table: PageTable, leases: Sequence[Lease], num_layers: int) -> None: ...
+    def __init__(
+        self, table: PageTable, leases: Sequence[Lease], num_layers: int, max_rows: int | None = None
+    ) -> None: ...
     @property
     def is_open(self) -> bool:
         """Whether it was entered and not left yet."""

@@ -222,13 +222,16 @@ class Engine:
         unit = self.drop_unit
         return lease.drop(max(0, lease.num_written - window_left) // unit * unit)
 
-    def step(self, leases: Sequence[Lease]) -> Step:
+    def step(self, leases: Sequence[Lease], *, max_rows: int | None = None) -> Step:
         """One forward pass over the unwritten tokens of these leases: prefill, extend and decode rows mixed.
+
+        max_rows: of each lease at most so many, the first ones, at least 1; None: all. So a long prompt is computed in
+        chunks, beside leases with a row each: `while lease.num_written < lease.num_tokens`. The bits are the same.
 
         A context manager; one is open at a time. Leaving it normally advances every lease by its rows, an exception
         advances none. While it is open its leases can be read, and whatever would change them raises LeaseError.
         """
-        return Step(self, leases)
+        return Step(self, leases, max_rows)
 
     def close(self) -> None:
         """Stores what waits for the tiers, for 2 seconds at most, and closes the cache.

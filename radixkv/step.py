@@ -27,19 +27,20 @@ _TIMED_ROWS = 64  # steps of fewer rows do not tell how fast prompts are compute
 class Step(_core.Step):
     """The packed rows of all leases of a batch, and attention over them. Made by `Engine.step`; a context manager.
 
-    A lease's rows are its unwritten tokens, in order. Entering makes the leases' pending page copies and plans
-    attention; leaving normally advances each lease by its rows; an exception leaves them as they were. In between the
-    leases can be read only. A step that is dropped without being left lets go of them.
+    A lease's rows are its unwritten tokens, in order, or the first `max_rows` of them. Entering makes the leases'
+    pending page copies and plans attention; leaving normally advances each lease by its rows; an exception leaves them
+    as they were. In between the leases can be read only. A step that is dropped without being left lets go of them.
 
     Raises (on entering):
-        InvalidArgument: no lease, one twice, one of another engine, one with nothing to compute.
+        InvalidArgument: no lease, one twice, one of another engine, one with nothing to compute. `max_rows` is looked at
+            before.
         LeaseError: another step of the engine is open, or a lease is released, another thread's or in another step.
 
     Attributes (set on entering):
         input_ids: int64 [rows], the rows' tokens. On CUDA this and the next two lie in memory that later steps fill
             again: clone what you keep.
         positions: int64 [rows], each row's index in its sequence.
-        last_rows: int64 [leases], the last row of each lease: its logits predict the lease's next token.
+        last_rows: int64 [leases], the last row of each lease: its logits predict the token that follows it.
         graph_key: the number of leases, if the step can be captured in a CUDA graph or replayed from one; else None.
             So it is for steps with one row for each lease of an engine with cuda_graphs=True. Steps with equal keys
             have the same memory for the three tensors above and all that `attend` reads beside its arguments: see
@@ -52,8 +53,8 @@ class Step(_core.Step):
     graph_key: int | None = None
     _clock: float = 0.0  # when it was entered, where the tiers want to know how fast prompts are computed
 
-    def __init__(self, engine: Engine, leases: Sequence[Lease]) -> None:
-        super().__init__(engine.table, leases, len(engine.layers))
+    def __init__(self, engine: Engine, leases: Sequence[Lease], max_rows: int | None = None) -> None:
+        super().__init__(engine.table, leases, len(engine.layers), max_rows)
         self._engine = engine
         self._plan: CascadePlan | None = None
 

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <limits>
 #include <span>
 
 #include "base/error.hpp"
@@ -22,6 +23,8 @@ namespace {
 
 constexpr const char* kStepDoc =
     R"(A step over the unwritten tokens of some leases, open inside its `with` block. The native half of radixkv.Step.
+
+max_rows: of each lease at most so many, the first ones. None: all.
 
 Entering and leaving are native, so no signal finds them half done. Entering assembles the page table and calls
 _prepare(); if that raises, nothing is open. Leaving normally advances each lease by the rows that were planned for it,
@@ -53,13 +56,21 @@ nb::list list_of(nb::handle leases) {
   invalid("a step takes a list of leases; got " + describe(leases));
 }
 
+std::int64_t most_rows(nb::handle max_rows) {
+  if (max_rows.is_none()) return std::numeric_limits<std::int64_t>::max();
+  const std::int64_t most = int_from(max_rows, "max_rows");
+  if (most < 1) invalid("max_rows must be at least 1, or None for all; got " + str(most));
+  return most;
+}
+
 class PyStep {
  public:
-  PyStep(nb::handle table, nb::handle leases, std::int64_t num_layers)
+  PyStep(nb::handle table, nb::handle leases, std::int64_t num_layers, std::int64_t max_rows)
       : table_(nb::borrow(table)),
         page_table_(nb::inst_ptr<PyPageTable>(table)),
         leases_(list_of(leases)),
-        attended_(num_layers, false) {}
+        attended_(num_layers, false),
+        max_rows_(max_rows) {}
   PyStep(const PyStep&) = delete;
   ~PyStep() {
     if (open_) page_table_->steps.let_go();
@@ -67,7 +78,7 @@ class PyStep {
 
   void enter(nb::handle self) {
     if (open_) fail(ErrorKind::LeaseError, "the step is open already: enter it once");
-    page_table_->steps.begin(batch(leases_));
+    page_table_->steps.begin(batch(leases_), max_rows_);
     open_ = true;
     attended_.assign(attended_.size(), false);
     try {
@@ -109,6 +120,7 @@ class PyStep {
   PyPageTable* page_table_;
   nb::list leases_;
   std::vector<bool> attended_;
+  const std::int64_t max_rows_;  // of each lease
   bool open_ = false;
 };
 
@@ -207,10 +219,10 @@ void bind_step(nb::module_& m) {
   nb::class_<PyStep>(m, "Step", nb::type_slots(step_slots), kStepDoc)
       .def(
           "__init__",
-          [](PyStep* self, PyPageTable& table, nb::handle leases, std::int64_t num_layers) {
-            new (self) PyStep(nb::find(table), leases, num_layers);
+          [](PyStep* self, PyPageTable& table, nb::handle leases, std::int64_t num_layers, nb::handle max_rows) {
+            new (self) PyStep(nb::find(table), leases, num_layers, most_rows(max_rows));
           },
-          "table"_a, "leases"_a.none(), "num_layers"_a)
+          "table"_a, "leases"_a.none(), "num_layers"_a, "max_rows"_a = nb::none())
       .def_prop_ro("is_open", &PyStep::open, "Whether it was entered and not left yet.")
       .def_prop_ro("num_leases", &PyStep::num_leases)
       .def(

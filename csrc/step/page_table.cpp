@@ -16,14 +16,14 @@ PageTable::PageTable(std::shared_ptr<Cache> cache) : cache_(std::move(cache)) {
   table_.lists->close();  // no step is open
 }
 
-void PageTable::begin(const std::vector<Lease*>& leases) {
+void PageTable::begin(const std::vector<Lease*>& leases, std::int64_t max_rows) {
   if (open_.exchange(true)) {
     fail(ErrorKind::LeaseError, "another step of this engine is open: leave it first");
   }
   thread_ = std::this_thread::get_id();
   try {
     take(leases);
-    assemble();
+    assemble(max_rows);
   } catch (...) {
     let_go();
     throw;
@@ -70,7 +70,7 @@ void PageTable::let_go() noexcept {
   open_.store(false);
 }
 
-void PageTable::assemble() {
+void PageTable::assemble(std::int64_t max_rows) {
   table_.lists = std::make_shared<PageLists>();
   table_.qo_indptr.assign(1, 0);
   for (auto* v : {&table_.page_counts, &table_.kv_last_page_len, &table_.slots, &copy_source_, &copy_target_}) {
@@ -84,17 +84,18 @@ void PageTable::assemble() {
   for (std::size_t i = 0; i < leases_.size(); ++i) {
     if (i + 8 < leases_.size()) prefetch(&leases_[i + 8]->pages_.back(), 4);
     if (i + 4 < leases_.size()) prefetch(leases_[i + 4]->tree_.tokens(leases_[i + 4]->pages_.back()), 64);
-    add(*leases_[i]);
+    add(*leases_[i], max_rows);
   }
 }
 
-void PageTable::add(const Lease& lease) {
+void PageTable::add(const Lease& lease, std::int64_t max_rows) {
   const std::int32_t page_size = table_.page_size;
+  const std::int64_t end = lease.num_written_ + std::min(lease.num_tokens_ - lease.num_written_, max_rows);
   table_.pages.push_back(lease.pages_.data() + lease.first_page_);
-  table_.page_counts.push_back(static_cast<std::int32_t>(lease.pages_.size()) - lease.first_page_);
+  table_.page_counts.push_back(lease.pages_for(end) - lease.first_page_);
   table_.list_ids.push_back(PageListId{lease.id_, lease.version_});
-  table_.kv_last_page_len.push_back(static_cast<std::int32_t>((lease.num_tokens_ - 1) % page_size + 1));
-  add_rows(lease);
+  table_.kv_last_page_len.push_back(static_cast<std::int32_t>((end - 1) % page_size + 1));
+  add_rows(lease, end);
   table_.qo_indptr.push_back(static_cast<std::int32_t>(table_.slots.size()));
   inputs_.last_rows.push_back(table_.num_rows() - 1);
   if (lease.first_page_ > 0) {  // the lease's first row looks back the furthest
@@ -107,15 +108,15 @@ void PageTable::add(const Lease& lease) {
   }
 }
 
-// Page by page: a page's rows have neighbouring slots, and its tokens lie at the page's own place.
-void PageTable::add_rows(const Lease& lease) {
+// Up to token `end`, page by page: a page's rows have neighbouring slots, and its tokens lie at the page's own place.
+void PageTable::add_rows(const Lease& lease, std::int64_t end) {
   const std::int32_t page_size = table_.page_size;
-  for (std::int64_t at = lease.num_written_; at < lease.num_tokens_;) {
+  for (std::int64_t at = lease.num_written_; at < end;) {
     const PageId page = lease.pages_[at / page_size];
     const auto offset = static_cast<std::int32_t>(at % page_size);
-    const auto end = static_cast<std::int32_t>(std::min<std::int64_t>(page_size, offset + lease.num_tokens_ - at));
+    const auto last = static_cast<std::int32_t>(std::min<std::int64_t>(page_size, offset + end - at));
     const Token* const tokens = lease.tree_.tokens(page);
-    for (std::int32_t i = offset; i < end; ++i, ++at) {
+    for (std::int32_t i = offset; i < last; ++i, ++at) {
       inputs_.input_ids.push_back(tokens[i]);
       inputs_.positions.push_back(at);
       table_.slots.push_back(page * page_size + i);

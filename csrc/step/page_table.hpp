@@ -22,10 +22,11 @@ class PageTable {
   PageTable(const PageTable&) = delete;
   PageTable& operator=(const PageTable&) = delete;
 
-  // Opens a step over the unwritten tokens of these leases, which must live until it ends. O(leases + rows).
+  // Opens a step over the unwritten tokens of these leases, of each the first `max_rows` at most. They must live until
+  // it ends. O(leases + rows).
   // Throws LeaseError (released, another thread's, in a step; or a step of this table is open) or InvalidArgument
   // (empty batch, a lease twice, from another cache, or with nothing to compute); then no step is open.
-  void begin(const std::vector<Lease*>& leases);
+  void begin(const std::vector<Lease*>& leases, std::int64_t max_rows);
   // Ends it: with `written`, every planned row is, and each lease advances by its own; otherwise none does. Throws
   // LeaseError, and leaves it open, in another thread than the one that opened it.
   void end(bool written);
@@ -33,7 +34,7 @@ class PageTable {
   // reads the lists of pages.
   void let_go() noexcept;
 
-  // Of the last step. Requests are its leases, rows their unwritten tokens, lengths and positions those of their views.
+  // Of the last step. Requests are its leases, rows their unwritten tokens that are in it, lengths and positions those of their views.
   const StepTable& table() const { return table_; }
   const StepInputs& inputs() const { return inputs_; }                     // positions are those in the sequences
   const std::vector<PageId>& copy_source() const { return copy_source_; }  // to copy before anything is written
@@ -43,9 +44,9 @@ class PageTable {
 
  private:
   void take(const std::vector<Lease*>& leases);
-  void assemble();
-  void add(const Lease& lease);
-  void add_rows(const Lease& lease);
+  void assemble(std::int64_t max_rows);
+  void add(const Lease& lease, std::int64_t max_rows);
+  void add_rows(const Lease& lease, std::int64_t end);
 
   std::shared_ptr<Cache> cache_;
   std::atomic<bool> open_{false};

@@ -220,13 +220,15 @@ class Machine(RuleBasedStateMachine):
         if not ready:
             return
         chosen = data.draw(st.lists(st.sampled_from(ready), min_size=1, max_size=4, unique_by=id))
-        step = radixkv._core.Step(self.table, [lease for lease, _ in chosen], 0)
+        most = data.draw(st.none() | st.integers(1, 5))
+        step = radixkv._core.Step(self.table, [lease for lease, _ in chosen], 0, most)
         if self.step is not None:
             with pytest.raises(radixkv.LeaseError, match="another step"):
                 step.__enter__()
             return
         self.step, self.stepping = step.__enter__(), chosen
-        rows = [t for _, model in chosen for t in model.tokens[model.written :]]
+        self.most_rows = most or 10**6
+        rows = [t for _, model in chosen for t in model.tokens[model.written :][:most]]
         assert self.table.input_ids.tolist() == rows
 
     @rule(how=st.sampled_from(["normally", "normally", "by an exception", "dropped"]))
@@ -237,8 +239,9 @@ class Machine(RuleBasedStateMachine):
         pairs, self.stepping = self.stepping, []
         if how == "normally":
             for lease, model in pairs:
-                self.write(lease, model, len(model.tokens) - model.written)
-                self.model.advance(model, len(model.tokens) - model.written)
+                rows = min(len(model.tokens) - model.written, self.most_rows)
+                self.write(lease, model, rows)
+                self.model.advance(model, rows)
             step.__exit__(None, None, None)
         elif how == "by an exception":
             step.__exit__(KeyError, KeyError(), None)

@@ -14,7 +14,7 @@ from tests.cache.test_cache import state, step_over
 
 torch = pytest.importorskip("torch")
 
-from tests.engine.test_engine import embed, forward, make_engine, qkv  # noqa: E402
+from tests.engine.test_engine import STORAGES, embed, forward, make_engine, qkv  # noqa: E402
 
 CHANGES = {
     "extend": lambda lease: lease.extend([7]),
@@ -100,6 +100,36 @@ def test_a_refused_batch_frees_every_lease_of_it(cache):
     with step_over(cache, [good], table):
         pass
     assert good.num_written == 2
+
+
+def test_a_step_of_some_rows_plans_and_advances_by_those_only(cache):
+    long, short = cache.acquire(list(range(10))), cache.acquire([90])
+    table = radixkv._core.PageTable(cache)
+    planned = []
+    while leases := [lease for lease in (long, short) if lease.num_written < lease.num_tokens]:
+        with radixkv._core.Step(table, leases, 0, 3):
+            planned.append((table.input_ids.tolist(), table.kv_indptr.tolist(), table.kv_last_page_len.tolist()))
+        long.commit()
+    assert planned == [
+        ([0, 1, 2, 90], [0, 1, 2], [3, 1]),
+        ([3, 4, 5], [0, 2], [2]),
+        ([6, 7, 8], [0, 3], [1]),
+        ([9], [0, 3], [2]),
+    ]
+    assert cache.match(range(10)) == 10
+    with pytest.raises(KeyError), radixkv._core.Step(table, [again := cache.acquire(range(20, 29))], 0, 4):
+        raise KeyError
+    assert again.num_written == 0
+
+
+@pytest.mark.parametrize("most", [0, -1, 1.5, "2", True])
+def test_rows_that_are_no_number_from_one_on_are_refused(cache, most):
+    lease = cache.acquire([1, 2, 3])
+    with pytest.raises(radixkv.InvalidArgument, match="max_rows"):
+        radixkv._core.Step(radixkv._core.PageTable(cache), [lease], 0, most)
+    with step_over(cache, [lease]):
+        pass
+    assert lease.num_written == 3
 
 
 def test_a_step_left_by_an_exception_lets_go(cache):
@@ -387,3 +417,26 @@ def test_a_step_says_which_of_its_rows_are_of_content():
         with engine.step([text]) as step:
             assert step.content_rows.tolist() == []
             step_through(step)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("most", [1, 3, 7, 64])
+def test_a_prompt_in_pieces_of_a_step_has_the_bits_of_one_that_is_computed_at_once(storage, most):
+    torch.manual_seed(5)
+    prompt, beside = torch.randint(0, 50, (43,)).tolist(), torch.randint(0, 50, (9,)).tolist()
+    answers = []
+    for rows in (None, most):
+        engine = make_engine(**storage)
+        long, short = engine.cache.acquire(prompt), engine.cache.acquire(beside)
+        pieces = {long: [], short: []}
+        while leases := [lease for lease in (long, short) if lease.num_written < lease.num_tokens]:
+            with engine.step(leases, max_rows=rows) as step:
+                out = forward(step)
+            counts = torch.diff(step.last_rows, prepend=torch.tensor([-1])).tolist()
+            assert sum(counts) == len(out)
+            assert rows is None or max(counts) <= rows
+            for lease, part in zip(leases, out.split(counts), strict=True):
+                pieces[lease].append(part)
+        answers.append(torch.cat([*pieces[long], *pieces[short]]))
+        engine.cache.check()
+    assert torch.equal(*answers)
