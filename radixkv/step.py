@@ -32,8 +32,7 @@ class Step(_core.Step):
     as they were. In between the leases can be read only. A step that is dropped without being left lets go of them.
 
     Raises (on entering):
-        InvalidArgument: no lease, one twice, one of another engine, one with nothing to compute. `max_rows` is looked at
-            before.
+        InvalidArgument: no lease, one twice, one of another engine, one with nothing to compute.
         LeaseError: another step of the engine is open, or a lease is released, another thread's or in another step.
 
     Attributes (set on entering):
