@@ -91,10 +91,11 @@ void PageTable::assemble(std::int64_t max_rows) {
 void PageTable::add(const Lease& lease, std::int64_t max_rows) {
   const std::int32_t page_size = table_.page_size;
   const std::int64_t end = lease.num_written_ + std::min(lease.num_tokens_ - lease.num_written_, max_rows);
+  const auto last = static_cast<std::int32_t>((end - 1) / page_size);  // its last page in this step
   table_.pages.push_back(lease.pages_.data() + lease.first_page_);
-  table_.page_counts.push_back(lease.pages_for(end) - lease.first_page_);
+  table_.page_counts.push_back(last + 1 - lease.first_page_);
   table_.list_ids.push_back(PageListId{lease.id_, lease.version_});
-  table_.kv_last_page_len.push_back(static_cast<std::int32_t>((end - 1) % page_size + 1));
+  table_.kv_last_page_len.push_back(static_cast<std::int32_t>(end - static_cast<std::int64_t>(last) * page_size));
   add_rows(lease, end);
   table_.qo_indptr.push_back(static_cast<std::int32_t>(table_.slots.size()));
   inputs_.last_rows.push_back(table_.num_rows() - 1);
