@@ -411,6 +411,7 @@ class Tiers:
             return 0
         if not np.array_equal(lease.tokens[: end * size], fetch.prompt[: end * size]):
             return 0
+        lease.commit()  # what it computed is of its own namespace, whoever published what follows
         own = lease.pages[begin - lease.num_dropped // size :][: end - begin]
         rows = [self.hub.memory[slot, : self._layout.page_bytes] for slot in fetch.slots[begin:end]]
         self._pages.write_pages(own, rows)

@@ -72,6 +72,23 @@ def test_pages_after_those_that_the_pool_has(tmp_path):
     pool.close()
 
 
+def test_what_a_lease_computed_before_it_is_filled_stays_its_own(tmp_path):
+    """ "a/b" computes two pages while those of "a" are on their way: "a" never gets what it computed."""
+    stored(tmp_path)
+    pool = family(tmp_path, write="none")
+    fetch = pool.tiers.fetch(OURS, "a/b")
+    pool.tiers.pump()
+    with pool.cache.acquire(OURS[:9], "a/b") as lease:
+        pool.compute(lease)
+        lease.extend(OURS[9:])
+        assert pool.tiers.fill(lease, fetch) == 23
+        pool.verify(lease)
+        assert (pages_of(pool, "a"), pages_of(pool, "a/b")) == (0, 9)  # all after its own, with the open page
+    assert pool.cache.match(OURS, "a") == pool.cache.match(OURS, "a/c") == 0
+    assert pool.cache.match(OURS, "a/b") == 32
+    pool.close()
+
+
 def test_a_page_that_two_namespaces_published(tmp_path):
     """ "a/b" first, alone; then "a" as far as five pages: each finds the longest that it sees."""
     pool = family(tmp_path)

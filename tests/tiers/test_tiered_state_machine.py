@@ -163,6 +163,7 @@ class TieredMachine(Machine):
             assert fetch.tag == tag
             assert (before + gained) % self.cache.page_size == 0
             assert before + gained < len(model.tokens)
+            self.model.commit(model)  # what the lease computed is of its own namespace
             for i in range(before // size, (before + gained) // size):  # each page is again of who had published it
                 self.model.advance(model, (i + 1) * size - model.written)
                 self.model.commit(model, namespace=fetch.owner(i))
