@@ -65,12 +65,12 @@ def _of_tiers(core: Any, stats: dict[str, Any]) -> Iterator[Any]:
     yield slots
     events = counter(
         "radixkv_tier_store_events",
-        "Pages read, written and found corrupt; calls that failed.",
+        "Pages read, written, refused for want of room and found corrupt; calls that failed.",
         labels=["store", "event"],
     )
     up = gauge("radixkv_tier_store_up", "1 while a store is asked, 0 while it is left alone.", labels=["store"])
     for name, store in stats["stores"].items():
-        for event in ("read", "written", "corrupt", "failed"):
+        for event in ("read", "written", "refused", "corrupt", "failed"):
             events.add_metric([name, event], store[event])
         up.add_metric([name], store["breaker"] == "closed")
     yield events

@@ -9,9 +9,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +21,15 @@ from radixkv import _core
 from radixkv.cache import Lease, PrefixCache
 from radixkv.errors import InvalidArgument
 from radixkv.memory import bytes_of
-from radixkv.tiers.breaker import Breaker
 from radixkv.tiers.cache import TieredCache
 from radixkv.tiers.disk import Disk, secret_of
 from radixkv.tiers.fetch import Fetch
 from radixkv.tiers.hub import Hub
 from radixkv.tiers.identity import ALL, Keys
-from radixkv.tiers.lane import Lane
+from radixkv.tiers.loader import Loader
 from radixkv.tiers.planner import Planner
 from radixkv.tiers.record import Layout, Record
+from radixkv.tiers.shelf import GRACE, Shelf
 from radixkv.tiers.snapshot import Snapshot, SnapshotStore, save
 from radixkv.tiers.store import PageStore, Store
 from radixkv.tiers.writer import Writer
@@ -38,10 +37,8 @@ from radixkv.tiers.writer import Writer
 __all__ = ["TierOptions", "Tiers"]
 
 _HUB_PAGES = 256
-_CHUNK = 8  # pages of a read: small enough for several threads to share a prompt's
 _POLL = 0.005
 _PREFETCH = 60.0  # seconds until a fetch is given up that nobody waits for
-_GRACE = 0.5  # seconds that a store's threads get to end, where none hangs
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,6 @@ class TierOptions:
     secret: bytes | None = None
     write: Literal["all", "second", "none"] = "all"
     threads: int = 4
-
-
-@dataclass
-class _Shelf:
-    """A store, with what is known of it and the threads that wait for it."""
-
-    store: Store
-    reads: Lane
-    writes: Lane
-    breaker: Breaker = field(default_factory=Breaker)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("read", "written", "failed", "corrupt"), 0))
 
 
 class Tiers:
@@ -124,18 +110,12 @@ class Tiers:
             self._keys.nonces = self.disk.nonces()
         if options.snapshot is not None:
             own.append(SnapshotStore(self._snapshot(Path(options.snapshot)), self._keys, self._layout))
-        self._shelves = [
-            _Shelf(store, Lane(f"radixkv-{store.name}", options.threads),
-                   Lane(f"radixkv-{store.name}-write", min(1, options.threads)))
-            for store in own + list(stores)
-        ]  # fmt: skip
-        self._lock = threading.RLock()  # fetches and loads; reentrant, since a fetch may be dropped anywhere
+        self._shelves = [Shelf(store, options.threads) for store in own + list(stores)]
         self._generation = threading.RLock()  # tags: who reads them and who changes them
-        self._loading: dict[bytes, list[tuple[Fetch, int]]] = {}
-        self._abandoned: deque[list[int | None]] = deque()
-        self._counts = {"ready": 0, "late": 0, "declined": 0, "filled_tokens": 0}
-        self.planner = Planner(pages.page_bytes / cache.page_size)
         self._timed = options.threads > 0
+        self._filled = 0
+        self.planner = Planner(pages.page_bytes / cache.page_size)
+        self.loader = Loader(self.hub, self._layout, self._shelves, self.planner, self._timed)
         self._writer = Writer(cache.journal(), self._keys, self.hub, self._layout, pages, options.write)
         self._copying = threading.Lock()
         self._closed = threading.Event()
@@ -178,19 +158,19 @@ class Tiers:
             InvalidTokens, InvalidArgument: as `PrefixCache.match`.
         """
         fetch = self._made(tokens, namespace, deadline)
-        self._begin(fetch)
+        self.loader.begin(fetch)
         return fetch
 
     def prefetch(self, tokens: _core.Tokens, namespace: str = "") -> Fetch:
         """Bring pages into RAM whatever it takes, and leave them there as the hottest. Nobody need wait or keep it."""
         fetch = self._made(tokens, namespace, _PREFETCH)
         fetch.planned = False
-        self._begin(fetch)
+        self.loader.begin(fetch)
         return fetch
 
     def _made(self, tokens: _core.Tokens, namespace: str, deadline: float | None) -> Fetch:
         first = self._cache.match(tokens, namespace) // self.page_size
-        self._reap()
+        self.loader.reap()
         prompt = np.array(tokens, np.int32)
         with self._generation:
             if self.disk is not None and self.disk.read_only:
@@ -202,176 +182,9 @@ class Tiers:
             deadline = self.planner.deadline((full - first) * self.page_size) if self._timed else _PREFETCH
         return Fetch(self, prompt, namespace, seen[-1].tag, seen, first, deadline)
 
-    def _begin(self, fetch: Fetch) -> None:
-        with self._lock:
-            fetch.pending += 1
-            at = fetch.first
-            while at < len(fetch.slots) and self._in_ram(fetch, at):
-                at += 1
-            self._ask(fetch, at, 0)
-            self._one_less(fetch)
-
     def _refresh_nonces(self, disk: Disk) -> None:
         with contextlib.suppress(sqlite3.Error):
             self._keys.nonces.update(disk.nonces())
-
-    def _ask(self, fetch: Fetch, at: int, shelf: int) -> None:
-        """Let the next store that may be asked look for the pages from `at` on."""
-        while shelf < len(self._shelves) and not self._shelves[shelf].breaker.allow():
-            shelf += 1
-        if at < len(fetch.slots) and shelf < len(self._shelves):
-            fetch.pending += 1
-            fetch.asked.add(shelf)
-            self._shelves[shelf].reads.put(lambda: self._locate(fetch, at, shelf))
-
-    def _locate(self, fetch: Fetch, at: int, number: int) -> None:
-        """A job: what of the pages from `at` on a store has is read; the next store is asked for the rest."""
-        shelf = self._shelves[number]
-        found = 0
-        if not fetch.finished:
-            with self._attempt(shelf):
-                found = self._leading(shelf.store, fetch, at)
-                shelf.store.touch(fetch.path(at + found))
-        if found and fetch.planned and self._timed and not self.planner.worth(shelf.store.name):
-            found = 0
-            self._counts["declined"] += 1
-        with self._lock:
-            end = at + found
-            new = [i for i in range(at, end) if not self._joined(fetch, i)]
-            for i in range(0, len(new), _CHUNK):
-                self._load(fetch, new[i : i + _CHUNK], shelf)
-            if not fetch.finished:
-                self._ask(fetch, end, number + 1)
-            self._one_less(fetch)
-
-    @staticmethod
-    def _leading(store: Store, fetch: Fetch, at: int) -> int:
-        """How many pages a store has from `at` on: what the top namespace published, then what those below it did."""
-        end = at
-        for level, seen in enumerate(fetch.seen):
-            if rest := seen.keys[end:]:
-                found = min(max(0, int(store.leading(rest))), len(rest))
-                fetch.level[end : end + found] = [level] * found
-                end += found
-        return end - at
-
-    def _in_ram(self, fetch: Fetch, i: int) -> bool:
-        """Whether a page is in RAM; the fetch has it then."""
-        for level, seen in enumerate(fetch.seen):
-            if (slot := self.hub.find(seen.keys[i])) is not None:
-                fetch.level[i] = level
-                self._arrived(fetch, i, slot, "ram")
-                return True
-        return False
-
-    def _joined(self, fetch: Fetch, i: int) -> bool:
-        """Whether a page is in RAM meanwhile, or on its way for another fetch."""
-        if self._in_ram(fetch, i):
-            return True
-        if (waiting := self._loading.get(fetch.key(i))) is None:
-            return False
-        waiting.append((fetch, i))
-        fetch.pending += 1
-        return True
-
-    def _load(self, fetch: Fetch, pages: list[int], shelf: _Shelf) -> None:
-        """Have a run of pages read, as far as there are slots."""
-        taken = []
-        for i in pages:
-            if (slot := self.hub.take()) is None:
-                break
-            taken.append((i, slot))
-            self._loading[fetch.key(i)] = [(fetch, i)]
-            fetch.pending += 1
-        if taken:
-            keys = [fetch.key(i) for i, _ in taken]
-            parents = [fetch.parents(i) for i, _ in taken]
-            slots = [slot for _, slot in taken]
-            shelf.reads.put(lambda: self._read(shelf, keys, parents, slots))
-
-    def _read(self, shelf: _Shelf, keys: list[bytes], parents: list[list[bytes]], slots: list[int]) -> None:
-        """A job: read records, and check each."""
-        memory = [self.hub.memory[slot] for slot in slots]
-        read = [False] * len(keys)
-        with self._attempt(shelf):
-            there = shelf.store.read(keys, memory)
-            records = zip(there, memory, keys, parents, strict=True)
-            read = [bool(r) and self._layout.intact(m, k, *p) for r, m, k, p in records]
-            if damaged := [k for k, r, good in zip(keys, there, read, strict=True) if r and not good]:
-                shelf.counts["corrupt"] += shelf.store.drop(damaged)
-        with self._lock:
-            for key, slot, good in zip(keys, slots, read, strict=True):
-                shelf.counts["read"] += bool(good)
-                if good:
-                    self.hub.name(slot, key)
-                for fetch, i in self._loading.pop(key):
-                    if good and (found := self.hub.find(key)) is not None:
-                        self._arrived(fetch, i, found, shelf.store.name)
-                    self._one_less(fetch)
-                self.hub.let_go(slot)
-
-    @contextlib.contextmanager
-    def _attempt(self, shelf: _Shelf) -> Any:
-        """Whatever a store raises is a failure that is counted."""
-        try:
-            yield
-        except Exception:
-            shelf.counts["failed"] += 1
-            shelf.breaker.failed()
-        else:
-            shelf.breaker.succeeded()
-
-    def _arrived(self, fetch: Fetch, i: int, slot: int, source: str) -> None:
-        if fetch.finished:
-            self.hub.let_go(slot)
-            return
-        fetch.slots[i], fetch.where[i] = slot, source
-        fetch.sources[source] = fetch.sources.get(source, 0) + self.page_size
-
-    def _one_less(self, fetch: Fetch) -> None:
-        fetch.pending -= 1
-        if fetch.pending == 0:
-            self.settle(fetch, late=False)
-
-    def settle(self, fetch: Fetch, late: bool) -> None:
-        """Nothing that comes from now on counts."""
-        with self._lock:
-            if fetch.finished:
-                return
-            self._counts["late" if late else "ready"] += 1
-            end = fetch.first + fetch.num_pages
-            self._let_go(fetch, end)
-            fetch.finish()
-        self._learn(fetch)
-        if late:
-            for number in fetch.asked:  # one of them keeps it waiting
-                self._shelves[number].breaker.failed()
-
-    def _learn(self, fetch: Fetch) -> None:
-        for source, tokens in fetch.sources.items():
-            if source != "ram":
-                self.planner.loaded(source, tokens * self._pages.page_bytes // self.page_size, fetch.seconds)
-
-    def abandon(self, fetch: Fetch) -> None:
-        """From a destructor, which may run in the middle of anything: no lock is taken."""
-        self._abandoned.append(fetch.slots)
-
-    def _reap(self) -> None:
-        while self._abandoned:
-            for slot in self._abandoned.popleft():
-                if slot is not None:
-                    self.hub.let_go(slot)
-
-    def let_go(self, fetch: Fetch) -> None:
-        """Give a fetch's slots back."""
-        with self._lock:
-            self._let_go(fetch, 0)
-
-    def _let_go(self, fetch: Fetch, begin: int) -> None:
-        for i in range(begin, len(fetch.slots)):
-            if (slot := fetch.slots[i]) is not None:
-                self.hub.let_go(slot)
-                fetch.slots[i] = None
 
     # --- fill -------------------------------------------------------------------------------------------------------
 
@@ -389,12 +202,12 @@ class Tiers:
         if not lease._of(self._cache):
             raise InvalidArgument(f"{lease!r} is of another cache: fill leases that this engine acquired")
         lease.extend([])  # nothing; refuses a lease that may not change
-        self.settle(fetch, late=False)
+        self.loader.settle(fetch, late=False)
         try:
             with self._generation:
                 return self._fill(lease, fetch)
         finally:
-            self.let_go(fetch)
+            self.loader.let_go(fetch)
 
     def check_own(self, fetch: object) -> None:
         """Raises InvalidArgument for what these tiers have not fetched."""
@@ -421,14 +234,14 @@ class Tiers:
             *_, last = run
             lease.advance((last + 1) * size - lease.num_written)
             lease._commit_as(owner)
-        self._counts["filled_tokens"] += end * size - written
+        self._filled += end * size - written
         return end * size - written
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _write_some(self) -> bool:
         """Follow the journal and copy a batch; whether there was anything."""
-        self._reap()
+        self.loader.reap()
         with self._copying:
             with self._generation:
                 moved = self._writer.follow()
@@ -439,13 +252,7 @@ class Tiers:
 
     def _stored_already(self, key: bytes) -> bool:
         shelves = [shelf for shelf in self._shelves if not shelf.store.read_only]
-        return all(self._has(shelf, key) for shelf in shelves) if shelves else key in self.hub
-
-    def _has(self, shelf: _Shelf, key: bytes) -> bool:
-        try:
-            return key in shelf.store
-        except Exception:
-            return False
+        return all(shelf.has(key) for shelf in shelves) if shelves else key in self.hub
 
     def _store(self, records: list[tuple[int, Record]], number: int) -> None:
         """Have records written to each store in turn; then their slots are free."""
@@ -457,8 +264,10 @@ class Tiers:
 
         def job() -> None:
             if not shelf.store.read_only and shelf.breaker.allow():
-                with self._attempt(shelf):
-                    shelf.counts["written"] += sum(shelf.store.write([record for _, record in records]))
+                with shelf.attempt():
+                    written = sum(shelf.store.write([record for _, record in records]))
+                    shelf.counts["written"] += written
+                    shelf.counts["refused"] += len(records) - written
             self._store(records, number + 1)
 
         shelf.writes.put(job)
@@ -469,7 +278,7 @@ class Tiers:
         while busy:
             busy = self._write_some()
             for shelf in self._shelves:
-                busy |= shelf.reads.pump() | shelf.writes.pump()
+                busy |= shelf.pump()
 
     # --- snapshots --------------------------------------------------------------------------------------------------
 
@@ -514,19 +323,21 @@ class Tiers:
 
     def stats(self) -> dict[str, Any]:
         """Counts since it was made: fetches, the hub, and each store."""
-        self._reap()
-        stores = {s.store.name: self._shelf_stats(s) for s in self._shelves}
+        self.loader.reap()
+        stores = {s.store.name: s.stats(self.planner) for s in self._shelves}
         if self.disk is not None:
             stores["disk"] |= {"pages": len(self.disk), "capacity": self.disk.num_slots}
         hub = {"slots": self.hub.num_slots, "used": self.hub.num_used}
         writes = {"skipped_writes": self._writer.skipped, "discarded_copies": self._writer.discarded}
         tokens = self.planner.compute.per_second
-        return {**self._counts, **writes, "hub": hub, "stores": stores, "computed_tokens_per_second": tokens}
-
-    def _shelf_stats(self, shelf: _Shelf) -> dict[str, Any]:
-        rate = self.planner.load.get(shelf.store.name)
-        speed = None if rate is None else rate.per_second
-        return {**shelf.counts, "breaker": shelf.breaker.state, "load_bytes_per_second": speed}
+        return {
+            **self.loader.counts,
+            "filled_tokens": self._filled,
+            **writes,
+            "hub": hub,
+            "stores": stores,
+            "computed_tokens_per_second": tokens,
+        }
 
     def close(self, drain: float = 2.0) -> None:
         """Store what waits, for at most `drain` seconds, and let go of the disk. Before the pool's memory goes."""
@@ -541,14 +352,11 @@ class Tiers:
                 shelf.writes.pump()
             time.sleep(0.001)
         for shelf in self._shelves:
-            done = [lane.close(max(_GRACE, until - time.monotonic())) for lane in (shelf.writes, shelf.reads)]
-            if all(done):  # else a call hangs in it
-                with contextlib.suppress(Exception):
-                    shelf.store.close()
+            shelf.close(until)
 
     def __del__(self) -> None:
         if hasattr(self, "_worker"):
-            self.close(drain=_GRACE)
+            self.close(drain=GRACE)
 
     def __enter__(self) -> Tiers:
         return self

@@ -41,7 +41,7 @@ class Figures:
 
     class Tiers:
         def stats(self):
-            store = {"read": 7, "written": 9, "failed": 2, "corrupt": 1, "breaker": "open"}
+            store = {"read": 7, "written": 9, "refused": 6, "failed": 2, "corrupt": 1, "breaker": "open"}
             counts = {"ready": 5, "late": 1, "declined": 4, "filled_tokens": 640, "skipped_writes": 3}
             return {**counts, "hub": {"slots": 10, "used": 4}, "stores": {"disk": store}}
 

@@ -19,6 +19,7 @@ OURS = [*SYSTEM, *range(200, 212), 1]  # 3 more
 
 
 def family(tmp_path, **options):
+    options = {"disk_capacity": "1MiB", **options}  # the whole of it is allocated at once
     return Pool(TierOptions(disk=tmp_path / "d", threads=0, **options), hierarchical=True)
 
 

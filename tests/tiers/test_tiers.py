@@ -172,6 +172,7 @@ def test_a_full_disk_writes_nothing_more(tmp_path, monkeypatch):
     pool.serve(PROMPT)
     pool.tiers.pump()
     assert len(pool.tiers.disk) == 0
+    assert pool.tiers.stats()["stores"]["disk"]["refused"] == 10
     monkeypatch.undo()
     pool.serve([5] * 9)
     pool.tiers.pump()
@@ -242,12 +243,13 @@ def test_capacity_is_a_bound_and_children_leave_before_parents(tmp_path):
     assert len(pool.tiers.disk) == 20
     assert sum(p.stat().st_size for p in tmp_path.rglob("pages-*.bin")) <= 20 * 4096
     pool.close()
-    Pool(options(tmp_path, capacity=20 * 4096)).tiers.disk.check()
+    again = Pool(options(tmp_path, capacity=20 * 4096))
+    again.tiers.disk.check()
     smaller = Pool(options(tmp_path / "new", capacity=4 * 4096))
     smaller.serve(PROMPT)
     smaller.tiers.pump()
-    smaller.cache.evict(64)
-    smaller.tiers.hub = type(smaller.tiers.hub)(16, 4096)  # nothing in RAM
+    smaller.close()
+    smaller = Pool(options(tmp_path / "new", capacity=4 * 4096))  # nothing in RAM
     assert smaller.serve(PROMPT) == 16  # a usable prefix
 
 
