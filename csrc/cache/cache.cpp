@@ -133,7 +133,9 @@ std::unique_ptr<Lease> Cache::acquire(const Token* tokens, std::int64_t n, std::
   // Nothing below fails. Should it do so all the same, for a fault of ours, no page that the lease has is used again.
   lease->cleared_ = tree_.spaces()[lease->space_].cleared;
   if (m.node == kNone) m.node = tree_.make_root(lease->space_);
-  if (tree_.what_if() != nullptr) tree_.count_what_if(lease->space_, m, lease->pages_.data(), tokens, n);
+  if (tree_.what_if() != nullptr) {
+    lease->missed_ = tree_.count_what_if(lease->space_, m, lease->pages_.data(), tokens, n);
+  }
   try {
     lease->start(m, tokens, n);
   } catch (...) {

@@ -105,12 +105,31 @@ WhatIf& RadixTree::start_what_if() {
   return *what_if_;
 }
 
-void RadixTree::count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens, std::int64_t n) {
+WhatIf::Place RadixTree::count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens,
+                                       std::int64_t n) {
   what_if_->request(n, m.tokens(page_size()));
-  std::uint64_t prefix = prefix_under(m.node, space, m.pages > 0 ? what_if_->prefix(pages[m.pages - 1]) : 0);
-  for (std::int64_t i = m.pages; i < (n - 1) / page_size(); ++i) {
-    prefix = prefix_of(prefix, tokens + i * page_size(), page_size());
-    if (!what_if_->missed(prefix)) return;
+  const std::uint64_t before = m.pages > 0 ? what_if_->prefix(pages[m.pages - 1]) : 0;
+  WhatIf::Place at{m.pages, prefix_under(m.node, space, before)};
+  count_missed(at, tokens + at.page * page_size(), n);
+  return at;
+}
+
+// A prompt has n tokens, so far; given are those from the page on where it is. A page that ends it is not asked for.
+void RadixTree::count_missed(WhatIf::Place& at, const Token* tokens, std::int64_t n) {
+  what_if_->missed(at.needed);
+  at.needed = 0;
+  for (std::int64_t end; (end = (at.page + 1) * page_size()) <= n; ++at.page, tokens += page_size()) {
+    at.prefix = prefix_of(at.prefix, tokens, page_size());
+    const double needed = what_if_->needed(at.prefix);
+    if (needed == kNone) {
+      at.page = kNone;
+      return;
+    }
+    if (end < n) {
+      what_if_->missed(needed);
+    } else {
+      at.needed = needed;
+    }
   }
 }
 

@@ -158,6 +158,7 @@ void Lease::extend(const Token* tokens, std::int64_t n, bool prompt) {
   const bool back = tail != kNone && more == tree_.room(space_, 0).all() && tree_.only_lease(tail);
   const std::int32_t need = more + (tail != kNone && !back ? 1 : 0);
   cache_->require_pages(space_, need, 0);
+  if (prompt) note_prompt(tokens, n);
 
   tree_.serving(number_);
   const PageId open = pages_.back();
@@ -170,15 +171,28 @@ void Lease::extend(const Token* tokens, std::int64_t n, bool prompt) {
     tree_.unlock(tail);
   }
   tail_ = kNone;
-  if (prompt) note_prompt(n);
   write_tokens(tokens, n);
 }
 
 // The next n tokens are input as those that acquire() was given.
-void Lease::note_prompt(std::int64_t n) {
+void Lease::note_prompt(const Token* tokens, std::int64_t n) {
+  if (tree_.what_if() != nullptr) note_missed(tokens, n);
   if (num_prompt_ == num_tokens_) num_prompt_ += n;
   cache_->input_tokens_ += n;
   tree_.spaces().given(space_, n);
+}
+
+// A pool that had hit all before them may have hit the pages that these tokens fill.
+void Lease::note_missed(const Token* tokens, std::int64_t n) {
+  if (num_prompt_ != num_tokens_) missed_.page = kNone;  // they follow an answer
+  if (missed_.page != kNone) {
+    const std::int64_t begin = missed_.page * tree_.page_size();
+    std::vector<Token> all(num_tokens_ - begin + n);
+    copy_tokens(begin, num_tokens_, all.data());
+    std::copy(tokens, tokens + n, all.data() + (num_tokens_ - begin));
+    tree_.count_missed(missed_, all.data(), num_tokens_ + n);
+  }
+  tree_.what_if()->request(n, 0);
 }
 
 void Lease::advance(std::int64_t n) {
@@ -256,6 +270,7 @@ std::int64_t Lease::truncate(std::int64_t num_tokens) {
   give_back_from(keep);
   num_tokens_ = num_tokens;
   num_written_ = std::min(num_written_, num_tokens);
+  if (num_prompt_ > num_tokens) missed_.page = kNone;
   num_prompt_ = std::min(num_prompt_, num_tokens);
   return freed;
 }

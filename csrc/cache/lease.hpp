@@ -89,7 +89,8 @@ class Lease {
   bool take_pages(std::int32_t need, PageId source);
   void give_back_from(std::size_t first);
   void write_tokens(const Token* tokens, std::int64_t n);
-  void note_prompt(std::int64_t n);
+  void note_prompt(const Token* tokens, std::int64_t n);
+  void note_missed(const Token* tokens, std::int64_t n);
   void copy_open_page(NodeId source, PageId page, std::int32_t tokens, bool in_place);
   void note_written(std::int64_t n);
   bool may_publish() const;
@@ -120,6 +121,7 @@ class Lease {
   PageCopy copy_{kNone, kNone, 0};
   std::int32_t num_shared_ = 0;
   std::int64_t number_ = 0;      // of its request, from 1 in the order of acquire(); a fork has its parent's
+  WhatIf::Place missed_;         // by its prompt so far
   std::int64_t started_ = 0;     // RadixTree::pages_taken() when it began
   std::int32_t first_page_ = 0;  // the pages before it were dropped
   std::int64_t num_tokens_ = 0, num_written_ = 0, num_cached_ = 0, num_prompt_ = 0;

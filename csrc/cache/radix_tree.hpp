@@ -181,7 +181,8 @@ class RadixTree {
   WhatIf& start_what_if();
   WhatIf* what_if() { return what_if_.get(); }  // null: nobody has asked for it
   // A request acquired n tokens in this namespace, and found those of the match, on these pages.
-  void count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens, std::int64_t n);
+  WhatIf::Place count_what_if(SpaceId space, const Match& m, const PageId* pages, const Token* tokens, std::int64_t n);
+  void count_missed(WhatIf::Place& at, const Token* tokens, std::int64_t n);
   // What is there now, as the records that would make it. O(cached tokens).
   JournalBatch dump() const;
 

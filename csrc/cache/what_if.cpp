@@ -93,16 +93,20 @@ void WhatIf::forget() {
   }
 }
 
-bool WhatIf::was_away(std::uint64_t prefix) {
+double WhatIf::each() const { return static_cast<double>(num_evicted_) / static_cast<double>(num_sampled_); }
+
+double WhatIf::times(std::uint64_t prefix) const {
   const std::uint64_t slot = slot_of(prefix);
-  if (slots_[slot] == 0) return false;
+  if (slots_[slot] == 0) return kNone;
   const std::int64_t after = there_ - up_to(slots_[slot] - 1);  // evicted after it, and still away
-  const double each = static_cast<double>(num_evicted_) / static_cast<double>(num_sampled_);  // near every_
-  const double needed = 1 + static_cast<double>(after + 1) * each / static_cast<double>(num_pages_);
+  return 1 + static_cast<double>(after + 1) * each() / static_cast<double>(num_pages_);
+}
+
+void WhatIf::missed(double needed) {
+  if (needed <= 0) return;
   for (std::size_t i = 0; i < kFactors.size(); ++i) {
-    if (needed <= kFactors[i]) more_[i] += static_cast<double>(page_size_) * each;
+    if (needed <= kFactors[i]) more_[i] += static_cast<double>(page_size_) * each();
   }
-  return true;
 }
 
 }  // namespace radixkv

@@ -33,8 +33,18 @@ class WhatIf {
   }
   void forget();  // all that was evicted
 
-  // A request missed a page. False where no pool would have hit it, nor then what comes after it.
-  bool missed(std::uint64_t prefix) { return !sampled(prefix) || was_away(prefix); }
+  // How far a request has been looked up: all pages before `page` were hit or had been evicted, so larger pools may hit
+  // this one, too.
+  struct Place {
+    std::int64_t page = kNone;  // kNone: one was neither
+    std::uint64_t prefix = 0;   // up to there
+    double needed = 0;          // by the page before, where no token follows it yet
+  };
+
+  // How many times its pages the pool would have needed to hit this one. 0: it is not in the sample; kNone: none would
+  // have, nor then what comes after it.
+  double needed(std::uint64_t prefix) const { return sampled(prefix) ? times(prefix) : 0; }
+  void missed(double needed);  // a request missed such a page
   void request(std::int64_t input, std::int64_t hit) { input_ += input, hit_ += hit; }
 
   std::int64_t input_tokens() const { return input_; }
@@ -46,7 +56,8 @@ class WhatIf {
   bool sampled(std::uint64_t prefix) const { return (prefix >> 40 & (every_ - 1)) == 0; }
   void came_back(std::uint64_t prefix);
   void left(std::uint64_t prefix);
-  bool was_away(std::uint64_t prefix);  // and counts it
+  double times(std::uint64_t prefix) const;
+  double each() const;  // pages that one of the sample stands for; near every_
   std::uint64_t slot_of(std::uint64_t prefix) const;
   void remove(std::uint64_t slot);
   void count(std::int64_t place, std::int32_t by);

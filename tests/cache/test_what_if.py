@@ -22,11 +22,11 @@ def serve_all(cache, requests):
     return hits
 
 
-def workload(seed, page_size, count=400):
+def workload(seed, page_size, count=400, num=30):
     """Requests of whole pages, none longer than a few, that come again sooner or later."""
     rng = np.random.default_rng(seed)
-    prompts = [np.repeat(rng.integers(0, 1000, rng.integers(1, 6)), page_size).tolist() for _ in range(30)]
-    return [prompts[int(i)] + [5000] * page_size for i in rng.zipf(1.3, count) % 30]
+    prompts = [np.repeat(rng.integers(0, 1000, rng.integers(1, 6)), page_size).tolist() for _ in range(num)]
+    return [prompts[int(i)] + [5000] * page_size for i in rng.zipf(1.3, count) % num]
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -42,6 +42,63 @@ def test_it_is_what_larger_pools_hit(seed, page_size):
         real = serve_all(radixkv.PrefixCache(int(20 * factor), page_size), requests)
         assert tokens - found.hit_tokens == pytest.approx(real - hits, rel=0.05, abs=20 * page_size), factor
     cache.check()
+
+
+def serve_in_pieces(cache, tokens, piece, commit=True):
+    """The tokens that are hit in whole pages."""
+    found = cache.match(tokens[:-1])
+    with cache.acquire(tokens[: found + piece]) as lease:
+        while lease.num_tokens < len(tokens):
+            lease.advance()
+            if commit:
+                lease.commit()
+            lease.extend(tokens[lease.num_tokens :][:piece], prompt=True)
+        lease.advance()
+    return found // cache.page_size * cache.page_size
+
+
+@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("piece", [1, 3, 4, 7, 1000])
+def test_prompts_in_pieces_count_whole(piece, page_size, commit):
+    """Nearly: what the first pieces evict, the next ones find evicted after what they would have hit."""
+    requests = workload(1, page_size, 2000, num=200)
+
+    def served(num_pages):
+        cache = radixkv.PrefixCache(num_pages, page_size)
+        cache.curve()
+        return sum(serve_in_pieces(cache, tokens, piece, commit) for tokens in requests), cache.curve()
+
+    hits, found = served(100)
+    assert found.input_tokens == sum(map(len, requests))
+    for factor, tokens in found.larger.items():
+        real, _ = served(int(100 * factor))
+        assert tokens - found.hit_tokens == pytest.approx(real - hits, rel=0.04, abs=10 * page_size), factor
+    assert found.larger[8.0] > 1.5 * found.hit_tokens
+
+
+@pytest.mark.parametrize("between", ["truncate", "answer", "fork"])
+def test_no_larger_pool_hits_what_no_request_asks_for(between):
+    """Pieces that follow an answer, a cut or a fork are input, and no prefix of a prompt."""
+    cache = radixkv.PrefixCache(64, 4)
+    cache.curve()
+    serve(cache, [1] * 41)
+    cache.evict(64)
+    with cache.acquire([1] * 9) as lease:
+        lease.advance()
+        if between == "truncate":
+            lease.truncate(6)
+        elif between == "answer":
+            lease.extend([1] * 3)
+            lease.advance()
+        more = lease.fork() if between == "fork" else lease
+        more.extend([1] * 20, prompt=True)
+        more.advance()
+        if more is not lease:
+            more.release()
+    found = cache.curve()
+    assert found.input_tokens == 41 + 9 + 20
+    assert found.larger[8.0] == 8
 
 
 def test_a_pool_that_would_do_is_named():
