@@ -49,7 +49,7 @@ demo: build .venv/.model  ## a real model on the CPU, with the cache off and on
 serve: build .venv/.model  ## an OpenAI-compatible server of the demo's model (PORT=8000)
 	$(PY) docs/examples/server.py --port $(or $(PORT),8000)
 
-# More at a time gain little: some of the tests take several processors themselves.
+# Four at most: a process takes up to 2 GB, and some tests take several processors themselves.
 TEST_JOBS ?= $(shell [ $(JOBS) -lt 4 ] && echo $(JOBS) || echo 4)
 test: build .venv/.model  ## the test suite, TEST_JOBS tests at a time
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal

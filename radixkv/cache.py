@@ -180,7 +180,8 @@ class PrefixCache(_core.Cache):
         For LRU it is what those pools would have done with the same requests, as far as leases and pins do not overlap:
         no page is tried out, its place among the evicted ones says it. With policy "hazard" and with hints it is an
         estimate. Of eight pools with more than 2**10 pages a sample is followed, which tests hold to two points of hit
-        rate. Costs two hashes of each page that is computed, and 8 bytes a page of the pool; nothing for a hit.
+        rate. For prompts in pieces it is near: what the first pieces evict has left before the next one is seen.
+        Costs two hashes of each page that is computed, and 8 bytes a page of the pool; nothing for a hit.
         """
         factors, (inputs, hits, *larger) = self._what_if()
         return WhatIf(self.num_pages, inputs, hits, dict(zip(factors, larger, strict=True)))

@@ -104,8 +104,9 @@ double WhatIf::times(std::uint64_t prefix) const {
 
 void WhatIf::missed(double needed) {
   if (needed <= 0) return;
+  const double tokens = static_cast<double>(page_size_) * each();
   for (std::size_t i = 0; i < kFactors.size(); ++i) {
-    if (needed <= kFactors[i]) more_[i] += static_cast<double>(page_size_) * each();
+    if (needed <= kFactors[i]) more_[i] += tokens;
   }
 }
 

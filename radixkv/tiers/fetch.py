@@ -44,7 +44,7 @@ class Fetch:
         self.sources: dict[str, int] = {}  #: tokens by where they came from
         self.restored: dict[str, int] = {}  #: of these, those that `Engine.fill` gave a lease
         self.where: list[str] = [""] * len(self.slots)
-        self._tiers, self._loader = tiers, tiers.loader  # who loads has the tiers, so that they stay open meanwhile
+        self._tiers = tiers  # and not the loader alone: they stay open while something loads
         self._started = time.monotonic()
         self._ended = math.nan
         self._until = self._started + deadline
@@ -54,7 +54,7 @@ class Fetch:
     def ready(self) -> bool:
         """All that is there has come, or was given up, or the deadline is past. Costs nothing to ask."""
         if not self._done.is_set() and time.monotonic() >= self._until:
-            self._loader.settle(self, late=True)
+            self._tiers.loader.settle(self, late=True)
         return self._done.is_set()
 
     @property
@@ -66,7 +66,7 @@ class Fetch:
     @property
     def tokens(self) -> int:
         """Tokens, from the first one on, that the pool and this fetch hold now."""
-        return (self.first + self.num_pages) * self._loader.page_size
+        return (self.first + self.num_pages) * self._tiers.loader.page_size
 
     def key(self, i: int) -> bytes:
         """What the page that is loaded is called."""
@@ -94,8 +94,8 @@ class Fetch:
 
     def cancel(self) -> None:
         """Let go of the memory. What is under way goes on, for others."""
-        self._loader.settle(self, late=False)
-        self._loader.let_go(self)
+        self._tiers.loader.settle(self, late=False)
+        self._tiers.loader.let_go(self)
 
     def finish(self) -> None:
         self._ended = time.monotonic()
@@ -115,4 +115,4 @@ class Fetch:
 
     def __del__(self) -> None:
         if hasattr(self, "_done"):
-            self._loader.abandon(self)
+            self._tiers.loader.abandon(self)
